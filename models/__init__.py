@@ -1,0 +1,1 @@
+"""Qwen3-MoE in Flax NNX, its attention over the zigzag ring."""

@@ -1,0 +1,1 @@
+"""Flash attention over per-row key ranges: the contract (contract.py) and its implementations, one a file."""

@@ -1,0 +1,109 @@
+"""What each row may see: one idea instead of three cases.
+
+Causal attention over packed documents with an optional sliding window W lets the query at global position g see exactly
+the keys in [lo, g], lo = max(start of its document, g - W + 1). A rank's keys are sorted by global position (layout.py), so
+for every query row and every source rank the visible keys are **one contiguous range of local rows**. With
+
+    count(x) = number of the source's keys before global position x
+             = sum over the source's chunk starts s of clip(x - s, 0, chunk)
+
+that range is [count(lo), count(g + 1)), empty when stop <= start, and start and stop never decrease from row to row. The
+diagonal step, the "front half of K" step, the "back half of Q" step, documents, windows and padding are all this one rule,
+for two chunks a rank (zigzag) or one (contiguous). Nothing about the mask travels round the ring, and since ranges are data a
+window may be a traced value that differs from layer to layer.
+
+    >>> g = global_positions(rank=1, cp=2, length=4)      # rank 1 of 2 holds tokens 2 3 | 4 5, rank 0 holds 0 1 | 6 7
+    >>> lo, hi = visible_bounds(g)
+    >>> keys = key_range(lo, hi, source=0, cp=2, length=4)
+    >>> keys.start, keys.stop                             # every row of rank 1 sees the front chunk of rank 0
+    (Array([[0, 0, 0, 0]], dtype=int32), Array([[2, 2, 2, 2]], dtype=int32))
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zigzag_jax.layout import CHUNKS, Layout, check_layout, chunk_starts, global_positions
+
+
+class KeyRange(NamedTuple):
+    """Rows of K and V that each query row sees: start <= j < stop, nothing where stop <= start.
+
+    Both are int32 [B, Sq], or [1, Sq] where every batch row has the same; neither may decrease along Sq.
+    """
+
+    start: jax.Array
+    stop: jax.Array
+
+
+def visible_bounds(g: jax.Array, positions=None, window=None) -> tuple[jax.Array, jax.Array]:
+    """Global bounds [lo, hi) of the keys that queries at global positions g see.
+
+    g: int32 [Sq]. positions: int32 [B, Sq], the tokens' indices inside their documents, or None for one document.
+    window: int, int32 scalar array (traced too) or None; a window of W lets a token see itself and the W - 1 before it.
+    Returns lo int32 [B or 1, Sq], hi int32 [1, Sq].
+    """
+    g = g[None, :]
+    lo = jnp.zeros_like(g) if positions is None else g - positions
+    if window is not None:
+        lo = jnp.maximum(lo, g - jnp.asarray(window, jnp.int32) + 1)
+    return lo, g + 1
+
+
+def key_range(lo, hi, source, cp: int, length: int, layout: Layout = "zigzag") -> KeyRange:
+    """Local range of the keys of rank `source` (int or traced) inside global [lo, hi).
+
+    lo int32 [B or 1, Sq] and hi int32 [1, Sq] from `visible_bounds`; `length` keys a rank.
+    """
+    starts = chunk_starts(source, cp, length, layout)
+    chunk = length // len(starts)
+
+    def count(x):
+        return sum(jnp.clip(x - start, 0, chunk) for start in starts)
+
+    return KeyRange(count(lo), jnp.broadcast_to(count(hi), lo.shape))
+
+
+def row_bounds(keys: KeyRange, tile: int) -> tuple[jax.Array, jax.Array]:
+    """First and end key that any row of each tile of `tile` query rows sees: int32 [B or 1, Sq / tile], start > stop if none.
+
+    The kernels' query side: rows that see nothing do not widen a tile.
+    """
+    start, stop = (x.reshape(x.shape[0], -1, tile) for x in keys)
+    seen = stop > start
+    none = jnp.iinfo(jnp.int32).max
+    return jnp.min(jnp.where(seen, start, none), axis=2), jnp.max(jnp.where(seen, stop, 0), axis=2)
+
+
+def tile_rows(keys: KeyRange, key_tile: int, key_length: int) -> tuple[jax.Array, jax.Array]:
+    """First and end query row that sees any key of each tile of `key_tile` keys: int32 [B or 1, ceil(Sk / key_tile)].
+
+    The kernels' key side. start and stop never decrease, so the rows that end before key k0 come first and those that start at or
+    after k1 come last; first >= end where no row sees the tile. Rows between may still see nothing of it.
+    """
+    k0 = jnp.arange(0, key_length, key_tile, dtype=jnp.int32)
+    start, stop = keys.start[:, None, :], keys.stop[:, None, :]
+    first = jnp.sum(stop <= k0[None, :, None], axis=2, dtype=jnp.int32)
+    end = jnp.sum(start < jnp.minimum(k0 + key_tile, key_length)[None, :, None], axis=2, dtype=jnp.int32)
+    return first, end
+
+
+def live_steps(cp: int, length: int, window: int | None, layout: Layout = "zigzag") -> tuple[int, ...]:
+    """Ring steps at which any rank sees any key; at step s rank r meets the keys of rank (r - s) % cp.
+
+    length: tokens a rank holds. window: a static int or None (all steps live). A window of W reaches m = ceil((W - 1) / chunk)
+    chunks back, so with zigzag only steps {0..m} and {cp - m..cp - 1} do any work, with contiguous only {0..m}.
+
+    >>> live_steps(cp=8, length=2048, window=1024)
+    (0, 1, 7)
+    """
+    check_layout(layout)
+    if window is None:
+        return tuple(range(cp))
+    reach = -(-(window - 1) // (length // CHUNKS[layout]))
+    back = reach if layout == "zigzag" else 0
+    return tuple(s for s in range(cp) if s <= reach or s >= cp - back)
+
+
+__all__ = ["KeyRange", "global_positions", "key_range", "live_steps", "row_bounds", "tile_rows", "visible_bounds"]
