@@ -4,7 +4,8 @@
     kernels     flash attention, grouped matmul    ring        the keys' way round the mesh
     attention   the functions to call
 
-Importing this touches no device and needs jax and numpy only; `zigzag_jax.models` and `zigzag_jax.train` need the `train` extra.
+Importing this touches no device and needs jax and numpy only; `zigzag_jax.models` and `zigzag_jax.train` need the
+`train` extra.
 """
 
 from zigzag_jax.attention import ring_attention, zigzag_attention

@@ -3,24 +3,25 @@
     zigzag_attention     global arrays in zigzag order, under jit or eagerly: it opens the shard_map itself
     ring_attention       one rank's arrays, inside a shard_map of your own
 
-Both are causal. `positions` (a token's index inside its document) is the mask for packed sequences; a model's rotary positions may be other
-numbers and are the model's own affair. At cp = 1 both are plain flash attention.
+Both are causal. `positions` (a token's index inside its document) is the mask for packed sequences; a model's rotary
+positions may be other numbers and are the model's own affair. At cp = 1 both are plain flash attention.
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from zigzag_jax.kernels import FLASH, check_implementation
 from zigzag_jax.kernels.flash.contract import check_qkv, check_settings
 from zigzag_jax.layout import CHUNKS, Layout, check_layout, global_positions
 from zigzag_jax.ranges import live_steps, visible_bounds
-from zigzag_jax.ring import STRATEGIES, Plan, ring
+from zigzag_jax.ring import STRATEGIES, Plan, Strategy, ring
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -69,7 +70,8 @@ def _check_inside_shard_map(q, axis_name: str) -> int:
     """Size of the ring's axis. ValueError outside of a fully manual shard_map(check_vma=False) over it."""
     if jax.typeof(q).mat.varying:
         raise ValueError(
-            f"ring_attention needs shard_map(..., check_vma=False): q is typed as varying over {jax.typeof(q).mat.varying}"
+            "ring_attention needs shard_map(..., check_vma=False), got a q that is typed as varying over "
+            f"{sorted(jax.typeof(q).mat.varying)}"
         )
     mesh = jax.sharding.get_abstract_mesh()
     if axis_name not in mesh.manual_axes:
@@ -85,30 +87,26 @@ def _check_inside_shard_map(q, axis_name: str) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- per shard
 def ring_attention(
-    q, k, v, *, axis_name: str = "cp", positions=None, window=None, scale=None, sink=None, softcap=None, strategy="ring",
-    implementation=None, return_lse=False, deterministic=False, grad_dtype=None, layout: Layout = "zigzag",
-):  # fmt: skip
+    q, k, v, *, axis_name: str = "cp", positions=None, window=None, scale=None, sink=None, softcap=None,
+    strategy: Strategy = "ring", implementation=None, return_lse=False, deterministic=False, grad_dtype=None,
+    layout: Layout = "zigzag",
+) -> Any:  # fmt: skip
     """Causal attention of this rank's queries over the keys of all ranks on `axis_name`, inside your own shard_map.
 
-    The shard_map must be manual over every mesh axis and have `check_vma=False`: manual over `axis_name` alone, XLA would gather the batch
-    in front of the kernel.
+    The shard_map must be manual over every mesh axis and have `check_vma=False`: manual over `axis_name` alone, XLA
+    would gather the batch in front of the kernel.
 
     Args:
-      q: [B, S / cp, H, D], this rank's rows in zigzag order; bfloat16, float16 or float32.
-      k: [B, S / cp, K, D], H % K == 0, same dtype.
-      v: [B, S / cp, K, E], same dtype.
-      axis_name: mesh axis of the ring.
-      positions: int32 [B, S / cp], index of each token inside its document, or None: one document a row.
-      window: a token sees itself and the window - 1 tokens before it: an int (ring steps that nobody needs are skipped) or an integer
-        scalar array, traced too (it may differ per layer), or None.
-      scale: static factor of q.k; default D ** -0.5.
-      sink: float [H] logits of an attention sink per head, or None.
-      softcap: static cap of the scores, or None.
-      strategy: "ring" or "allgather".
-      implementation: kernel, a key of zigzag_jax.kernels.FLASH, or None for this backend's.
-      return_lse: also return lse float32 [B, H, S / cp] (natural log); it may have a cotangent.
-      deterministic: gradient sums in a fixed order.
-      grad_dtype: dtype in which the gradient of k and v travels: float32 (default) or bfloat16 (half the bytes, error grows with cp).
+      q: [B, S / cp, H, D], this rank's rows in zigzag order; bfloat16, float16 or float32. k: [B, S / cp, K, D], H % K
+        == 0, same dtype. v: [B, S / cp, K, E], same dtype. axis_name: mesh axis of the ring. positions: int32 [B, S /
+        cp], index of each token inside its document, or None: one document a row. window: a token sees itself and the
+        window - 1 tokens before it: an int (ring steps that nobody needs are skipped) or an integer scalar array,
+        traced too (it may differ per layer), or None.
+      scale: static factor of q.k; default D ** -0.5. sink: float [H] logits of an attention sink per head, or None.
+        softcap: static cap of the scores, or None. strategy: "ring" or "allgather". implementation: kernel, a key of
+        zigzag_jax.kernels.FLASH, or None for this backend's. return_lse: also return lse float32 [B, H, S / cp]
+        (natural log); it may have a cotangent. deterministic: gradient sums in a fixed order. grad_dtype: dtype in
+        which the gradient of k and v travels: float32 (default) or bfloat16 (half the bytes, error grows with cp).
       layout: "zigzag", or "contiguous" (the naive layout, unbalanced: for comparison).
 
     Returns:
@@ -133,7 +131,7 @@ def ring_attention(
     )  # fmt: skip
     rank = lax.axis_index(axis_name) if cp > 1 else 0
     lo, hi = visible_bounds(global_positions(rank, cp, length, layout), positions, window)
-    out, lse = ring(plan, None, q, (k, v), lo, hi, sink)
+    out, lse = cast(tuple[jax.Array, jax.Array], ring(plan, None, q, (k, v), lo, hi, sink))
     return (out, lse) if return_lse else out
 
 
@@ -150,7 +148,7 @@ def _type_spec(x, mesh) -> PartitionSpec | None:
     """The spec that x is known to have: from its type on Explicit axes, from the array itself when it is concrete."""
     if all(t == AxisType.Explicit for t in mesh.axis_types):
         return jax.typeof(x).sharding.spec
-    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and isinstance(x.sharding, NamedSharding):
+    if isinstance(x, jax.Array) and not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
         return x.sharding.spec
     return None
 
@@ -164,7 +162,9 @@ def _size(mesh, entry) -> int:
 
 
 def _find_spec(q, mesh, spec, axis_name: str) -> PartitionSpec:
-    """The full [batch, sequence, heads, head_dim] spec of q, checked against the mesh and against what q is known to be."""
+    """The full [batch, sequence, heads, head_dim] spec of q, checked against the mesh and against what q is known to
+    be.
+    """
     known = _type_spec(q, mesh)
     if spec is None:
         if known is None or not all(t == AxisType.Explicit for t in mesh.axis_types):
@@ -211,19 +211,16 @@ def zigzag_attention(
     """Causal attention on global arrays whose sequence axis is sharded over `axis_name` in zigzag order.
 
     Args:
-      q: [B, S, H, D] in zigzag order (to_zigzag), S % (2 * cp) == 0; bfloat16, float16 or float32.
-      k: [B, S, K, D], H % K == 0, same dtype.
-      v: [B, S, K, E], same dtype; E may differ from D.
-      positions: int32 [B, S], zigzag order, index of each token inside its document; None: one document a row.
-      window: as in ring_attention, like scale, sink, softcap, implementation, deterministic, grad_dtype, layout.
-      scale: see window.
-      sink: see window.
-      softcap: see window.
-      mesh: Mesh with the axis `axis_name`; None takes the one set by jax.set_mesh.
-      spec: how q is sharded, PartitionSpec(batch axes, axis_name, head axes, None); k and v alike. Needed on a mesh with Auto axes, where no
-        array's type tells it; an axis that q is sharded over and spec leaves out would be gathered. None: from q's type (Explicit axes).
-      axis_name: mesh axis of the ring.
-      strategy: "ring", "allgather", or None, which is "ring": it needs least memory. With many short documents in a row "allgather" is better balanced.
+      q: [B, S, H, D] in zigzag order (to_zigzag), S % (2 * cp) == 0; bfloat16, float16 or float32. k: [B, S, K, D], H %
+        K == 0, same dtype. v: [B, S, K, E], same dtype; E may differ from D. positions: int32 [B, S], zigzag order,
+        index of each token inside its document; None: one document a row. window: as in ring_attention, like scale,
+        sink, softcap, implementation, deterministic, grad_dtype, layout. scale: see window. sink: see window. softcap:
+        see window. mesh: Mesh with the axis `axis_name`; None takes the one set by jax.set_mesh. spec: how q is
+        sharded, PartitionSpec(batch axes, axis_name, head axes, None); k and v alike. Needed on a mesh with Auto axes,
+        where no array's type tells it; an axis that q is sharded over and spec leaves out would be gathered. None: from
+        q's type (Explicit axes).
+      axis_name: mesh axis of the ring. strategy: "ring", "allgather", or None, which is "ring": it needs least memory.
+        With many short documents in a row "allgather" is better balanced.
       implementation: see window.
       deterministic: see window.
       grad_dtype: see window.
@@ -258,7 +255,8 @@ def zigzag_attention(
     def attend(q, k, v, extras):
         return ring_attention(
             q, k, v, **({"window": static_window} | extras), axis_name=axis_name, scale=scale, softcap=softcap,
-            strategy=strategy, implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype, layout=layout,
+            strategy=strategy, implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype,
+            layout=layout,
         )  # fmt: skip
 
     in_specs = (spec, spec, spec, {name: specs[name] for name in extras})

@@ -21,8 +21,8 @@ that the mesh shards is the ranks' pieces one after another:
 A rank's rows are sorted by global position. Everything else in the library (one mask rule for every ring step, tiles
 that are skipped, documents, windows) follows from that.
 
-The naive layout, rank r holding the r-th of cp equal pieces, is `contiguous`: one chunk a rank instead of two. It is here
-because the balance of zigzag has to be measured against something.
+The naive layout, rank r holding the r-th of cp equal pieces, is `contiguous`: one chunk a rank instead of two. It is
+here because the balance of zigzag has to be measured against something.
 """
 
 from typing import Literal
@@ -58,7 +58,8 @@ def chunk_length(seq_len: int, cp: int) -> int:
 def chunk_starts(rank, cp: int, length: int, layout: Layout = "zigzag") -> list:
     """Global position at which each chunk of a rank starts, in the rank's order.
 
-    rank: int or traced int32 scalar. length: tokens that the rank holds. Returns two ints (or traced scalars) for zigzag,
+    rank: int or traced int32 scalar. length: tokens that the rank holds. Returns two ints (or traced scalars) for
+      zigzag,
     one for contiguous; their chunks have length // len(result) tokens.
     """
     if layout == "contiguous":
@@ -118,9 +119,9 @@ def from_zigzag(tree, cp: int, axis: int = 1):
 def check_positions(array, cp: int) -> None:
     """Check on the host that int `array` [B, S], in natural order, holds each token's index inside its document.
 
-    Documents lie one after another, so a row starts at 0 and each value is 0 or one more than the value before it (a pad
-    is a document of one token). ValueError names the first place that breaks the rule. Under jit only shape and dtype of
-    positions can be checked: call this on real data, before `to_zigzag`.
+    Documents lie one after another, so a row starts at 0 and each value is 0 or one more than the value before it (a
+    pad is a document of one token). ValueError names the first place that breaks the rule. Under jit only shape and
+    dtype of positions can be checked: call this on real data, before `to_zigzag`.
     """
     array = np.asarray(array)
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):

@@ -1,16 +1,17 @@
 """What each row may see: one idea instead of three cases.
 
 Causal attention over packed documents with an optional sliding window W lets the query at global position g see exactly
-the keys in [lo, g], lo = max(start of its document, g - W + 1). A rank's keys are sorted by global position (layout.py), so
-for every query row and every source rank the visible keys are **one contiguous range of local rows**. With
+the keys in [lo, g], lo = max(start of its document, g - W + 1). A rank's keys are sorted by global position
+(layout.py), so for every query row and every source rank the visible keys are **one contiguous range of local rows**.
+With
 
     count(x) = number of the source's keys before global position x
              = sum over the source's chunk starts s of clip(x - s, 0, chunk)
 
-that range is [count(lo), count(g + 1)), empty when stop <= start, and start and stop never decrease from row to row. The
-diagonal step, the "front half of K" step, the "back half of Q" step, documents, windows and padding are all this one rule,
-for two chunks a rank (zigzag) or one (contiguous). Nothing about the mask travels round the ring, and since ranges are data a
-window may be a traced value that differs from layer to layer.
+that range is [count(lo), count(g + 1)), empty when stop <= start, and start and stop never decrease from row to row.
+The diagonal step, the "front half of K" step, the "back half of Q" step, documents, windows and padding are all this
+one rule, for two chunks a rank (zigzag) or one (contiguous). Nothing about the mask travels round the ring, and since
+ranges are data a window may be a traced value that differs from layer to layer.
 
     >>> g = global_positions(rank=1, cp=2, length=4)      # rank 1 of 2 holds tokens 2 3 | 4 5, rank 0 holds 0 1 | 6 7
     >>> lo, hi = visible_bounds(g)
@@ -19,6 +20,7 @@ window may be a traced value that differs from layer to layer.
     (Array([[0, 0, 0, 0]], dtype=int32), Array([[2, 2, 2, 2]], dtype=int32))
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -60,13 +62,14 @@ def key_range(lo, hi, source, cp: int, length: int, layout: Layout = "zigzag") -
     chunk = length // len(starts)
 
     def count(x):
-        return sum(jnp.clip(x - start, 0, chunk) for start in starts)
+        return functools.reduce(jnp.add, [jnp.clip(x - start, 0, chunk) for start in starts])
 
     return KeyRange(count(lo), jnp.broadcast_to(count(hi), lo.shape))
 
 
 def row_bounds(keys: KeyRange, tile: int) -> tuple[jax.Array, jax.Array]:
-    """First and end key that any row of each tile of `tile` query rows sees: int32 [B or 1, Sq / tile], start > stop if none.
+    """First and end key that any row of each tile of `tile` query rows sees: int32 [B or 1, Sq / tile], start > stop if
+    none.
 
     The kernels' query side: rows that see nothing do not widen a tile.
     """
@@ -79,8 +82,8 @@ def row_bounds(keys: KeyRange, tile: int) -> tuple[jax.Array, jax.Array]:
 def tile_rows(keys: KeyRange, key_tile: int, key_length: int) -> tuple[jax.Array, jax.Array]:
     """First and end query row that sees any key of each tile of `key_tile` keys: int32 [B or 1, ceil(Sk / key_tile)].
 
-    The kernels' key side. start and stop never decrease, so the rows that end before key k0 come first and those that start at or
-    after k1 come last; first >= end where no row sees the tile. Rows between may still see nothing of it.
+    The kernels' key side. start and stop never decrease, so the rows that end before key k0 come first and those that
+    start at or after k1 come last; first >= end where no row sees the tile. Rows between may still see nothing of it.
     """
     k0 = jnp.arange(0, key_length, key_tile, dtype=jnp.int32)
     start, stop = keys.start[:, None, :], keys.stop[:, None, :]
@@ -92,7 +95,8 @@ def tile_rows(keys: KeyRange, key_tile: int, key_length: int) -> tuple[jax.Array
 def live_steps(cp: int, length: int, window: int | None, layout: Layout = "zigzag") -> tuple[int, ...]:
     """Ring steps at which any rank sees any key; at step s rank r meets the keys of rank (r - s) % cp.
 
-    length: tokens a rank holds. window: a static int or None (all steps live). A window of W reaches m = ceil((W - 1) / chunk)
+    length: tokens a rank holds. window: a static int or None (all steps live). A window of W reaches m = ceil((W - 1) /
+      chunk)
     chunks back, so with zigzag only steps {0..m} and {cp - m..cp - 1} do any work, with contiguous only {0..m}.
 
     >>> live_steps(cp=8, length=2048, window=1024)

@@ -1,27 +1,30 @@
 """The ring: every rank's queries meet every rank's keys while the keys travel. The only file that permutes.
 
-A rank keeps its queries and sends its *payload* (k and v, or what they are made of) on to the next rank; at step s rank r holds the payload
-of rank (r - s) % cp. What a step's rows see of it is data (ranges.py), so all steps run one kernel, and the online softmax is carried from
-step to step inside it:
+A rank keeps its queries and sends its *payload* (k and v, or what they are made of) on to the next rank; at step s rank
+r holds the payload of rank (r - s) % cp. What a step's rows see of it is data (ranges.py), so all steps run one kernel,
+and the online softmax is carried from step to step inside it:
 
     forward    step  0     1     2     3            backward   step  1     2     3     0
                kernel ===== ===== ===== =====                  kernel ===== ===== ===== =====
                payload ---> ----> ---->                        payload ---> ---->
                                                                dk, dv       ----> ----> ---->  home
 
-The backward recomputes with the global lse; its gradient of k and v travels behind the payload, float32, each rank adding its share. The
-diagonal step comes last, so that the gradient's hop home has a kernel above it too: cp - 1 hops forward, cp - 1 payload and cp - 1 gradient
-hops backward. A static window leaves steps that no rank needs: they are skipped, the payload taking the gap in one permute.
+The backward recomputes with the global lse; its gradient of k and v travels behind the payload, float32, each rank
+adding its share. The diagonal step comes last, so that the gradient's hop home has a kernel above it too: cp - 1 hops
+forward, cp - 1 payload and cp - 1 gradient hops backward. A static window leaves steps that no rank needs: they are
+skipped, the payload taking the gap in one permute.
 
 The one hard thing is to have XLA run the hops *under* the kernels:
-- each permute carries `_xla_gpu_collective_stream="p2p"`, a scheduler resource of its own that lets four fly at a time. It is a hint that XLA may
-  drop one day: a test of the compiled schedule guards it;
-- the next hop is posted before this step's kernel, and each hop ends in an `optimization_barrier` right behind the kernel;
-- the loop runs two hops an iteration (one would copy the payload), and straight-line code takes the place of a loop with a single trip,
-  which XLA would inline, losing the barriers' isolation;
+- each permute carries `_xla_gpu_collective_stream="p2p"`, a scheduler resource of its own that lets four fly at a time.
+  It is a hint that XLA may drop one day: a test of the compiled schedule guards it;
+- the next hop is posted before this step's kernel, and each hop ends in an `optimization_barrier` right behind the
+  kernel;
+- the loop runs two hops an iteration (one would copy the payload), and straight-line code takes the place of a loop
+  with a single trip, which XLA would inline, losing the barriers' isolation;
 - the first payload hop of the backward is posted before delta and so rides under the matmul that makes dout.
 
-`strategy="allgather"` brings all keys to every rank instead: better balanced where documents make the ring's lock step wait, for cp times the memory.
+`strategy="allgather"` brings all keys to every rank instead: better balanced where documents make the ring's lock step
+wait, for cp times the memory.
 """
 
 import functools
@@ -48,7 +51,8 @@ OUT_NAME, LSE_NAME = "attn_out", "attn_lse"  # for jax.checkpoint_policies.save_
 class Expand(Protocol):
     """How k and v are made of the payload that travels, and how gradients go back. A frozen dataclass without arrays.
 
-    Arithmetic and gradients are float32: a generic jax.vjp would round the travelling gradient to k's dtype at every hop.
+    Arithmetic and gradients are float32: a generic jax.vjp would round the travelling gradient to k's dtype at every
+    hop.
     """
 
     def fwd(self, params, payload) -> tuple[jax.Array, jax.Array]:
@@ -117,10 +121,14 @@ class Plan:
 def ring(plan: Plan, params, q, payload, lo, hi, sink=None) -> tuple[jax.Array, jax.Array]:
     """Attention of this rank's queries over all ranks' keys; runs inside a fully manual shard_map(check_vma=False).
 
-    params: float32 pytree of plan.expand's weights, the same on every rank, or None. q: [B, length, H, D]. payload: pytree that
-    plan.expand makes k and v of. lo int32 [B or 1, length] and hi int32 [1, length]: global bounds of the keys a row sees
-    (ranges.visible_bounds). sink: float32 [H] logits or None. Returns out [B, length, H, E] in q's dtype and lse float32
-    [B, H, length], natural log. The gradient of params and sink is this rank's share: sum it over the mesh (the transpose of
+    params: float32 pytree of plan.expand's weights, the same on every rank, or None. q: [B, length, H, D]. payload:
+      pytree that
+      pytree that plan.expand makes k and v of. lo int32 [B or 1, length] and hi int32 [1, length]: global bounds of the
+      keys a row sees
+      keys a row sees (ranges.visible_bounds). sink: float32 [H] logits or None. Returns out [B, length, H, E] in q's
+      dtype and lse float32
+      dtype and lse float32 [B, H, length], natural log. The gradient of params and sink is this rank's share: sum it
+      over the mesh (the transpose of
     shard_map does for an in_spec of P()).
     """
     return _ring_fwd(plan, params, q, payload, lo, hi, sink)[0]
@@ -128,7 +136,8 @@ def ring(plan: Plan, params, q, payload, lo, hi, sink=None) -> tuple[jax.Array, 
 
 def _ring_fwd(plan: Plan, params, q, payload, lo, hi, sink):
     forward = _gathered_forward if plan.strategy == "allgather" else _ring_forward
-    # The barrier keeps XLA from running the last kernel twice, or from fusing its in-place result into a stack of residuals.
+    # The barrier keeps XLA from running the last kernel twice, or from fusing its in-place result into a stack of
+    # residuals.
     out, lse = lax.optimization_barrier(forward(plan, params, q, payload, lo, hi, sink))
     out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
     return (out, lse), (params, q, payload, lo, hi, sink, out, lse)
@@ -188,7 +197,9 @@ def _forward_hops(live: tuple[int, ...]) -> list[Hop]:
 
 
 def _backward_hops(live: tuple[int, ...], cp: int) -> list[Hop]:
-    """Live steps in order, the diagonal last; the payload has made its first hop before, the gradient's last leads home."""
+    """Live steps in order, the diagonal last; the payload has made its first hop before, the gradient's last leads
+    home.
+    """
     steps = live[1:]
     if not steps:
         return [Hop(0, by=0)]
@@ -260,7 +271,8 @@ def _ring_backward(plan: Plan, params, q, payload, lo, hi, out, lse, dout, dlse)
             q, k, v, lse, delta, dout, plan.keys(lo, hi, h.step), scale=plan.scale, dq=dq, softcap=plan.softcap,
             deterministic=plan.deterministic, implementation=plan.implementation,
         )  # fmt: skip
-        # hops end here: before expand's backward and before the sum, so that their wait is for a kernel and not for small matmuls
+        # hops end here: before expand's backward and before the sum, so that their wait is for a kernel and not for
+        # small matmuls
         (dq, dk, dv), following, arrived = lax.optimization_barrier((grads, following, arrived))
         share, traveller = plan.expand.bwd(params, payload, dk, dv)
         if arrived is not None:

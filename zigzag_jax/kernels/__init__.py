@@ -3,8 +3,9 @@
     flash_fwd, flash_bwd     attention of one block of queries over one block of keys (flash/contract.py)
     grouped_matmul           the matmul of a layer of experts (grouped/contract.py)
 
-`implementation` names an entry of the tables below; None takes `default_implementation()`. An unknown name is a ValueError; an
-implementation that cannot do what is asked raises NotImplementedError: there is no silent way to a slower one.
+`implementation` names an entry of the tables below; None takes `default_implementation()`. An unknown name is a
+ValueError; an implementation that cannot do what is asked raises NotImplementedError: there is no silent way to a
+slower one.
 """
 
 import functools

@@ -1,17 +1,19 @@
 """The contract every flash kernel keeps: shapes, dtypes, units, and the errors for what breaks it.
 
-    q [B, Sq, H, D], k [B, Sk, K, D], v [B, Sk, K, E]     bfloat16, float16 or float32, all three alike; H % K == 0; D may differ from E
+    q [B, Sq, H, D], k [B, Sk, K, D], v [B, Sk, K, E]     bfloat16, float16 or float32, all three alike; H % K == 0
     keys = KeyRange(start, stop)                          int32 [B or 1, Sq]: row i sees keys start[i] <= j < stop[i]
     out [B, Sq, H, E], lse [B, H, Sq]                     sums in float32
 
-Query head h reads key head h // (H // K) (GQA; K == 1 is MQA). LSE is the **natural** logarithm of the softmax denominator, float32,
--inf for a row that saw nothing; that row's out is 0. Scores are softcap * tanh(scale * q.k / softcap) where softcap is given.
+D may differ from E. Query head h reads key head h // (H // K) (GQA; K == 1 is MQA). LSE is the **natural** logarithm of
+the softmax denominator, float32, -inf for a row that saw nothing; that row's out is 0. Scores are softcap * tanh(scale
+* q.k / softcap) where softcap is given.
 
-`carry = (out, lse)`, both float32, continues the online softmax of an earlier call over other keys: the result is that of one call over
-both. An attention sink is a first carry of (0, sink logit).
+`carry = (out, lse)`, both float32, continues the online softmax of an earlier call over other keys: the result is that
+of one call over both. An attention sink is a first carry of (0, sink logit).
 
-The backward takes the lse of the *whole* softmax (all ring steps) and delta = rowsum(dout * out) - dlse, [B, H, Sq], so that every call
-yields its own keys' share of the gradient. It adds into `dq`, the derivative with respect to q with the scale applied exactly once.
+The backward takes the lse of the *whole* softmax (all ring steps) and delta = rowsum(dout * out) - dlse, [B, H, Sq], so
+that every call yields its own keys' share of the gradient. It adds into `dq`, the derivative with respect to q with the
+scale applied exactly once.
 
 An implementation raises NotImplementedError for what it cannot do; ValueError means that the caller broke the contract.
 """
@@ -22,6 +24,7 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from zigzag_jax.ranges import KeyRange
 
@@ -29,7 +32,7 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 class Carry(NamedTuple):
-    """A softmax under way: out float32 [B, Sq, H, E], already divided by its denominator, and lse float32 [B, H, Sq]."""
+    """A softmax under way: out float32 [B, Sq, H, E], divided by its denominator, and lse float32 [B, H, Sq]."""
 
     out: jax.Array
     lse: jax.Array
@@ -77,7 +80,7 @@ def _check_dtype(name: str, x, dtype) -> None:
 
 def check_static_number(name: str, value, rule: Callable[[float], bool], words: str) -> float:
     """`value` as a float. ValueError where it is traced, no number, not finite or against the rule."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise ValueError(f"{name} must be a static Python number, got a traced value {value}")
     try:
         number = float(value)

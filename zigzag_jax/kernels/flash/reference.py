@@ -1,11 +1,11 @@
 """The flash contract in plain XLA: the implementation for CPU, and the one the others are compared with.
 
-Queries and keys are cut into tiles. A loop over query tiles holds a loop over key tiles whose bounds are *data*: it runs from the first to
-the last key tile that any row of the query tile sees, so an empty tile costs nothing and memory stays at one tile of scores however long
-the sequence. All arithmetic is float32 whatever the inputs.
+Queries and keys are cut into tiles. A loop over query tiles holds a loop over key tiles whose bounds are *data*: it
+runs from the first to the last key tile that any row of the query tile sees, so an empty tile costs nothing and memory
+stays at one tile of scores however long the sequence. All arithmetic is float32 whatever the inputs.
 
-The forward is the online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022): with row maximum m, denominator l and
-unnormalised output a, a tile of scores s updates
+The forward is the online softmax (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022): with row maximum m,
+denominator l and unnormalised output a, a tile of scores s updates
 
     m' = max(m, max s)     l' = l exp(m - m') + sum exp(s - m')     a' = a exp(m - m') + exp(s - m') v
 
@@ -69,7 +69,7 @@ class _Tiles:
         return lax.dynamic_slice_in_dim(x, j * self.tk, self.tk, axis=1).astype(jnp.float32)
 
     def scores(self, qi, kj, i, j):
-        """(scores, slope of the softcap, visible), all [B or 1, K or 1, G or 1, tq, tk]; slope is 1.0 without softcap."""
+        """(scores, slope of the softcap or 1.0, visible), each [B or 1, K or 1, G or 1, tq, tk]."""
         s, slope = _einsum("bkgqd,bskd->bkgqs", qi, kj) * self.settings.scale, 1.0
         if (cap := self.settings.softcap) is not None:
             t = jnp.tanh(s / cap)

@@ -1,13 +1,14 @@
 """The contract of the grouped matmul: every group of rows of x meets its own matrix.
 
-    x [M, k], w [G, k, n], group_sizes int32 [G]  ->  y [M, n]
-    y[i] = x[i] @ w[g] for the rows i of group g; groups lie one after another from row 0; rows past the sum of the sizes: zero
+    x [M, k], w [G, k, n], group_sizes int32 [G]  ->  y [M, n] y[i] = x[i] @ w[g] for the rows i of group g; groups lie
+    one after another from row 0; rows past the sum of the sizes: zero
 
 x and w have one dtype (bfloat16, float16 or float32); sums are float32, y has `out_dtype` (default x's). The gradients:
 
     dx[i] = dy[i] @ w[g]^T in x's dtype, zero past the sum          dw[g] = x[rows of g]^T @ dy[rows of g] in w's dtype
 
-Rows past the sum may hold anything, nan too, and reach no result. A nan in one group's rows or matrix reaches that group only.
+Rows past the sum may hold anything, nan too, and reach no result. A nan in one group's rows or matrix reaches that
+group only.
 """
 
 import functools

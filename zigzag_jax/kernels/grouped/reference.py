@@ -1,7 +1,8 @@
 """The grouped matmul in plain XLA: blocks of 64 rows, each with its group's matrix.
 
-The rows of a group are cut into blocks of 64, the last one partly empty; a loop runs over the blocks there really are, so the cost depends on
-the rows and (by at most one part-empty block a group) not on the number of groups. `lax.ragged_dot` on a CPU multiplies every row by every matrix.
+The rows of a group are cut into blocks of 64, the last one partly empty; a loop runs over the blocks there really are,
+so the cost depends on the rows and (by at most one part-empty block a group) not on the number of groups.
+`lax.ragged_dot` on a CPU multiplies every row by every matrix.
 """
 
 import jax.numpy as jnp
