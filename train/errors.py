@@ -1,4 +1,6 @@
-"""The one error a person can mend: a field, the rule it breaks, the value it had."""
+"""How a run ends, and the one error a person can mend: a field, the rule it breaks, the value it had."""
+
+DONE, USER_ERROR, PREEMPTED = 0, 2, 75  # exit codes: finished, a user's mistake, interrupted and saved
 
 
 class UserError(ValueError):

@@ -1,0 +1,79 @@
+"""Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
+
+Each holds the state and a small JSON with what the run was (`identity`). A folder appears under its final name only
+when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed STEP.corrupt, and the one
+before it used.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from zigzag_jax.train.errors import UserError
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
+        self.folder, self.keep, self.say = folder.absolute(), keep, say
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
+        return ocp.CheckpointManager(self.folder, options=options)
+
+    def latest(self) -> int | None:
+        """Newest step, or None."""
+        return self._manager.latest_step()
+
+    def identity(self) -> dict[str, Any] | None:
+        """What the run that wrote the newest readable identity was, or None where there is no checkpoint."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                return json.loads((self.folder / str(step) / "identity" / "metadata").read_text())
+            except (OSError, ValueError):
+                continue  # `restore` names it
+        return None
+
+    def save(self, step: int, state: Any, identity: dict[str, Any]) -> None:
+        """Begin to save the state after `step` finished steps; returns while the files are written."""
+        if step != self.latest():
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state), identity=ocp.args.JsonSave(identity))
+            self._manager.save(step, args=args)
+
+    def restore(self, abstract: Any) -> tuple[int, Any] | None:
+        """(step, state) of the newest checkpoint that can be read, or None; `abstract` are shapes with shardings."""
+        while (step := self.latest()) is not None:
+            try:
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                return step, self._manager.restore(step, args=args)["state"]
+            except Exception as error:  # whatever a damaged file raises: it is named, kept and passed over
+                self._set_aside(step, error)
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        path = self.folder / str(step)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        self.say(f"checkpoints/{step} cannot be read and is now {path}.corrupt; the one before it is used ({reason})")
+        self._manager.close()
+        path.rename(f"{path}.corrupt")
+        self._manager = self._open()
+
+    def wait(self) -> None:
+        """Return when all that was begun is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finish writing and stop."""
+        self._manager.close()
+
+
+def check_identity(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """UserError for the first field in which a resumed run would be another run."""
+    for name, value in new.items():
+        if name in old and old[name] != value:
+            raise UserError(name, f"must stay what the run was begun with, {old[name]} (or give another --out)", value)

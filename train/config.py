@@ -1,0 +1,142 @@
+"""Everything a run can be told, as frozen dataclasses; the command line is made of them, field by field.
+
+A run is its Config: `python -m zigzag_jax.train --model tiny-qwen3-moe --mesh.cp 4` and
+`run(Config(mesh=MeshConfig(cp=4)))` are the same. The same Config again resumes. `check` finds the mistakes that need
+no device and no file.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from zigzag_jax.train.errors import UserError
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices = dp * fsdp * cp. With no axis given: 2 x 2 (dp x cp) CPU devices, or cp over all GPUs."""
+
+    dp: int | None = None
+    """Data parallel replicas: rows are cut over them, parameters are not."""
+    fsdp: int | None = None
+    """Shards of the parameters that also cut the rows."""
+    ep: int | None = None
+    """Expert parallelism; only 1 in this version."""
+    cp: int | None = None
+    """Context parallelism: each sequence lies over this many devices, in zigzag order."""
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """Several processes as one run; the same command on each, but for process_id."""
+
+    coordinator: str | None = None
+    """ADDRESS:PORT of process 0."""
+    num_processes: int = 1
+    """Processes in the run."""
+    process_id: int = 0
+    """Number of this process, 0 .. num_processes - 1."""
+    timeout: int = 300
+    """Seconds to wait for the other processes at the start."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = 3e-3
+    """Peak learning rate."""
+    warmup: int = 20
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """What follows the warm-up, down to final_fraction at --steps."""
+    final_fraction: float = 0.1
+    """Last learning rate as a fraction of the peak (cosine and linear)."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms are not decayed."""
+    b1: float = 0.9
+    """Decay of the first moment."""
+    b2: float = 0.95
+    """Decay of the second moment."""
+    clip: float = 1.0
+    """Global gradient norm over which gradients are scaled down."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a mixture-of-experts language model with its sequence sharded over a zigzag ring."""
+
+    model: str = "tiny-qwen3-moe"
+    """Name of a model, or a folder with a Hugging Face config.json (then with --random-init)."""
+    random_init: bool = False
+    """Take a model folder's sizes only, with random weights."""
+    data: Path | None = None
+    """A text or JSONL file or a folder of them; default: the source text of Python's own library."""
+    tokenizer: Path | None = None
+    """A tokenizer.json; default: a byte-level BPE trained on the data, once."""
+    out: Path | None = None
+    """Folder of checkpoints, metrics and pictures; default runs/MODEL."""
+    steps: int = 400
+    """Optimiser steps of the whole run, those of earlier starts included."""
+    seq_len: int = 1024
+    """Tokens in a row."""
+    batch: int = 8
+    """Rows a step over the whole mesh."""
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the arithmetic; parameters and sums are float32."""
+    save_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 3
+    """Checkpoints to keep."""
+    eval_every: int = 100
+    """Steps between looks at the held-out loss."""
+    remat: Literal["none", "attention", "full"] = "attention"
+    """What a layer keeps for its backward: everything, the attention's result, or nothing but its input."""
+    cpu_devices: int | None = None
+    """CPU devices of this process where there is no GPU; default: as many as the mesh needs."""
+    dry_run: bool = False
+    """Print the mesh, the bytes a device holds and what the ring sends, and stop."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the devices are used."""
+    hosts: HostsConfig = field(default_factory=HostsConfig)
+    """Several processes as one run."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """The optimiser."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return self.out if self.out is not None else Path("runs") / Path(self.model).name
+
+
+def _at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(name.replace("__", ".").replace("_", "-"), f"must be >= {least}", value)
+
+
+def check(config: Config) -> None:
+    """Raise UserError for a value that no run can have."""
+    mesh, hosts, optim = config.mesh, config.hosts, config.optim
+    _at_least(1, mesh__dp=mesh.dp, mesh__fsdp=mesh.fsdp, mesh__ep=mesh.ep, mesh__cp=mesh.cp)
+    _at_least(2, seq_len=config.seq_len)
+    _at_least(1, steps=config.steps, batch=config.batch, save_every=config.save_every, eval_every=config.eval_every)
+    _at_least(1, keep=config.keep, cpu_devices=config.cpu_devices, hosts__num_processes=hosts.num_processes)
+    _at_least(1, hosts__timeout=hosts.timeout)
+    _at_least(0, seed=config.seed, optim__warmup=optim.warmup)
+    if mesh.ep not in (None, 1):
+        raise UserError("mesh.ep", "must be 1 (experts over several devices are not there yet)", mesh.ep)
+    if not 0 <= hosts.process_id < hosts.num_processes:
+        raise UserError("hosts.process-id", f"must be in 0 .. {hosts.num_processes - 1}", hosts.process_id)
+    if hosts.num_processes > 1 and hosts.coordinator is None:
+        raise UserError("hosts.coordinator", "must be ADDRESS:PORT with several processes", None)
+    for name in ("learning_rate", "clip"):
+        if not getattr(optim, name) > 0:
+            raise UserError(f"optim.{name.replace('_', '-')}", "must be > 0", getattr(optim, name))
+    for name in ("final_fraction", "b1", "b2"):
+        if not 0 <= getattr(optim, name) <= 1:
+            raise UserError(f"optim.{name.replace('_', '-')}", "must be in 0 .. 1", getattr(optim, name))
+    if not optim.weight_decay >= 0:
+        raise UserError("optim.weight-decay", "must be >= 0", optim.weight_decay)

@@ -1,0 +1,45 @@
+"""What a person watches: a live bar in a terminal, a line now and then elsewhere."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+class Display:
+    """Step, loss, tokens/s and time left of a run; only process 0 shows anything."""
+
+    def __init__(self, steps: int, done: int, console: Console) -> None:
+        self.steps, self.done, self.console = steps, done, console
+        self._begin, self._first, self._last_line = time.monotonic(), done, 0.0
+        self._bar = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+            TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._task = self._bar.add_task("", total=steps, completed=done)
+
+    def __enter__(self) -> "Display":
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Show a finished step."""
+        text = f"loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, completed=step, description=text)
+        now = time.monotonic()
+        if not self.console.is_terminal and (
+            now - self._last_line > _LINE_EVERY or step in (self._first + 1, self.steps)
+        ):
+            self._last_line = now
+            left = (now - self._begin) / max(1, step - self._first) * (self.steps - step)
+            self.console.print(f"step {step}/{self.steps}  {text}  {left:.0f} s left", highlight=False, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """A line among the others."""
+        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)

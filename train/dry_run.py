@@ -1,0 +1,46 @@
+"""--dry-run: what a run would hold and send, computed from shapes; needs no device and builds nothing."""
+
+import math
+from collections.abc import Callable
+from typing import cast
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.train.config import Config
+from zigzag_jax.train.data import padded
+from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
+from zigzag_jax.train.models import maker
+from zigzag_jax.train.optim import optimizer
+from zigzag_jax.train.step import abstract_train_state
+
+_GIB = 2**30
+
+
+def bytes_a_device(tree) -> int:
+    """Bytes of one device's pieces of all arrays of a tree of shapes with shardings."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def describe(config: Config, sizes: Qwen3MoeConfig, say: Callable[[str], None]) -> None:
+    """Say the mesh, the bytes of parameters and optimiser a device, and the hops of the ring."""
+    shape = mesh_shape(config.mesh)
+    check_batch(config, shape)
+    mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    sharding = Sharding(cast(Mesh, mesh))  # shapes need no devices
+    _, shapes = abstract_state(maker(sizes, sharding, dtype=config.dtype, remat=config.remat))
+    state = abstract_train_state(shapes, optimizer(config.optim, config.steps), sharding)
+    parameters = sum(x.size for x in jax.tree.leaves(shapes))
+    dp, fsdp, cp = shape
+    say(f"mesh          dp {dp} * fsdp {fsdp} * cp {cp} = {math.prod(shape)} devices")
+    say(f"parameters    {parameters / 1e9:.3f} billion, float32")
+    for name, tree in (("parameters", state.params), ("optimiser", state.opt_state)):
+        say(f"{name:14s}{bytes_a_device(tree) / _GIB:.3f} GiB a device")
+    length, rows = padded(config.seq_len, cp) // cp, config.batch // (dp * fsdp)
+    say(f"tokens        {rows} rows of {length} a device (rows of {config.seq_len}, padded to {length * cp})")
+    values = rows * length * sizes.num_key_value_heads * 2 * sizes.head_dim
+    itemsize = 2 if config.dtype == "bfloat16" else 4
+    say(f"ring          {cp - 1} hops of {values * itemsize / 2**20:.2f} MiB (k, v) a layer forward")
+    say(f"              {cp - 1} of the same and {cp - 1} of {values * 4 / 2**20:.2f} MiB (dk, dv) backward")

@@ -1,0 +1,88 @@
+"""The devices of a run: how many, of which kind, and the mesh (dp, fsdp, cp) they make.
+
+Rows of a batch are cut over (dp, fsdp), each sequence over cp; parameters over (fsdp, cp). On a machine without a GPU
+the CPU poses as as many devices as the mesh asks for, so that every mesh can be tried on a laptop.
+"""
+
+import math
+import os
+from pathlib import Path
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from zigzag_jax.train.config import Config, HostsConfig, MeshConfig
+from zigzag_jax.train.errors import UserError
+
+AXES = ("dp", "fsdp", "cp")
+ROWS = ("dp", "fsdp")  # mesh axes that cut the rows of a batch
+CPU_DEFAULT = MeshConfig(dp=2, cp=2)
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows an NVIDIA GPU; asks no JAX backend."""
+    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia").exists()
+
+
+def use_cpu_without_gpu() -> None:
+    """Choose the CPU where there is no GPU and nobody said otherwise; an installed CUDA plugin would print a
+    traceback.
+    """
+    if not os.environ.get("JAX_PLATFORMS") and not has_gpu():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def on_cpu() -> bool:
+    """Whether the run was told to use the CPU."""
+    return jax.config.jax_platforms == "cpu"
+
+
+def mesh_shape(config: MeshConfig, devices: int | None = None) -> tuple[int, int, int]:
+    """Sizes of (dp, fsdp, cp). An axis that is not given is 1; with none given, `devices` all go to cp (None: the
+    CPU's default).
+    """
+    if config.dp is config.fsdp is config.cp is None:
+        config = CPU_DEFAULT if devices is None else MeshConfig(cp=devices)
+    return config.dp or 1, config.fsdp or 1, config.cp or 1
+
+
+def start_devices(config: Config) -> None:
+    """Make the CPU pose as enough devices and join the other processes. Before any JAX computation."""
+    hosts = config.hosts
+    if on_cpu():
+        size = math.prod(mesh_shape(config.mesh))
+        if size % hosts.num_processes:
+            raise UserError("hosts.num-processes", f"must divide the mesh's {size} devices", hosts.num_processes)
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices or size // hosts.num_processes)
+    elif config.cpu_devices is not None:
+        raise UserError("cpu-devices", "needs a run on the CPU (JAX_PLATFORMS=cpu)", config.cpu_devices)
+    if hosts.num_processes > 1:
+        _join(hosts)
+
+
+def _join(hosts: HostsConfig) -> None:
+    if on_cpu():
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        hosts.coordinator, hosts.num_processes, hosts.process_id, initialization_timeout=hosts.timeout
+    )
+
+
+def make_mesh(config: Config) -> Mesh:
+    """The mesh over the first dp * fsdp * cp devices. UserError where there are too few or --batch does not fit."""
+    shape = mesh_shape(config.mesh, None if on_cpu() else jax.device_count())
+    size, there = math.prod(shape), jax.device_count()
+    text = " * ".join(AXES)
+    if size > there:
+        raise UserError("mesh", f"{text} must be at most the {there} devices there are", f"{size} = {shape}")
+    if size < there and jax.process_count() > 1:
+        raise UserError("mesh", f"{text} must be the {there} devices of all processes", f"{size} = {shape}")
+    check_batch(config, shape)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:size])
+
+
+def check_batch(config: Config, shape: tuple[int, int, int]) -> None:
+    """UserError where the rows of a step cannot be cut over (dp, fsdp)."""
+    rows = shape[0] * shape[1]
+    if config.batch % rows:
+        raise UserError("batch", f"must be divisible by dp * fsdp = {rows}", config.batch)

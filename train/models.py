@@ -1,0 +1,44 @@
+"""From --model to a model: a named one, or the sizes of a Hugging Face folder."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
+from zigzag_jax.models.sharding import Sharding
+from zigzag_jax.train.config import Config
+from zigzag_jax.train.errors import UserError
+
+
+def model_config(config: Config) -> Qwen3MoeConfig:
+    """The sizes that --model names. UserError where it names nothing that can be built."""
+    name, folder = config.model, Path(config.model)
+    if name in PRESETS:
+        return PRESETS[name]
+    if not folder.is_dir():
+        raise UserError("model", f"must be one of {', '.join(PRESETS)} or a folder with a config.json", name)
+    if not config.random_init:
+        raise UserError("model", "must be given with --random-init: a folder's weights are not read yet", name)
+    try:
+        return Qwen3MoeConfig.from_hf(folder)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError("model", f"must hold a config.json that can be computed ({error})", name) from None
+
+
+def fit_vocabulary(sizes: Qwen3MoeConfig, name: str, vocab_size: int) -> Qwen3MoeConfig:
+    """Tiny models take the tokenizer's vocabulary; the others must have room for it."""
+    if name.startswith("tiny-"):
+        return dataclasses.replace(sizes, vocab_size=vocab_size)
+    if vocab_size > sizes.vocab_size:
+        raise UserError("tokenizer", f"must have at most the model's {sizes.vocab_size} tokens", vocab_size)
+    return sizes
+
+
+def maker(sizes: Qwen3MoeConfig, sharding: Sharding, *, dtype: str, remat: str) -> Callable[[nnx.Rngs], Any]:
+    """What builds the model from random keys."""
+    return lambda rngs: Qwen3Moe(sizes, sharding, rngs=rngs, dtype=jnp.dtype(dtype), remat=remat)

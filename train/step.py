@@ -1,0 +1,61 @@
+"""One optimiser step, and the state it takes from step to step.
+
+The state is sharded over the mesh as the parameters are, the moments beside the parameters they belong to; the jitted
+step gives its buffers on (donation), so that a step needs one copy of the state.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from zigzag_jax.models.sharding import Sharding, parameter_shardings
+from zigzag_jax.train.task import Losses, Task
+
+
+class TrainState(NamedTuple):
+    """All that changes while a model is trained."""
+
+    params: nnx.State
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """Float32 scalars of one step."""
+
+    losses: Losses
+    grad_norm: jax.Array
+    """Global norm of the gradient, before clipping."""
+
+
+def state_shardings(shapes: nnx.State, tx: optax.GradientTransformation, sharding: Sharding) -> TrainState:
+    """The NamedSharding of every array of the state; `shapes` are the parameters as shapes."""
+    params = parameter_shardings(shapes, sharding)
+    everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+    opt_state = optax.tree.map_params(
+        tx, lambda _, own: own, jax.eval_shape(tx.init, shapes), params, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(params, opt_state)
+
+
+def abstract_train_state(shapes: nnx.State, tx: optax.GradientTransformation, sharding: Sharding) -> TrainState:
+    """The state as shapes with shardings: what a checkpoint is restored into."""
+    whole = TrainState(shapes, jax.eval_shape(tx.init, shapes))
+    place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(place, whole, state_shardings(shapes, tx, sharding))
+
+
+def make_step(task: Task, tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """step(state, batch) -> (state, metrics), not yet jitted."""
+
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, StepMetrics]:
+        (_, losses), grads = jax.value_and_grad(task.objective, has_aux=True)(state.params, batch)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
+        return TrainState(params, opt_state), StepMetrics(losses, optax.global_norm(grads))
+
+    return step

@@ -1,0 +1,203 @@
+"""A tokenised corpus, built once and found again.
+
+Tokenising takes seconds for the default corpus and hours for a large one, so the result lies in a cache, under the hash
+of all that decides it: the text, the tokenizer (or the size of the one to train) and the format of the files.
+
+    $ZIGZAG_CACHE (default ~/.cache/zigzag_jax) / KEY / train.tokens  train.offsets  held_out.tokens  held_out.offsets
+                                                        tokenizer.json  meta.json
+
+It is written under a temporary name, flushed, and renamed as the last act. So a folder with the final name is whole,
+whoever was killed meanwhile, and of two builders at once one wins and the other's work is dropped. Process 0 builds;
+the others wait for the name to appear, which needs a cache that all hosts see.
+
+A later start reads the text once to know its key (a second for a gigabyte or so) and tokenises nothing.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from zigzag_jax.train.corpus import documents
+from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.split import Survey, split, survey
+from zigzag_jax.train.token_file import TokenStore, TokenWriter, read_store, token_dtype
+from zigzag_jax.train.tokenizer import encode, end_of_document, id_count, load_tokenizer, train_tokenizer
+
+_FORMAT = "zigzag_jax tokens 1"  # part of the key: another format, split rule or encoding gets another number
+_BATCH = 4_000_000  # characters tokenised at once
+_ABANDONED = 3600.0  # seconds without a write after which an unfinished folder counts as a killed builder's
+_SIDES = ("train", "held_out")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A tokenised corpus."""
+
+    train: TokenStore
+    """What the model sees."""
+    held_out: TokenStore
+    """What it is scored on and never trained on; a few per cent, see `zigzag_jax.train.split`."""
+    tokenizer: Tokenizer
+    """The one that was given or trained."""
+    vocab_size: int
+    """Rows that an embedding table needs."""
+    end_of_document: int
+    """The id that closes each document."""
+    digest: str
+    """Hex digest of the tokens of both sides and their offsets: equal digests, equal batches."""
+    folder: Path
+    """Where it lies, tokenizer.json beside the tokens."""
+
+
+def open_dataset(
+    data: str | Path | None,
+    tokenizer: str | Path | None,
+    *,
+    vocab_size: int = 1024,
+    process_index: int = 0,
+    say: Say = lambda text: None,
+    wait_s: float = 3600.0,
+) -> Dataset:
+    """Find the tokens of `data` (None: the default corpus) in the cache, or build them.
+
+    `tokenizer` is a tokenizer.json, None trains one of `vocab_size` tokens. Only process 0 builds; the others wait up
+    to `wait_s` seconds. `say` gets lines of progress. Raises UserError: "data" and "tokenizer" for what `documents`,
+    `survey` and `load_tokenizer` refuse, "ZIGZAG_CACHE" for a cache that cannot be written, is damaged, or not shared.
+    """
+    found = survey(documents(data))
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
+    how = f"train {vocab_size}" if given is None else given.to_str()
+    key = hashlib.blake2b("\n".join((_FORMAT, found.digest, how)).encode(), digest_size=16).hexdigest()
+    folder = cache_folder() / key
+    if not folder.exists():
+        if process_index == 0:
+            _build(folder, lambda: split(documents(data), found), found, given or vocab_size, say)
+        else:
+            _wait(folder, wait_s, say)
+    return _open(folder)
+
+
+def cache_folder() -> Path:
+    """$ZIGZAG_CACHE, or ~/.cache/zigzag_jax; read at the call, not at import."""
+    return Path(os.environ.get("ZIGZAG_CACHE") or "~/.cache/zigzag_jax").expanduser().absolute()
+
+
+def _open(folder: Path) -> Dataset:
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        sides = {side: read_store(folder, side, dtype=meta["dtype"], size=meta["tokens"][side]) for side in _SIDES}
+        tokenizer = load_tokenizer(folder)
+        rest = {name: meta[name] for name in ("vocab_size", "end_of_document", "digest")}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError("ZIGZAG_CACHE", f"must hold whole tokens ({error}); delete that folder", folder) from None
+    return Dataset(train=sides["train"], held_out=sides["held_out"], tokenizer=tokenizer, folder=folder, **rest)
+
+
+def _wait(folder: Path, wait_s: float, say: Say) -> None:
+    say(f"waiting for process 0 to build the tokens in {folder}")
+    begin = time.monotonic()
+    while not folder.exists():
+        if time.monotonic() - begin > wait_s:
+            rule = f"must be a folder that all processes share: process 0 built nothing there in {wait_s:g} s"
+            raise UserError("ZIGZAG_CACHE", rule, folder)
+        time.sleep(0.2)
+
+
+Pairs = Callable[[], Iterator[tuple[bool, str]]]  # each call reads the corpus again: (held out?, text)
+
+
+def _build(folder: Path, pairs: Pairs, found: Survey, tokenizer: Tokenizer | int, say: Say) -> None:
+    """Tokenise everything into `folder`; an int is the size of the tokenizer to train first."""
+    work = _work_folder(folder)
+    try:
+        begin = time.monotonic()
+        say(f"building the tokens of {found.documents} documents ({found.characters / 1e6:.1f} MB), once, in {folder}")
+        if isinstance(tokenizer, int):
+            texts = (text for held_out, text in pairs() if not held_out)
+            tokenizer = train_tokenizer(texts, characters=found.characters, vocab_size=tokenizer)
+            say(f"trained a tokenizer of {id_count(tokenizer)} tokens in {time.monotonic() - begin:.1f} s")
+        sizes = _write(work, pairs(), found, tokenizer, say)
+        _publish(work, folder)
+        say(
+            f"built {sizes['train']} tokens to train on, {sizes['held_out']} held out, {time.monotonic() - begin:.1f} s"
+        )
+    except OSError as error:
+        raise UserError("ZIGZAG_CACHE", f"must be a folder with room to write in ({error.strerror})", folder) from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _work_folder(folder: Path) -> Path:
+    """A new temporary folder beside the final one; what killed builders left of the same tokens goes away."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for old in folder.parent.glob(f".{folder.name}-*"):
+            if time.time() - _last_write(old) > _ABANDONED:
+                shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise UserError("ZIGZAG_CACHE", f"must be a folder to write in ({error.strerror})", folder.parent) from None
+
+
+def _last_write(folder: Path) -> float:
+    try:
+        return max(p.stat().st_mtime for p in (folder, *folder.glob("*")))
+    except FileNotFoundError:  # its builder finished between the two looks
+        return time.time()
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """The one moment at which the tokens come to be."""
+    try:
+        os.rename(work, folder)
+    except OSError:
+        if not folder.exists():  # else another builder was faster: the same key, so the same tokens
+            raise
+
+
+def _write(work: Path, pairs: Iterator[tuple[bool, str]], found: Survey, tokenizer: Tokenizer, say: Say) -> dict:
+    """Write all files into `work`; returns {side: tokens}."""
+    vocab, end = id_count(tokenizer), end_of_document(tokenizer)
+    dtype = token_dtype(vocab)
+    done, told = 0, time.monotonic()
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(TokenWriter(work, side, dtype=dtype, end_of_document=end)) for side in _SIDES]
+        for batch in _batches(pairs):
+            for (held_out, _), ids in zip(batch, encode(tokenizer, [text for _, text in batch]), strict=True):
+                writers[held_out].add(ids)
+            done += sum(len(text) for _, text in batch)
+            if time.monotonic() - told > 2:
+                told = time.monotonic()
+                say(f"tokenised {done / 1e6:.1f} of {found.characters / 1e6:.1f} MB")
+        for writer in writers:
+            writer.sync()
+    sizes = {side: writer.size for side, writer in zip(_SIDES, writers, strict=True)}
+    digest = hashlib.blake2b("".join(w.hash.hexdigest() for w in writers).encode(), digest_size=16).hexdigest()
+    meta = {"dtype": dtype, "tokens": sizes, "vocab_size": vocab, "end_of_document": end, "digest": digest}
+    (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+    (work / "meta.json").write_text(json.dumps(meta, indent=1))
+    return sizes
+
+
+def _batches(pairs: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
+    """The pairs in lists of about _BATCH characters."""
+    batch, size = [], 0
+    for pair in pairs:
+        batch.append(pair)
+        size += len(pair[1])
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
