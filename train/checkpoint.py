@@ -6,6 +6,7 @@ before it used.
 """
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from zigzag_jax.train.errors import UserError
+
+_PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
 
 
 class Checkpoints:
@@ -40,10 +43,17 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: Any, identity: dict[str, Any]) -> None:
-        """Begin to save the state after `step` finished steps; returns while the files are written."""
-        if step != self.latest():
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), identity=ocp.args.JsonSave(identity))
-            self._manager.save(step, args=args)
+        """Begin to save the state after `step` finished steps.
+
+        A small state is on disk when this returns; the files of a large one are written while training goes on.
+        """
+        if step == self.latest():
+            return
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), identity=ocp.args.JsonSave(identity))
+        self._manager.save(step, args=args)
+        begin = time.monotonic()
+        while self._manager.is_saving_in_progress() and time.monotonic() - begin < _PATIENCE:
+            time.sleep(0.005)
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that can be read, or None; `abstract` are shapes with shardings."""

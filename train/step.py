@@ -56,6 +56,6 @@ def make_step(task: Task, tx: optax.GradientTransformation) -> Callable[..., tup
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
-        return TrainState(params, opt_state), StepMetrics(losses, optax.global_norm(grads))
+        return TrainState(params, opt_state), StepMetrics(losses, optax.tree.norm(grads))
 
     return step

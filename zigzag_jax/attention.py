@@ -34,7 +34,7 @@ def _check_window(window) -> int | None:
             raise ValueError(f"window must be >= 1 (a token sees itself and window - 1 before it), got {window}")
         return int(window)
     if not isinstance(window, jax.Array) or window.ndim or not jnp.issubdtype(window.dtype, jnp.integer):
-        raise ValueError(f"window must be None, an int or an integer scalar array, got {window!r}")
+        raise ValueError(f"window must be None, an int or an integer scalar jax.Array, got {window!r}")
     return None
 
 
@@ -43,8 +43,10 @@ def _check_mask(q, positions, sink) -> None:
         raise ValueError(
             f"positions must be int32 [B, S] = {list(q.shape[:2])}, got {positions.dtype} {list(positions.shape)}"
         )
-    if sink is not None and tuple(sink.shape) != (q.shape[2],):
-        raise ValueError(f"sink must hold one logit a query head, [{q.shape[2]}], got {list(sink.shape)}")
+    if sink is not None and (tuple(sink.shape) != (q.shape[2],) or not jnp.issubdtype(sink.dtype, jnp.floating)):
+        raise ValueError(
+            f"sink must hold one floating logit a query head, [{q.shape[2]}], got {sink.dtype} {list(sink.shape)}"
+        )
 
 
 def _check_choice(name: str, value, choices) -> None:
@@ -53,9 +55,12 @@ def _check_choice(name: str, value, choices) -> None:
 
 
 def _check_grad_dtype(grad_dtype):
-    dtype = jnp.dtype(jnp.float32 if grad_dtype is None else grad_dtype)
+    try:
+        dtype = jnp.dtype(jnp.float32 if grad_dtype is None else grad_dtype)
+    except TypeError:
+        dtype = None
     if dtype not in (jnp.float32, jnp.bfloat16):
-        raise ValueError(f"grad_dtype must be float32 or bfloat16, got {dtype}")
+        raise ValueError(f"grad_dtype must be float32 or bfloat16, got {grad_dtype!r}")
     return dtype
 
 
@@ -66,18 +71,17 @@ def _check_local_length(length: int, key_length: int, layout: Layout) -> None:
         raise ValueError(f"a rank's sequence length must be divisible by {CHUNKS[layout]} ({layout}), got {length}")
 
 
-def _check_inside_shard_map(q, axis_name: str) -> int:
+def _check_inside_shard_map(axis_name: str) -> int:
     """Size of the ring's axis. ValueError outside of a fully manual shard_map(check_vma=False) over it."""
-    if jax.typeof(q).mat.varying:
-        raise ValueError(
-            "ring_attention needs shard_map(..., check_vma=False), got a q that is typed as varying over "
-            f"{sorted(jax.typeof(q).mat.varying)}"
-        )
     mesh = jax.sharding.get_abstract_mesh()
     if axis_name not in mesh.manual_axes:
         raise ValueError(
             f"ring_attention must run inside a shard_map over its axis, got axis_name {axis_name!r} and manual axes "
             f"{list(mesh.manual_axes)}"
+        )
+    if varying := jax.typeof(lax.axis_index(axis_name)).mat.varying:  # only check_vma=True types it so
+        raise ValueError(
+            f"ring_attention needs shard_map(..., check_vma=False), got values typed as varying over {sorted(varying)}"
         )
     left = [axis for axis in mesh.axis_names if axis not in mesh.manual_axes and mesh.shape[axis] > 1]
     if left:
@@ -97,16 +101,22 @@ def ring_attention(
     would gather the batch in front of the kernel.
 
     Args:
-      q: [B, S / cp, H, D], this rank's rows in zigzag order; bfloat16, float16 or float32. k: [B, S / cp, K, D], H % K
-        == 0, same dtype. v: [B, S / cp, K, E], same dtype. axis_name: mesh axis of the ring. positions: int32 [B, S /
-        cp], index of each token inside its document, or None: one document a row. window: a token sees itself and the
-        window - 1 tokens before it: an int (ring steps that nobody needs are skipped) or an integer scalar array,
-        traced too (it may differ per layer), or None.
-      scale: static factor of q.k; default D ** -0.5. sink: float [H] logits of an attention sink per head, or None.
-        softcap: static cap of the scores, or None. strategy: "ring" or "allgather". implementation: kernel, a key of
-        zigzag_jax.kernels.FLASH, or None for this backend's. return_lse: also return lse float32 [B, H, S / cp]
-        (natural log); it may have a cotangent. deterministic: gradient sums in a fixed order. grad_dtype: dtype in
-        which the gradient of k and v travels: float32 (default) or bfloat16 (half the bytes, error grows with cp).
+      q: [B, S / cp, H, D], this rank's rows in zigzag order; bfloat16, float16 or float32.
+      k: [B, S / cp, K, D], H % K == 0, same dtype.
+      v: [B, S / cp, K, E], same dtype; E may differ from D.
+      axis_name: mesh axis of the ring.
+      positions: int32 [B, S / cp], index of each token inside its document, or None: one document a row.
+      window: a token sees itself and the window - 1 tokens before it: an int (ring steps that nobody needs are skipped)
+        or an integer scalar jax.Array, traced too (it may differ per layer), or None.
+      scale: static factor of q.k; default D ** -0.5.
+      sink: float [H], logits of an attention sink per head, or None.
+      softcap: static cap of the scores, or None.
+      strategy: "ring" or "allgather".
+      implementation: kernel, a key of zigzag_jax.kernels.FLASH, or None for this backend's.
+      return_lse: also return lse float32 [B, H, S / cp] (natural log); it may have a cotangent.
+      deterministic: gradient sums in a fixed order.
+      grad_dtype: dtype in which the gradient of k and v travels: float32 (default) or bfloat16 (half the bytes, error
+        grows with cp).
       layout: "zigzag", or "contiguous" (the naive layout, unbalanced: for comparison).
 
     Returns:
@@ -123,7 +133,7 @@ def ring_attention(
     _check_choice("strategy", strategy, STRATEGIES)
     check_implementation(implementation, FLASH)
     settings = check_settings(q.shape[3] ** -0.5 if scale is None else scale, softcap)
-    cp, length = _check_inside_shard_map(q, axis_name), q.shape[1]
+    cp, length = _check_inside_shard_map(axis_name), q.shape[1]
     plan = Plan(
         cp=cp, axis_name=axis_name, length=length, live=live_steps(cp, length, static_window, layout), layout=layout,
         scale=settings.scale, softcap=settings.softcap, strategy=strategy, implementation=implementation,
@@ -144,13 +154,12 @@ def _find_mesh(mesh) -> Mesh | AbstractMesh:
     return mesh
 
 
-def _type_spec(x, mesh) -> PartitionSpec | None:
-    """The spec that x is known to have: from its type on Explicit axes, from the array itself when it is concrete."""
-    if all(t == AxisType.Explicit for t in mesh.axis_types):
-        return jax.typeof(x).sharding.spec
+def _known_specs(x) -> list[PartitionSpec]:
+    """What x is known to be sharded as: its type tells Explicit axes, and a concrete array tells all of them."""
+    specs = [jax.typeof(x).sharding.spec]
     if isinstance(x, jax.Array) and not isinstance(x, Tracer) and isinstance(x.sharding, NamedSharding):
-        return x.sharding.spec
-    return None
+        specs.append(x.sharding.spec)
+    return specs
 
 
 def _axes(entry) -> tuple[str, ...]:
@@ -161,18 +170,15 @@ def _size(mesh, entry) -> int:
     return math.prod(mesh.shape[axis] for axis in _axes(entry))
 
 
-def _find_spec(q, mesh, spec, axis_name: str) -> PartitionSpec:
-    """The full [batch, sequence, heads, head_dim] spec of q, checked against the mesh and against what q is known to
-    be.
-    """
-    known = _type_spec(q, mesh)
+def _find_spec(q, k, v, mesh, spec, axis_name: str) -> PartitionSpec:
+    """The full [batch, sequence, heads, head_dim] spec, checked against the mesh and what the arrays are."""
     if spec is None:
-        if known is None or not all(t == AxisType.Explicit for t in mesh.axis_types):
+        if not all(t == AxisType.Explicit for t in mesh.axis_types):
             raise ValueError(
                 "spec must be given, P(batch axes, cp axis, head axes, None), unless every mesh axis is Explicit: "
                 f"got None and axis types {[t.name for t in mesh.axis_types]}"
             )
-        spec = known
+        spec = jax.typeof(q).sharding.spec
     if len(spec) > 4:
         raise ValueError(f"spec must have at most 4 entries, [batch, sequence, heads, head_dim], got {spec}")
     spec = PartitionSpec(*spec, *[None] * (4 - len(spec)))
@@ -181,10 +187,20 @@ def _find_spec(q, mesh, spec, axis_name: str) -> PartitionSpec:
         raise ValueError(f"spec must name axes of the mesh {list(mesh.axis_names)}, got {unknown}")
     if _axes(spec[1]) != (axis_name,) or spec[3] is not None:
         raise ValueError(f"spec must shard the sequence over {axis_name!r} alone and head_dim over nothing, got {spec}")
-    for axis in (axis for entry in known or () for axis in _axes(entry)):
-        if axis not in named and mesh.shape[axis] > 1:
-            raise ValueError(f"spec must name every mesh axis that q is sharded over, got {spec}, but q is {known}")
+    for name, known in ((name, known) for name, x in (("q", q), ("k", k), ("v", v)) for known in _known_specs(x)):
+        left = [axis for entry in known for axis in _axes(entry) if axis not in named and mesh.shape.get(axis) != 1]
+        if left:
+            raise ValueError(
+                f"spec must name every axis that {name} is sharded over, got {spec}, but {name} is {known}"
+            )
     return spec
+
+
+def _reshard(x, mesh, spec: PartitionSpec) -> jax.Array:
+    """The array x, typed as `spec` says of the mesh's Explicit axes; the Auto ones have no place in a type."""
+    typed = {axis for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    entries = [tuple(axis for axis in _axes(entry) if axis in typed) or None for entry in spec]
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*entries)))
 
 
 def _check_divides(name: str, size: int, mesh, entry) -> None:
@@ -211,16 +227,21 @@ def zigzag_attention(
     """Causal attention on global arrays whose sequence axis is sharded over `axis_name` in zigzag order.
 
     Args:
-      q: [B, S, H, D] in zigzag order (to_zigzag), S % (2 * cp) == 0; bfloat16, float16 or float32. k: [B, S, K, D], H %
-        K == 0, same dtype. v: [B, S, K, E], same dtype; E may differ from D. positions: int32 [B, S], zigzag order,
-        index of each token inside its document; None: one document a row. window: as in ring_attention, like scale,
-        sink, softcap, implementation, deterministic, grad_dtype, layout. scale: see window. sink: see window. softcap:
-        see window. mesh: Mesh with the axis `axis_name`; None takes the one set by jax.set_mesh. spec: how q is
-        sharded, PartitionSpec(batch axes, axis_name, head axes, None); k and v alike. Needed on a mesh with Auto axes,
-        where no array's type tells it; an axis that q is sharded over and spec leaves out would be gathered. None: from
-        q's type (Explicit axes).
-      axis_name: mesh axis of the ring. strategy: "ring", "allgather", or None, which is "ring": it needs least memory.
-        With many short documents in a row "allgather" is better balanced.
+      q: [B, S, H, D] in zigzag order (to_zigzag), S % (2 * cp) == 0; bfloat16, float16 or float32.
+      k: [B, S, K, D], H % K == 0, same dtype.
+      v: [B, S, K, E], same dtype; E may differ from D.
+      positions: int32 [B, S], zigzag order, index of each token inside its document; None: one document a row.
+      window: as in ring_attention, like scale, sink, softcap, implementation, deterministic, grad_dtype, layout.
+      scale: see window.
+      sink: see window.
+      softcap: see window.
+      mesh: Mesh with the axis `axis_name`; None takes the one set by jax.set_mesh.
+      spec: how q is sharded, PartitionSpec(batch axes, axis_name, head axes, None); k and v alike. Needed on a mesh
+        with Auto axes, where no array's type tells it; an axis that an array is sharded over and spec leaves out would
+        be gathered. None: from q's type (Explicit axes).
+      axis_name: mesh axis of the ring.
+      strategy: "ring", "allgather", or None, which is "ring": it needs least memory. With many short documents in a row
+        "allgather" is better balanced.
       implementation: see window.
       deterministic: see window.
       grad_dtype: see window.
@@ -237,7 +258,7 @@ def zigzag_attention(
         raise ValueError(f"axis_name must be an axis of the mesh {list(mesh.axis_names)}, got {axis_name!r}")
     check_layout(layout)
     strategy = "ring" if strategy is None else strategy
-    spec = _find_spec(q, mesh, spec, axis_name)
+    spec = _find_spec(q, k, v, mesh, spec, axis_name)
     _check_global(q, k, v, mesh, spec, axis_name, layout)
     _check_mask(q, positions, sink)
     _check_window(window)
@@ -249,8 +270,8 @@ def zigzag_attention(
     if isinstance(window, jax.Array):
         static_window, extras["window"], specs["window"] = None, window, PartitionSpec()
     extras = {name: x for name, x in extras.items() if x is not None}
-    if any(t == AxisType.Explicit for t in mesh.axis_types):
-        extras = {name: jax.sharding.reshard(x, NamedSharding(mesh, specs[name])) for name, x in extras.items()}
+    if AxisType.Explicit in mesh.axis_types:
+        extras = {name: _reshard(x, mesh, specs[name]) for name, x in extras.items()}
 
     def attend(q, k, v, extras):
         return ring_attention(

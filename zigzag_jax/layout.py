@@ -59,8 +59,7 @@ def chunk_starts(rank, cp: int, length: int, layout: Layout = "zigzag") -> list:
     """Global position at which each chunk of a rank starts, in the rank's order.
 
     rank: int or traced int32 scalar. length: tokens that the rank holds. Returns two ints (or traced scalars) for
-      zigzag,
-    one for contiguous; their chunks have length // len(result) tokens.
+    zigzag, one for contiguous; their chunks have length // len(result) tokens.
     """
     if layout == "contiguous":
         return [rank * length]

@@ -68,10 +68,9 @@ def key_range(lo, hi, source, cp: int, length: int, layout: Layout = "zigzag") -
 
 
 def row_bounds(keys: KeyRange, tile: int) -> tuple[jax.Array, jax.Array]:
-    """First and end key that any row of each tile of `tile` query rows sees: int32 [B or 1, Sq / tile], start > stop if
-    none.
+    """First and end key that any row of each tile of `tile` query rows sees: int32 [B or 1, Sq / tile] each.
 
-    The kernels' query side: rows that see nothing do not widen a tile.
+    First > end where no row sees any. The kernels' query side: rows that see nothing do not widen a tile.
     """
     start, stop = (x.reshape(x.shape[0], -1, tile) for x in keys)
     seen = stop > start
@@ -95,9 +94,9 @@ def tile_rows(keys: KeyRange, key_tile: int, key_length: int) -> tuple[jax.Array
 def live_steps(cp: int, length: int, window: int | None, layout: Layout = "zigzag") -> tuple[int, ...]:
     """Ring steps at which any rank sees any key; at step s rank r meets the keys of rank (r - s) % cp.
 
-    length: tokens a rank holds. window: a static int or None (all steps live). A window of W reaches m = ceil((W - 1) /
-      chunk)
-    chunks back, so with zigzag only steps {0..m} and {cp - m..cp - 1} do any work, with contiguous only {0..m}.
+    length: tokens a rank holds. window: a static int or None (all steps live). A window of W reaches
+    m = ceil((W - 1) / chunk) chunks back, so with zigzag only steps {0..m} and {cp - m..cp - 1} do any work, with
+    contiguous only {0..m}.
 
     >>> live_steps(cp=8, length=2048, window=1024)
     (0, 1, 7)

@@ -122,14 +122,11 @@ def ring(plan: Plan, params, q, payload, lo, hi, sink=None) -> tuple[jax.Array, 
     """Attention of this rank's queries over all ranks' keys; runs inside a fully manual shard_map(check_vma=False).
 
     params: float32 pytree of plan.expand's weights, the same on every rank, or None. q: [B, length, H, D]. payload:
-      pytree that
-      pytree that plan.expand makes k and v of. lo int32 [B or 1, length] and hi int32 [1, length]: global bounds of the
-      keys a row sees
-      keys a row sees (ranges.visible_bounds). sink: float32 [H] logits or None. Returns out [B, length, H, E] in q's
-      dtype and lse float32
-      dtype and lse float32 [B, H, length], natural log. The gradient of params and sink is this rank's share: sum it
-      over the mesh (the transpose of
-    shard_map does for an in_spec of P()).
+    pytree that plan.expand makes k and v of. lo int32 [B or 1, length] and hi int32 [1, length]: global bounds of the
+    keys a row sees (ranges.visible_bounds). sink: float32 [H] logits or None.
+
+    Returns out [B, length, H, E] in q's dtype and lse float32 [B, H, length], natural log. The gradient of params and
+    sink is this rank's share: sum it over the mesh (the transpose of shard_map does for an in_spec of P()).
     """
     return _ring_fwd(plan, params, q, payload, lo, hi, sink)[0]
 
@@ -197,9 +194,7 @@ def _forward_hops(live: tuple[int, ...]) -> list[Hop]:
 
 
 def _backward_hops(live: tuple[int, ...], cp: int) -> list[Hop]:
-    """Live steps in order, the diagonal last; the payload has made its first hop before, the gradient's last leads
-    home.
-    """
+    """Live steps in order, the diagonal last: the payload has made its first hop, the gradient's last leads home."""
     steps = live[1:]
     if not steps:
         return [Hop(0, by=0)]
@@ -209,7 +204,7 @@ def _backward_hops(live: tuple[int, ...], cp: int) -> list[Hop]:
 
 
 def _run(hop: Callable, hops: Iterable[Hop], x):
-    """X = hop(h, x) for each of `hops`; stretches of equal hops become a loop, two hops an iteration."""
+    """Run x = hop(h, x) for each of `hops`; stretches of equal hops become a loop, two hops an iteration."""
     hops, at = list(hops), 0
     while at < len(hops):
         first, end = hops[at], at + 1

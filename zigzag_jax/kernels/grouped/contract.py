@@ -1,7 +1,8 @@
 """The contract of the grouped matmul: every group of rows of x meets its own matrix.
 
-    x [M, k], w [G, k, n], group_sizes int32 [G]  ->  y [M, n] y[i] = x[i] @ w[g] for the rows i of group g; groups lie
-    one after another from row 0; rows past the sum of the sizes: zero
+    x [M, k], w [G, k, n], group_sizes int32 [G]  ->  y [M, n]
+    y[i] = x[i] @ w[g] for the rows i of group g        groups lie one after another from row 0
+    y[i] = 0           for the rows past the sum of the sizes
 
 x and w have one dtype (bfloat16, float16 or float32); sums are float32, y has `out_dtype` (default x's). The gradients:
 

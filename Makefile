@@ -1,0 +1,28 @@
+# make train    set everything up and train a small MoE language model over a cp ring; again: it resumes
+# make test     set everything up and pass the tests (15 minutes at most on two cores)
+# make check    what takes longer: the wheel, the newest jax, slow tests, deviceless compiles (30 minutes at most)
+# make train ARGS="--steps 1000 --mesh.cp 4"     any flag of python -m zigzag_jax.train
+
+.PHONY: setup train test lint check clean
+
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt scripts/setup
+	@scripts/setup
+
+train: setup
+	@.venv/bin/python -m zigzag_jax.train $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+
+test: lint
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+check: setup
+	scripts/check
+
+clean:
+	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,21 @@
+"""How the two hard operations of a model run (attention over the ring, the experts' matmuls); never what they mean."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelOptions:
+    """Choices of `zigzag_attention` and `grouped_matmul`; change them to compare, or to compile for another machine."""
+
+    implementation: str | None = None
+    """A kernel by name, for both; None takes this backend's."""
+
+    strategy: Literal["ring", "allgather"] | None = None
+    """How keys reach the queries; None lets the library choose."""
+
+    deterministic: bool = False
+    """Gradient sums in a fixed order, so that two runs agree bit for bit."""
+
+    grad_dtype: str | None = None
+    """Number format in which the gradients of keys and values travel: float32 (None) or bfloat16."""

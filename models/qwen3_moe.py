@@ -1,0 +1,290 @@
+"""Qwen3-MoE: a pre-norm transformer of grouped-query attention and mixtures of experts, for sequences cut over `cp`.
+
+    h = embedding(tokens)          [B, S, d], the sequence in zigzag order
+    h = h + attention(norm(h))     every layer,
+    h = h + moe(norm(h))           of which some may have a dense block instead of the experts
+    hidden = norm(h)               the head is separate: [B, S, vocab] is never made in training
+
+Only attention mixes tokens, and it is `zigzag_attention`; everything else is the same function of each token, so it
+does not know in which order the tokens lie. What a token needs to know about its place travels beside it: `positions`,
+its index inside its document, which is both the mask and (by default) the angle of the rotary embedding.
+
+The model is built with `init_state` (sharding.py) and used functionally: `nnx.merge(graphdef, state)(tokens,
+positions)`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zigzag_jax import zigzag_attention
+from zigzag_jax.models.balance import RouterStats
+from zigzag_jax.models.config import Fields
+from zigzag_jax.models.layers import Embedding, Linear, RMSNorm, Rotary, SwiGLU, linear, rotary, rotate_half
+from zigzag_jax.models.moe import LayerStats, MoE, SoftmaxTopK
+from zigzag_jax.models.options import KernelOptions
+from zigzag_jax.models.sharding import Sharding
+from zigzag_jax.models.stack import check_remat, equal_groups, scan_layers, stack_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3MoeConfig:
+    """The sizes of a Qwen3-MoE, under Hugging Face's names."""
+
+    vocab_size: int
+    """Rows of the embedding, and columns of the head."""
+
+    hidden_size: int
+    """Width d of the residual stream."""
+
+    num_hidden_layers: int
+    """Layers, dense and sparse together."""
+
+    num_attention_heads: int
+    """Query heads."""
+
+    num_key_value_heads: int
+    """Key and value heads; a divisor of the query heads."""
+
+    head_dim: int
+    """Width of a head; even (the rotary embedding turns pairs)."""
+
+    num_experts: int
+    """Experts of a sparse layer."""
+
+    num_experts_per_tok: int
+    """Experts that each token goes through."""
+
+    moe_intermediate_size: int
+    """Inner width of one expert."""
+
+    intermediate_size: int
+    """Inner width of a dense block; no layer may need it."""
+
+    norm_topk_prob: bool = False
+    """Divide the weights of the chosen experts by their sum."""
+
+    decoder_sparse_step: int = 1
+    """Layer i has experts where (i + 1) is a multiple of this, and a dense block elsewhere."""
+
+    mlp_only_layers: tuple[int, ...] = ()
+    """Layers that have a dense block all the same."""
+
+    rope_theta: float = 1e6
+    """Base of the rotary embedding."""
+
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in every norm."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of freshly drawn weights."""
+
+    tie_word_embeddings: bool = False
+    """The head is the transposed embedding."""
+
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss, for the trainer."""
+
+    max_position_embeddings: int = 32768
+    """Longest document the weights were trained for; nothing is computed from it."""
+
+    dtype: str = "float32"
+    """Number format of the weights in the file this came from; what to compute in is the model's argument."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads}, "
+                f"got {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even, got {self.head_dim}")
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok must be at most num_experts = {self.num_experts}, got {self.num_experts_per_tok}"
+            )
+
+    @property
+    def sparse_layers(self) -> list[bool]:
+        """For each layer, whether it has experts."""
+        dense, step = self.mlp_only_layers, self.decoder_sparse_step
+        return [i not in dense and (i + 1) % step == 0 for i in range(self.num_hidden_layers)]
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike) -> "Qwen3MoeConfig":
+        """Read a config.json (its fields, its path, or its folder); what this code does not compute raises."""
+        fields = Fields(source)
+        fields.refuse_unless("model_type", ("qwen3_moe",))
+        fields.refuse_unless("hidden_act", ("silu",))
+        fields.refuse_unless("attention_bias", (False,))
+        fields.refuse_unless("attention_dropout", (0,))
+        fields.refuse_unless("use_sliding_window", (False,))
+        fields.take("sliding_window", default=None)  # means nothing without use_sliding_window
+        hidden, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
+        config = cls(
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            vocab_size=fields.take("vocab_size"),
+            num_hidden_layers=fields.take("num_hidden_layers"),
+            num_key_value_heads=fields.take("num_key_value_heads"),
+            head_dim=fields.take("head_dim", default=hidden // heads),
+            num_experts=fields.take("num_experts", "num_local_experts"),
+            num_experts_per_tok=fields.take("num_experts_per_tok"),
+            moe_intermediate_size=fields.take("moe_intermediate_size"),
+            intermediate_size=fields.take("intermediate_size"),
+            norm_topk_prob=fields.take("norm_topk_prob", default=False),
+            decoder_sparse_step=fields.take("decoder_sparse_step", default=1),
+            mlp_only_layers=tuple(fields.take("mlp_only_layers", default=())),
+            rope_theta=fields.rope_theta(),
+            rms_norm_eps=fields.take("rms_norm_eps", default=1e-6),
+            initializer_range=fields.take("initializer_range", default=0.02),
+            tie_word_embeddings=fields.take("tie_word_embeddings", default=False),
+            router_aux_loss_coef=fields.take("router_aux_loss_coef", default=0.001),
+            max_position_embeddings=fields.take("max_position_embeddings", default=32768),
+            dtype=fields.take("dtype", "torch_dtype", default="float32"),
+        )
+        fields.finish()
+        return config
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; queries and keys are normed per head, then turned by the rotary embedding."""
+
+    def __init__(self, config: Qwen3MoeConfig, sharding: Sharding, options: KernelOptions, *, rngs: nnx.Rngs):
+        size, width = config.hidden_size, config.head_dim
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.width, self.sharding, self.options = width, sharding, options
+        std = config.initializer_range
+        self.q = Linear((size, heads * width), ("embed", "heads"), std=std, rngs=rngs)
+        self.k = Linear((size, kv_heads * width), ("embed", "kv_heads"), std=std, rngs=rngs)
+        self.v = Linear((size, kv_heads * width), ("embed", "kv_heads"), std=std, rngs=rngs)
+        self.o = Linear((heads * width, size), ("heads", "embed"), std=std, rngs=rngs)
+        self.q_norm = RMSNorm(width, config.rms_norm_eps)
+        self.k_norm = RMSNorm(width, config.rms_norm_eps)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, turn: Rotary) -> jax.Array:
+        def heads(y, name):
+            y = y.reshape(*x.shape[:2], -1, self.width)
+            return self.sharding.constrain(y, "batch", "sequence", name, "head_dim")
+
+        q = rotate_half(self.q_norm(heads(self.q(x), "heads")), turn)
+        k = rotate_half(self.k_norm(heads(self.k(x), "kv_heads")), turn)
+        v = heads(self.v(x), "kv_heads")
+        y = zigzag_attention(
+            q,
+            k,
+            v,
+            positions=positions,
+            mesh=self.sharding.mesh,
+            spec=self.sharding.spec(("batch", "sequence", "heads", "head_dim"), q.shape),
+            strategy=self.options.strategy,
+            implementation=self.options.implementation,
+            deterministic=self.options.deterministic,
+            grad_dtype=self.options.grad_dtype,
+        )
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+
+class Layer(nnx.Module):
+    """Attention, then experts (sparse) or one dense block."""
+
+    def __init__(
+        self, config: Qwen3MoeConfig, sharding: Sharding, options: KernelOptions, sparse: bool, *, rngs: nnx.Rngs
+    ):
+        size, std = config.hidden_size, config.initializer_range
+        self.sharding = sharding
+        self.attention_norm = RMSNorm(size, config.rms_norm_eps)
+        self.attention = Attention(config, sharding, options, rngs=rngs)
+        self.mlp_norm = RMSNorm(size, config.rms_norm_eps)
+        if sparse:
+            router = SoftmaxTopK(config.num_experts_per_tok, config.norm_topk_prob)
+            sizes = (size, config.moe_intermediate_size, config.num_experts)
+            self.mlp = MoE(*sizes, router, sharding, std=std, implementation=options.implementation, rngs=rngs)
+        else:
+            self.mlp = SwiGLU(size, config.intermediate_size, std=std, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, turn: Rotary, real: jax.Array
+    ) -> tuple[jax.Array, LayerStats | None]:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), positions, turn)
+            x = self.sharding.constrain(x, "batch", "sequence", "embed")
+        with jax.named_scope("mlp"):
+            y = self.mlp_norm(x)
+            y, stats = self.mlp(y, real) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
+            return self.sharding.constrain(x + y, "batch", "sequence", "embed"), stats
+
+
+class Qwen3Moe(nnx.Module):
+    """The whole model. Its parameters are float32; `dtype` is what it computes in."""
+
+    def __init__(
+        self,
+        config: Qwen3MoeConfig,
+        sharding: Sharding,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        options: KernelOptions = KernelOptions(),  # noqa: B008 (frozen)
+    ):
+        check_remat(remat)
+        self.config, self.sharding, self.dtype, self.remat = config, sharding, jnp.dtype(dtype), remat
+        std = config.initializer_range
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, sharding, std=std, rngs=rngs)
+        self.lengths = tuple(length for _, length in equal_groups(config.sparse_layers))
+        self.groups = nnx.List(
+            stack_layers(lambda rngs, sparse=sparse: Layer(config, sharding, options, sparse, rngs=rngs), length, rngs)
+            for sparse, length in equal_groups(config.sparse_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        shape, tied = (config.hidden_size, config.vocab_size), config.tie_word_embeddings
+        self.head = None if tied else Linear(shape, ("embed", "vocab"), std=std, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        *,
+        real: jax.Array | None = None,
+        rope_positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, RouterStats]:
+        """From tokens, positions int32 [B, S] in zigzag order to hidden [B, S, d] after the last norm, and RouterStats.
+
+        `real` [B, S] bool is False on padding, which is computed and not counted. `rope_positions` are the numbers
+        that the rotary embedding turns by, where they are not the positions inside a document.
+        """
+        real = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
+        rope_positions = positions if rope_positions is None else rope_positions
+        turn = rotary(rope_positions, self.config.head_dim, self.config.rope_theta)
+        with jax.named_scope("embedding"):
+            x = self.sharding.constrain(self.embedding(tokens, self.dtype), "batch", "sequence", "embed")
+        kept = []
+        for layers, length in zip(self.groups, self.lengths, strict=True):
+            x, stats = scan_layers(layers, length, lambda layer, x: layer(x, positions, turn, real), x, self.remat)
+            kept += [stats] if stats is not None else []
+        none = jnp.zeros((0, self.config.num_experts), jnp.float32)
+        stats = RouterStats(
+            jnp.concatenate([s.counts for s in kept] or [none]),
+            jnp.concatenate([s.probs for s in kept] or [none]),
+            jnp.sum(real, dtype=jnp.int32).astype(jnp.float32),
+        )
+        return self.norm(x), stats
+
+    @property
+    def head_weight(self) -> jax.Array:
+        """The head [d, vocab], float32; cut like a parameter over its first dimension."""
+        return self.embedding.table[...].T if self.head is None else self.head.weight[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """All logits [B, S, vocab] of hidden states, for inference and tests. A trainer takes them in chunks."""
+        return linear(hidden, self.head_weight)
