@@ -52,7 +52,7 @@ def dense(q, k, v, dout):
     )
 
 
-def ring(cp: int, q, k, v, dout, grad_dtype):
+def ring(cp: int, q, k, v, dout, *, grad_dtype):
     """(out, dq, dk, dv) by the ring over the first `cp` devices; arguments and results in natural order."""
     mesh = jax.make_mesh((cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:cp])
 
@@ -79,10 +79,12 @@ def errors(cps, seq_len: int, heads: int = 4, kv_heads: int = 2, head_dim: int =
         got = [np.asarray(x, np.float64) for x in got]
         return [float(np.linalg.norm(g - t) / np.linalg.norm(t)) for g, t in zip(got, truth, strict=True)]
 
-    return [
-        Errors(cp, *relative(ring(cp, *arrays, jnp.float32)), *relative(ring(cp, *arrays, jnp.bfloat16))[2:])
-        for cp in cps
-    ]
+    rows = []
+    for cp in cps:
+        out, dq, dk, dv = relative(ring(cp, *arrays, grad_dtype=jnp.float32))
+        *_, dk_bf16, dv_bf16 = relative(ring(cp, *arrays, grad_dtype=jnp.bfloat16))
+        rows.append(Errors(cp, out, dq, dk, dv, dk_bf16, dv_bf16))
+    return rows
 
 
 def table(rows: list[Errors]) -> str:

@@ -1,0 +1,88 @@
+"""Checkpoints come back bit for bit on any mesh; a damaged one is named, set aside, and the one before it used."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from zigzag_jax.train.checkpoint import Checkpoints, check_identity
+from zigzag_jax.train.errors import UserError
+
+
+def state(value: float, devices: int = 1) -> dict:
+    mesh = jax.make_mesh((devices,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
+    put = lambda x: jax.device_put(np.float32(x), NamedSharding(mesh, PartitionSpec("cp")))
+    return {"w": put(np.arange(8) + value), "m": put(np.full((4, 2), value))}
+
+
+def abstract(devices: int = 1) -> dict:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state(0.0, devices))
+
+
+def same(a: dict, b: dict) -> None:
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def kept(tmp_path: Path, said: list[str]):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
+    yield checkpoints
+    checkpoints.close()
+
+
+def test_nothing_there(kept: Checkpoints):
+    assert kept.latest() is None
+    assert kept.identity() is None
+    assert kept.restore(abstract()) is None
+
+
+def test_saved_on_one_device_read_on_four(kept: Checkpoints):
+    kept.save(3, state(1.5), {"model": "a"})
+    kept.wait()
+    step, got = kept.restore(abstract(4)) or pytest.fail("nothing restored")
+    assert step == 3
+    assert len(got["w"].sharding.device_set) == 4
+    same(got, state(1.5))
+    assert kept.identity() == {"model": "a"}
+
+
+def test_only_the_newest_are_kept_and_a_step_is_saved_once(kept: Checkpoints):
+    for step in (1, 2, 3):
+        kept.save(step, state(step), {})
+    kept.wait()
+    kept.save(3, state(99.0), {})
+    kept.wait()
+    assert sorted(p.name for p in kept.folder.iterdir() if p.name.isdigit()) == ["2", "3"]
+    same((kept.restore(abstract()) or pytest.fail())[1], state(3))
+
+
+@pytest.mark.parametrize("damage", ["halve", "remove"])
+def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], damage: str):
+    for step in (4, 8):
+        kept.save(step, state(step), {"model": "a"})
+        kept.wait()
+    for file in (kept.folder / "8").rglob("*"):
+        if file.is_file():
+            file.unlink() if damage == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert kept.identity() == {"model": "a"}
+    step, got = kept.restore(abstract()) or pytest.fail("nothing restored")
+    assert step == 4
+    same(got, state(4))
+    assert (kept.folder / "8.corrupt").is_dir()
+    assert any("checkpoints/8" in line for line in said)
+    kept.save(8, state(8.5), {})  # the run goes on and comes to step 8 again
+    kept.wait()
+    same((kept.restore(abstract()) or pytest.fail())[1], state(8.5))
+
+
+def test_identity_names_field_old_and_new():
+    check_identity({"seq-len": 256, "model": "a"}, {"seq-len": 256, "model": "a"})
+    with pytest.raises(UserError, match=r"seq-len: must stay .*256.*, got 128"):
+        check_identity({"seq-len": 256, "model": "a"}, {"seq-len": 128, "model": "a"})

@@ -1,0 +1,80 @@
+"""The chunked cross-entropy against float64, on any mesh, and that no array of [B, S, V] is ever made."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from zigzag_jax.train.loss import cross_entropy_sum, predicted
+
+B, S, D, V = 4, 24, 16, 50
+
+
+def make_mesh(dp: int, cp: int) -> Mesh:
+    return jax.make_mesh(
+        (dp, 1, cp), ("dp", "fsdp", "cp"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[: dp * cp]
+    )
+
+
+def case(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(-1, V, (B, S)).astype(np.int32)
+    labels[0] = -1  # a row with nothing to predict
+    return rng.standard_normal((B, S, D)), rng.standard_normal((D, V)), labels
+
+
+def oracle(hidden, head, labels):
+    """Float64 sum and its gradients."""
+    logits = hidden @ head
+    logits -= logits.max(-1, keepdims=True)
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    real = labels >= 0
+    own = np.take_along_axis(p, np.maximum(labels, 0)[..., None], -1)[..., 0]
+    dlogits = (p - np.eye(V)[np.maximum(labels, 0)]) * real[..., None]
+    return -np.log(own[real]).sum(), dlogits @ head.T, np.einsum("bsd,bsv->dv", hidden, dlogits)
+
+
+@pytest.mark.parametrize(("dp", "cp", "chunk"), [(1, 1, 1000), (1, 1, 7), (2, 2, 5), (4, 2, 12), (1, 3, 1)])
+def test_sum_and_gradients(dp: int, cp: int, chunk: int):
+    hidden, head, labels = case(dp * 10 + cp)
+    mesh = make_mesh(dp, cp)
+    f = lambda h, w: cross_entropy_sum(h, w, jnp.asarray(labels), mesh=mesh, dtype=jnp.float32, chunk=chunk)
+    args = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)
+    got = (f(*args), *jax.grad(f, (0, 1))(*args))
+    for a, b in zip(got, oracle(hidden, head, labels), strict=True):
+        assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 1e-5 * np.linalg.norm(b)  # float32 sums
+
+
+def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():
+    """1024 equal contributions of 1/64 a chunk: a bfloat16 running sum would stop growing."""
+    hidden, head = jnp.full((1, 1024, 1), 1 / 8), jnp.zeros((1, 2))
+    labels = jnp.zeros((1, 1024), jnp.int32)
+    f = lambda w: cross_entropy_sum(hidden, w, labels, mesh=make_mesh(1, 1), dtype=jnp.bfloat16, chunk=1)
+    np.testing.assert_allclose(np.asarray(jax.grad(f)(head)), [[-64.0, 64.0]], rtol=1e-6)
+
+
+def shapes_in(jaxpr) -> set[tuple[int, ...]]:
+    found = set()
+    for eqn in jaxpr.eqns:
+        found |= {tuple(v.aval.shape) for v in eqn.outvars}
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (list, tuple)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    found |= shapes_in(inner)
+    return found
+
+
+def test_no_array_of_all_logits():
+    hidden, head, labels = case(0)
+    f = lambda h, w: cross_entropy_sum(h, w, jnp.asarray(labels), mesh=make_mesh(2, 2), dtype=jnp.float32, chunk=4)
+    args = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)
+    shapes = shapes_in(jax.make_jaxpr(jax.grad(f, (0, 1)))(*args).jaxpr)
+    with_vocabulary = [s for s in shapes if s and s[-1] == V and s != (D, V)]
+    assert with_vocabulary
+    assert max(np.prod(s) for s in with_vocabulary) == 4 * V  # one chunk on one device
+
+
+def test_predicted_counts_labels():
+    assert float(predicted(jnp.array([[0, -1, 3], [-1, -1, 5]]))) == 3.0

@@ -1,0 +1,46 @@
+"""metrics.jsonl: full precision, a line at once, half lines cut off, TensorBoard events beside it."""
+
+import json
+from pathlib import Path
+
+from zigzag_jax.train import metrics
+from zigzag_jax.train.metrics import MetricsLog
+
+
+def test_lines_are_on_disk_at_once_and_exact(tmp_path: Path):
+    log = MetricsLog(tmp_path)
+    log.header(devices=4, mesh={"cp": 4}, resumed_from=None)
+    log.step(1, loss=0.1 + 0.2, tokens_per_second=5.0)
+    lines = [json.loads(line) for line in (tmp_path / metrics.FILE).read_text().splitlines()]
+    assert lines == [
+        {"devices": 4, "mesh": {"cp": 4}, "resumed_from": None},
+        {"step": 1, "loss": 0.1 + 0.2, "tokens_per_second": 5.0},
+    ]
+    log.close()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_half_line_of_a_killed_run_is_cut_off(tmp_path: Path):
+    (tmp_path / metrics.FILE).write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    log = MetricsLog(tmp_path)
+    log.step(2, loss=1.0)
+    log.close()
+    assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 2.0, 2: 1.0}
+
+
+def test_the_last_line_of_a_step_wins_and_names_are_kept_apart(tmp_path: Path):
+    log = MetricsLog(tmp_path)
+    log.step(1, loss=3.0)
+    log.step(1, eval_loss=9.0)
+    log.step(1, loss=2.0)
+    log.close()
+    assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 2.0}
+    assert metrics.read(tmp_path / metrics.FILE, "eval_loss") == {1: 9.0}
+
+
+def test_the_other_processes_write_nothing(tmp_path: Path):
+    log = MetricsLog(None)
+    log.header(devices=1)
+    log.step(1, loss=1.0)
+    log.close()
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,111 @@
+"""The whole of training is the same function on every mesh: losses, gradients and the weights after five steps."""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zigzag_jax.layout import to_zigzag
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
+from zigzag_jax.train.config import OptimConfig
+from zigzag_jax.train.data import padded
+from zigzag_jax.train.models import fit_vocabulary, maker
+from zigzag_jax.train.optim import optimizer
+from zigzag_jax.train.step import TrainState, make_step, state_shardings
+from zigzag_jax.train.task import Task
+
+S, B, V, STEPS = 48, 4, 64, 5
+SIZES = fit_vocabulary(PRESETS["tiny-qwen3-moe"], "tiny-qwen3-moe", V)
+PADS = {"tokens": 0, "labels": -1, "positions": 0, "real": False}
+QUICK = {"xla_backend_optimization_level": 0}  # compile time is what these tests take
+
+
+def make_mesh(dp: int, fsdp: int, cp: int) -> Mesh:
+    devices = jax.devices()[: dp * fsdp * cp]
+    return jax.make_mesh((dp, fsdp, cp), ("dp", "fsdp", "cp"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def natural_batch(packed: bool, step: int) -> dict[str, np.ndarray]:
+    """Random rows [B, S]; packed ones hold documents of other lengths in each row and end in pads."""
+    rng = np.random.default_rng(step)
+    tokens = rng.integers(0, V, (B, S)).astype(np.int32)
+    labels = np.append(tokens[:, 1:], np.full((B, 1), -1), axis=1).astype(np.int32)
+    positions, real = np.tile(np.arange(S, dtype=np.int32), (B, 1)), np.ones((B, S), bool)
+    batch = {"tokens": tokens, "labels": labels, "positions": positions, "real": real}
+    for b in range(B if packed else 0):
+        *cuts, end = np.sort(rng.choice(np.arange(1, S), 4, replace=False))
+        for cut in cuts:
+            positions[b, cut:] = np.arange(S - cut)
+            labels[b, cut - 1] = -1
+        labels[b, end - 1] = -1
+        for name, x in batch.items():
+            x[b, end:] = PADS[name]
+    return batch
+
+
+def on_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    cp, where = mesh.shape["cp"], NamedSharding(mesh, P(("dp", "fsdp"), "cp"))
+
+    def put(name: str, x: np.ndarray) -> jax.Array:
+        x = np.pad(x, ((0, 0), (0, padded(S, cp) - S)), constant_values=PADS[name])
+        return jax.device_put(to_zigzag(x, cp), where)
+
+    return {name: put(name, x) for name, x in batch.items()}
+
+
+@functools.cache
+def train(axes: tuple[int, int, int]) -> dict[bool, SimpleNamespace]:
+    """Five steps, of unpacked and of packed rows, by one compiled program."""
+    mesh = make_mesh(*axes)
+    sharding = Sharding(mesh)
+    make = maker(SIZES, sharding, dtype="float32", remat="attention")
+    graphdef, shapes = abstract_state(make)
+    task = Task(graphdef, sharding, jnp.dtype("float32"), aux_coefficient=0.1)  # large: an error in it must show
+    tx = optimizer(OptimConfig(warmup=2, learning_rate=1e-3), STEPS)
+    params = init_state(make, sharding, jax.random.key(3))[1]
+    opt_state = jax.jit(tx.init, out_shardings=state_shardings(shapes, tx, sharding).opt_state)(params)
+    step = jax.jit(make_step(task, tx), compiler_options=QUICK)
+    flat = lambda tree: [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+    def run(packed: bool) -> SimpleNamespace:
+        state, losses, grads = TrainState(params, opt_state), [], []
+        for n in range(STEPS):
+            state, result = step(
+                state, on_mesh(natural_batch(packed, n % (STEPS - 1)), mesh)
+            )  # the last sees the first's batch
+            losses.append(jax.device_get(result))
+            # after one step the first moment is the gradient, but for the factor (1 - b1) and the clipping
+            grads = grads or flat(optax.tree.get(state.opt_state, "mu"))
+        return SimpleNamespace(losses=losses, grads=grads, weights=flat(state.params), before=flat(params))
+
+    return {packed: run(packed) for packed in (False, True)}
+
+
+MESHES = [(1, 1, 4), (1, 1, 3), (2, 1, 2), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("axes", MESHES, ids=lambda a: "dp{}-fsdp{}-cp{}".format(*a))
+def test_every_mesh_is_one_device(axes: tuple[int, int, int], packed: bool):
+    one, other = train((1, 1, 1))[packed], train(axes)[packed]
+    for a, b in zip(one.losses, other.losses, strict=True):
+        np.testing.assert_allclose(jax.tree.leaves(b), jax.tree.leaves(a), rtol=2e-5)
+    for a, b in zip(one.grads, other.grads, strict=True):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)  # 4e-6 is usual; a missing sum over cp gives 0.5
+    # AdamW divides by the root of the second moment, so a gradient near zero makes noise of the size of a step
+    moved = np.sqrt(sum(np.sum((w - b) ** 2) for w, b in zip(one.weights, one.before, strict=True)))
+    apart = np.sqrt(sum(np.sum((w - b) ** 2) for w, b in zip(one.weights, other.weights, strict=True)))
+    assert apart <= 1e-2 * moved
+
+
+def test_a_batch_seen_again_costs_less():
+    run = train((1, 1, 4))[False]
+    assert all(np.any(w != b) for w, b in zip(run.weights, run.before, strict=True))
+    assert run.losses[-1].losses.loss < run.losses[0].losses.loss

@@ -1,0 +1,25 @@
+"""Signals ask for a stop; a second Ctrl-C insists; afterwards everything is as before."""
+
+import os
+import signal
+
+import pytest
+
+from zigzag_jax.train.stop import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_noted_not_fatal(number: signal.Signals):
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        assert stop.asked is None
+        os.kill(os.getpid(), number)
+        assert stop.asked == number.name
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_insists():
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
