@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.source
 ROOT = Path(__file__).parent.parent
-# design.md, section 6: a file may import what stands before it
+# a file may import what stands before it
 ORDER = ("layout", "ranges", "kernels", "ring", "attention", "mla", "models", "train")
 FOLDERS = {name: ROOT / "zigzag_jax" for name in ORDER} | {"models": ROOT, "train": ROOT}
 COLLECTIVES = {"ppermute", "pshuffle", "all_gather", "psum_scatter", "all_to_all", "ragged_all_to_all"}

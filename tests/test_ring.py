@@ -273,13 +273,13 @@ def layer(case: Case):
 
 @pytest.fixture(scope="module")
 def tower():
-    """Three layers whose windows differ: (case, x, weights [3, ..], positions, windows [3], dout)."""
+    """Two layers whose windows differ: (case, x, weights [2, ..], positions, windows [2], dout)."""
     case, rng = Case(3, Heads(4, 2, 8, 16)), np.random.default_rng(0)
     sizes = {"q": (12, 4, 8), "k": (12, 2, 8), "v": (12, 2, 16), "o": (4, 16, 12)}
-    weights = {name: jnp.asarray(0.3 * rng.standard_normal((3, *size)), jnp.float32) for name, size in sizes.items()}
+    weights = {name: jnp.asarray(0.3 * rng.standard_normal((2, *size)), jnp.float32) for name, size in sizes.items()}
     x, dout = (jnp.asarray(rng.standard_normal((case.batch, case.length, 12)), jnp.float32) for _ in range(2))
     positions = case.to(jnp.asarray(oracle.random_documents(rng, case.batch, case.length, 4)))
-    return case, x, weights, positions, jnp.asarray([3, 100, 11], jnp.int32), dout
+    return case, x, weights, positions, jnp.asarray([3, 11], jnp.int32), dout
 
 
 def tower_gradients(tower, wrap, scanned: bool):
@@ -291,7 +291,7 @@ def tower_gradients(tower, wrap, scanned: bool):
         if scanned:
             x, _ = jax.lax.scan(lambda x, w: (apply(x, w[0], positions, w[1]), None), x, (weights, windows))
         else:
-            for n in range(3):
+            for n in range(2):
                 x = apply(x, jax.tree.map(lambda w, n=n: w[n], weights), positions, windows[n])
         return jnp.vdot(x, dout)
 
@@ -322,7 +322,7 @@ def test_with_the_names_saved_the_forward_ring_is_not_run_again(tower, scanned):
     for name, wrap in REMAT.items():
         f, arguments = tower_gradients(tower, wrap, scanned)
         permutes[name] = hops.count(hops.collectives(f, *arguments), "ppermute")
-    hop = 3 * (3 - 1) * 2  # layers, hops, two arrays
+    hop = 2 * (3 - 1) * 2  # layers, hops, two arrays
     assert permutes == {"no-remat": 3 * hop, "saved": 3 * hop, "remat": 4 * hop}
 
 
@@ -369,11 +369,12 @@ def test_every_permute_asks_for_a_stream_of_its_own():
 
 
 # ------------------------------------------------------------------------------------------------------------ bfloat16
+@pytest.mark.source
 def test_bfloat16_error_does_not_grow_with_cp():
     example = runpy.run_path(str(EXAMPLES / "error_over_cp.py"))
-    rows = example["errors"]((1, 3, 8), seq_len=192, head_dim=32)
+    rows = example["errors"]((1, 8), seq_len=128, head_dim=32)
     print("\n" + example["table"](rows))
-    one, *more = rows
+    one, *more = rows  # all of cp 1..8 are in the example's own table
     # rounding each result once, at most half of 2**-8; 1.3 leaves room for other roundings, not for one more a hop
     assert max(one[1:]) < 2**-8
     for row in more:

@@ -44,9 +44,9 @@ class HostsConfig:
 class OptimConfig:
     """AdamW and its schedule."""
 
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """Peak learning rate."""
-    warmup: int = 20
+    warmup: int = 30
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """What follows the warm-up, down to final_fraction at --steps."""
@@ -76,9 +76,9 @@ class Config:
     """A tokenizer.json; default: a byte-level BPE trained on the data, once."""
     out: Path | None = None
     """Folder of checkpoints, metrics and pictures; default runs/MODEL."""
-    steps: int = 400
+    steps: int = 500
     """Optimiser steps of the whole run, those of earlier starts included."""
-    seq_len: int = 1024
+    seq_len: int = 512
     """Tokens in a row."""
     batch: int = 8
     """Rows a step over the whole mesh."""

@@ -16,12 +16,13 @@ from zigzag_jax.kernels.flash import reference
 from zigzag_jax.ranges import KeyRange
 
 GQA = Heads(4, 2, 16, 24)
+QUICK = {"xla_backend_optimization_level": 0}  # compiling is most of the time of this file
 
 
 @functools.partial(
     jax.jit,
     static_argnames=("scale", "softcap", "out_dtype", "deterministic"),
-    compiler_options={"xla_backend_optimization_level": 0},  # half the time of this file
+    compiler_options=QUICK,
 )
 def both(
     q, k, v, dout, dlse, keys, carry=None, dq=None, *, scale, softcap=None, out_dtype=jnp.float32, deterministic=False
@@ -108,13 +109,16 @@ def test_two_calls_with_a_carry_are_one_and_dq_is_added_to():
     both_k, both_v = (np.concatenate(x, axis=1) for x in ((k, k2), (v, v2)))
     want = oracle.attention(q, both_k, both_v, mask, scale=0.25, dout=dout, dlse=dlse)
 
-    carry = flash_fwd(q, k, v, first, scale=0.25)
-    out, lse = flash_fwd(q, k2, v2, second, scale=0.25, carry=carry)
-    delta = jnp.einsum("bqhe,bqhe->bhq", dout, out) - dlse
-    dq, *one = flash_bwd(q, k, v, lse, delta, dout, first, scale=0.25)
-    dq, *two = flash_bwd(q, k2, v2, lse, delta, dout, second, scale=0.25, dq=dq)
-    dk, dv = (jnp.concatenate(x, axis=1) for x in zip(one, two, strict=True))
-    oracle.check_all((out, lse, dq, dk, dv), want)
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def two_steps(q, k, v, k2, v2, dout, dlse):
+        carry = flash_fwd(q, k, v, first, scale=0.25)
+        out, lse = flash_fwd(q, k2, v2, second, scale=0.25, carry=carry)
+        delta = jnp.einsum("bqhe,bqhe->bhq", dout, out) - dlse
+        dq, *one = flash_bwd(q, k, v, lse, delta, dout, first, scale=0.25)
+        dq, *two = flash_bwd(q, k2, v2, lse, delta, dout, second, scale=0.25, dq=dq)
+        return out, lse, dq, *(jnp.concatenate(x, axis=1) for x in zip(one, two, strict=True))
+
+    oracle.check_all(two_steps(q, k, v, k2, v2, dout, dlse), want)
 
 
 def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing():
@@ -237,8 +241,7 @@ def good() -> dict[str, Any]:
 
 def good_backward() -> dict[str, Any]:
     row = jnp.zeros((2, 4, 5))
-    more: dict[str, Any] = {"lse": row, "delta": row, "dout": jnp.zeros((2, 5, 4, 6))}
-    return good() | more
+    return good() | {"lse": row, "delta": row, "dout": jnp.zeros((2, 5, 4, 6))}
 
 
 def zeros(*shape, dtype=jnp.float32):
@@ -246,7 +249,7 @@ def zeros(*shape, dtype=jnp.float32):
 
 
 BOUND = zeros(2, 5, dtype=jnp.int32)
-INPUTS = {
+INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "q-rank": ({"q": zeros(5, 4, 8)}, "q must be [batch, sequence, heads, head_dim], got shape [5, 4, 8]"),
     "v-rank": ({"v": zeros(2, 7, 12)}, "v must be [batch, sequence, heads, head_dim], got shape [2, 7, 12]"),
     "int": ({"q": zeros(2, 5, 4, 8, dtype=jnp.int32)}, "q must be bfloat16, float16 or float32, got int32"),
@@ -289,7 +292,7 @@ INPUTS = {
         f"implementation must be None or one of {', '.join(FLASH)}, got 'magic'",
     ),
 }
-FORWARD = INPUTS | {
+FORWARD: dict[str, tuple[dict[str, Any], str]] = INPUTS | {
     "carry-length": ({"carry": (zeros(2, 5, 4, 6),)}, "carry must be (out, lse), got 1 values"),
     "carry-out": (
         {"carry": (zeros(2, 5, 4, 8), zeros(2, 4, 5))},
@@ -308,7 +311,7 @@ FORWARD = INPUTS | {
         "carry lse must be float32, got float16",
     ),
 }
-BACKWARD = INPUTS | {
+BACKWARD: dict[str, tuple[dict[str, Any], str]] = INPUTS | {
     "lse": ({"lse": zeros(2, 5, 4)}, "lse must be [B, H, Sq] = [2, 4, 5], got [2, 5, 4]"),
     "delta-dtype": ({"delta": zeros(2, 4, 5, dtype=jnp.bfloat16)}, "delta must be float32, got bfloat16"),
     "dout": ({"dout": zeros(2, 5, 4, 8)}, "dout must be [B, Sq, H, E] = [2, 5, 4, 6], got [2, 5, 4, 8]"),

@@ -60,7 +60,7 @@ def test_only_the_newest_are_kept_and_a_step_is_saved_once(kept: Checkpoints):
     kept.save(3, state(99.0), {})
     kept.wait()
     assert sorted(p.name for p in kept.folder.iterdir() if p.name.isdigit()) == ["2", "3"]
-    same((kept.restore(abstract()) or pytest.fail())[1], state(3))
+    same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(3))
 
 
 @pytest.mark.parametrize("damage", ["halve", "remove"])
@@ -79,7 +79,7 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     assert any("checkpoints/8" in line for line in said)
     kept.save(8, state(8.5), {})  # the run goes on and comes to step 8 again
     kept.wait()
-    same((kept.restore(abstract()) or pytest.fail())[1], state(8.5))
+    same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(8.5))
 
 
 def test_identity_names_field_old_and_new():

@@ -1,0 +1,119 @@
+"""The trainer as a process: it learns, a kill -9 costs nothing, a mistake gets one line and exit code 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+FLAGS = ["--dtype", "float32", "--seq-len", "64", "--batch", "4", "--save-every", "3", "--seed", "7", "--steps", "9"]
+FLAGS += ["--mesh.cp", "2", "--mesh.dp", "2"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    lines = (f"Line {n}: a ring is a line that comes home after {n % 7} hops.\n" for n in range(3000))
+    (folder / "a.txt").write_text("".join(lines))
+    return folder
+
+
+def command(out: Path, corpus: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "zigzag_jax.train", "--out", str(out), "--data", str(corpus), *FLAGS, *more]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    before = os.environ.get("ZIGZAG_CACHE")
+    os.environ["ZIGZAG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop("ZIGZAG_CACHE") if before is None else os.environ.update(ZIGZAG_CACHE=before)
+
+
+def run(out: Path, corpus: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(out, corpus, *more), capture_output=True, text=True, timeout=400, check=False)
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in lines(out) if "loss" in line}
+
+
+@pytest.fixture(scope="module")
+def calm(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run that nobody disturbed, and what it printed."""
+    out = tmp_path_factory.mktemp("calm")
+    done = run(out, corpus)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+def test_a_run_learns_and_reports(calm: tuple[Path, str]):
+    out, printed = calm
+    assert sorted(losses(out)) == list(range(1, 10))
+    assert losses(out)[9] < losses(out)[1]
+    assert lines(out)[0] == {"devices": 4, "mesh": {"dp": 2, "fsdp": 1, "cp": 2}, "resumed_from": None}
+    for words in ("tokens/s", "held-out loss", "unigram", "bigram", "the model goes on", "resumes from step 9"):
+        assert words in printed
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (out / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6", "9"]
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
+    process = subprocess.Popen(command(tmp_path, corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if (tmp_path / "metrics.jsonl").exists() and '"step": 5' in (tmp_path / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    done = run(tmp_path, corpus)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path)[-1]["step"] == 9
+    assert [line["resumed_from"] for line in lines(tmp_path) if "resumed_from" in line] in ([None, 3], [None, 6])
+    assert losses(tmp_path) == losses(calm[0])
+
+
+def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path):
+    out, _ = calm
+    again = run(out, corpus)
+    assert again.returncode == 0
+    assert "resumed at step 9: finished" in again.stdout
+    assert "held-out loss" in again.stdout
+    other = run(out, corpus, "--seq-len", "32")
+    assert other.returncode == 2
+    assert other.stderr.strip().splitlines()[-1].startswith("error: seq-len: must stay")
+    assert "64" in other.stderr
+    assert "got 32" in other.stderr
+    assert "Traceback" not in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--steps", "-1"), "error: steps: must be >= 1, got -1"),
+        (("--model", "none"), "error: model: must be one of"),
+        (("--no-such-flag", "1"), "--no-such-flag"),
+        (("--out", "/proc/zigzag"), "error: out: must be a folder that can be written"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path, flags: tuple[str, str], said: str):
+    done = run(tmp_path, corpus, *flags)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_dry_run_builds_nothing(corpus: Path, tmp_path: Path):
+    done = run(tmp_path / "out", corpus, "--dry-run", "--model", "qwen3-30b-a3b")
+    assert done.returncode == 0, done.stderr
+    assert "hops of" in done.stdout
+    assert not (tmp_path / "out").exists()

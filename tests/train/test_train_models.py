@@ -1,0 +1,70 @@
+"""From --model to a model, and what --dry-run says of it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.train.config import Config, MeshConfig
+from zigzag_jax.train.dry_run import describe
+from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.models import fit_vocabulary, model_config
+
+HF = {
+    "model_type": "qwen3_moe", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "vocab_size": 256, "num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
+    "intermediate_size": 96, "rope_theta": 1e6,
+}  # fmt: skip
+
+
+def folder(tmp_path: Path, **changes: object) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(HF | changes))
+    return tmp_path
+
+
+def test_a_name():
+    assert model_config(Config(model="qwen3-30b-a3b")) == PRESETS["qwen3-30b-a3b"]
+
+
+def test_a_name_that_is_none():
+    with pytest.raises(UserError, match=r"^model: must be one of tiny-qwen3-moe, .*, got tiny-nothing"):
+        model_config(Config(model="tiny-nothing"))
+
+
+def test_sizes_of_a_folder(tmp_path: Path):
+    assert model_config(Config(model=str(folder(tmp_path)), random_init=True)).num_experts == 8
+
+
+def test_a_folders_weights_are_not_dropped_in_silence(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^model: must be given with --random-init"):
+        model_config(Config(model=str(folder(tmp_path))))
+
+
+@pytest.mark.parametrize("changes", [{"model_type": "llama"}, {"hidden_size": None}, {"attention_bias": True}])
+def test_a_folder_that_cannot_be_computed(tmp_path: Path, changes: dict):
+    with pytest.raises(UserError, match=r"^model: must hold a config.json that can be computed"):
+        model_config(Config(model=str(folder(tmp_path, **changes)), random_init=True))
+
+
+def test_vocabulary():
+    assert fit_vocabulary(PRESETS["tiny-qwen3-moe"], "tiny-qwen3-moe", 300).vocab_size == 300
+    big = PRESETS["qwen3-30b-a3b"]
+    assert fit_vocabulary(big, "qwen3-30b-a3b", 1024) == big
+    with pytest.raises(UserError, match=r"^tokenizer: must have at most the model's 151936 tokens, got 200000"):
+        fit_vocabulary(big, "qwen3-30b-a3b", 200000)
+
+
+def test_dry_run_counts_parameters_and_hops():
+    said: list[str] = []
+    config = Config(model="qwen3-30b-a3b", mesh=MeshConfig(cp=8), seq_len=262144, batch=1, dtype="bfloat16")
+    describe(config, PRESETS["qwen3-30b-a3b"], said.append)
+    text = "\n".join(said)
+    assert "cp 8 = 8 devices" in text
+    assert "30.532 billion" in text  # what the model's name and its card say
+    # k and v: 32768 tokens * 2 * 4 heads * 128 * 2 bytes = 64 MiB; float32 gradients twice that
+    assert "7 hops of 64.00 MiB" in text
+    assert "7 of 128.00 MiB" in text
+    # 30.532e9 * 4 bytes / 8 devices; the moments are twice the parameters
+    assert "parameters    14.2" in text
+    assert "optimiser     28.4" in text
