@@ -5,10 +5,14 @@
 
 .PHONY: setup train test lint check clean
 
+
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup
 	@scripts/setup
+
+.venv-aot/.ready: .venv/.ready scripts/setup_aot
+	@scripts/setup_aot
 
 train: setup
 	@.venv/bin/python -m zigzag_jax.train $(ARGS)
@@ -18,8 +22,9 @@ lint: setup
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 
-test: lint
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+test: lint .venv-aot/.ready
+	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot tests/test_schedule.py
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -m "not slow and not gpu and not aot" $(ARGS)
 
 check: setup
 	scripts/check

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# float32 arithmetic against float64, relative L2. Worst seen in the suite: 1.2e-6 (softcap); the usual is 3e-7.
-FLOAT32 = 5e-6
+# float32 arithmetic against float64, relative L2. Worst seen: 1.1e-6 (dsink, a sum over all rows); elsewhere 4.6e-7.
+FLOAT32 = 3e-6
 
 
 class Attention(NamedTuple):

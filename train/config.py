@@ -76,7 +76,7 @@ class Config:
     """A tokenizer.json; default: a byte-level BPE trained on the data, once."""
     out: Path | None = None
     """Folder of checkpoints, metrics and pictures; default runs/MODEL."""
-    steps: int = 500
+    steps: int = 400
     """Optimiser steps of the whole run, those of earlier starts included."""
     seq_len: int = 512
     """Tokens in a row."""
