@@ -24,7 +24,7 @@ lint: setup
 
 test: lint .venv-aot/.ready
 	JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m aot tests/test_schedule.py
-	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -m "not slow and not gpu and not aot" $(ARGS)
+	JAX_PLATFORMS=cpu .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not aot" $(ARGS)
 
 check: setup
 	scripts/check

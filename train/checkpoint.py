@@ -2,7 +2,7 @@
 
 Each holds the state and a small JSON with what the run was (`identity`). A folder appears under its final name only
 when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed STEP.corrupt, and the one
-before it used.
+before it used; if none can be read, that is an error and all stay as they are: the cause may be the machine.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import RunError, UserError
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
 
@@ -50,27 +50,43 @@ class Checkpoints:
         if step == self.latest():
             return
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), identity=ocp.args.JsonSave(identity))
-        self._manager.save(step, args=args)
+        if not self._manager.save(step, args=args):
+            raise RunError(f"step {step}: the checkpoint was refused, the newest is {self.latest()}")
         begin = time.monotonic()
         while self._manager.is_saving_in_progress() and time.monotonic() - begin < _PATIENCE:
             time.sleep(0.005)
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
-        """(step, state) of the newest checkpoint that can be read, or None; `abstract` are shapes with shardings."""
-        while (step := self.latest()) is not None:
+        """(step, state) of the newest checkpoint that can be read, or None; `abstract` are shapes with shardings.
+
+        UserError where there are checkpoints and none can be read.
+        """
+        failed: dict[int, Exception] = {}
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-                return step, self._manager.restore(step, args=args)["state"]
-            except Exception as error:  # whatever a damaged file raises: it is named, kept and passed over
-                self._set_aside(step, error)
+                state = self._manager.restore(step, args=args)["state"]
+            except Exception as error:  # whatever a damaged file raises
+                failed[step] = error
+                continue
+            self._set_aside(failed)
+            return step, state
+        if failed:
+            newest = max(failed)
+            rule = f"must hold a checkpoint that can be read ({_reason(failed[newest])})"
+            raise UserError("out", rule, self.folder / str(newest))
         return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        path = self.folder / str(step)
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        self.say(f"checkpoints/{step} cannot be read and is now {path}.corrupt; the one before it is used ({reason})")
+    def _set_aside(self, failed: dict[int, Exception]) -> None:
+        """Name and rename checkpoints that cannot be read, now that an older one could."""
+        if not failed:
+            return
         self._manager.close()
-        path.rename(f"{path}.corrupt")
+        for step, error in failed.items():
+            path = self.folder / str(step)
+            free = next(p for n in range(1, 1000) if not (p := Path(f"{path}.corrupt{'' if n == 1 else n}")).exists())
+            path.rename(free)
+            self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({_reason(error)})")
         self._manager = self._open()
 
     def wait(self) -> None:
@@ -80,6 +96,10 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing and stop."""
         self._manager.close()
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -94,10 +94,13 @@ class Config:
     """Steps between looks at the held-out loss."""
     remat: Literal["none", "attention", "full"] = "attention"
     """What a layer keeps for its backward: everything, the attention's result, or nothing but its input."""
+    strategy: Literal["ring", "allgather"] = "ring"
+    """How queries meet keys; with many short documents in a row allgather waits less, for cp times the memory of k, v.
+    """
     cpu_devices: int | None = None
     """CPU devices of this process where there is no GPU; default: as many as the mesh needs."""
     dry_run: bool = False
-    """Print the mesh, the bytes a device holds and what the ring sends, and stop."""
+    """Print the mesh, the bytes of parameters and optimiser a device, what the ring sends, and stop."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices are used."""
     hosts: HostsConfig = field(default_factory=HostsConfig)
@@ -130,13 +133,19 @@ def check(config: Config) -> None:
         raise UserError("mesh.ep", "must be 1 (experts over several devices are not there yet)", mesh.ep)
     if not 0 <= hosts.process_id < hosts.num_processes:
         raise UserError("hosts.process-id", f"must be in 0 .. {hosts.num_processes - 1}", hosts.process_id)
+    if hosts.num_processes == 1 and hosts.coordinator is not None:
+        raise UserError("hosts.num-processes", "must be given with --hosts.coordinator", hosts.num_processes)
     if hosts.num_processes > 1 and hosts.coordinator is None:
         raise UserError("hosts.coordinator", "must be ADDRESS:PORT with several processes", None)
     for name in ("learning_rate", "clip"):
         if not getattr(optim, name) > 0:
             raise UserError(f"optim.{name.replace('_', '-')}", "must be > 0", getattr(optim, name))
-    for name in ("final_fraction", "b1", "b2"):
-        if not 0 <= getattr(optim, name) <= 1:
-            raise UserError(f"optim.{name.replace('_', '-')}", "must be in 0 .. 1", getattr(optim, name))
+    if not 0 <= optim.final_fraction <= 1:
+        raise UserError("optim.final-fraction", "must be in 0 .. 1", optim.final_fraction)
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise UserError(f"optim.{name}", "must be >= 0 and < 1", getattr(optim, name))
+    if config.seed >= 2**32:
+        raise UserError("seed", "must be < 2**32", config.seed)
     if not optim.weight_decay >= 0:
         raise UserError("optim.weight-decay", "must be >= 0", optim.weight_decay)

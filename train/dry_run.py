@@ -9,9 +9,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
 from zigzag_jax.models.sharding import Sharding, abstract_state
-from zigzag_jax.train.config import Config
+from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.data import padded
-from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
+from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape, on_cpu
 from zigzag_jax.train.models import maker
 from zigzag_jax.train.optim import optimizer
 from zigzag_jax.train.step import abstract_train_state
@@ -25,12 +26,16 @@ def bytes_a_device(tree) -> int:
 
 
 def describe(config: Config, sizes: Qwen3MoeConfig, say: Callable[[str], None]) -> None:
-    """Say the mesh, the bytes of parameters and optimiser a device, and the hops of the ring."""
+    """Say the mesh, the bytes of parameters and optimiser a device, and the hops of the ring. UserError without a
+    mesh.
+    """
+    if not on_cpu() and config.mesh == MeshConfig():
+        raise UserError("mesh", "must be given with --dry-run, which does not ask how many GPUs there are", None)
     shape = mesh_shape(config.mesh)
     check_batch(config, shape)
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sharding = Sharding(cast(Mesh, mesh))  # shapes need no devices
-    _, shapes = abstract_state(maker(sizes, sharding, dtype=config.dtype, remat=config.remat))
+    _, shapes = abstract_state(maker(config, sizes, sharding))
     state = abstract_train_state(shapes, optimizer(config.optim, config.steps), sharding)
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
     dp, fsdp, cp = shape

@@ -1,6 +1,7 @@
-"""How a run ends, and the one error a person can mend: a field, the rule it breaks, the value it had."""
+"""How a run ends: its exit codes, and the errors that end it with one line instead of a traceback."""
 
-DONE, USER_ERROR, PREEMPTED = 0, 2, 75  # exit codes: finished, a user's mistake, interrupted and saved
+# exit codes: finished, training cannot go on, a user's mistake, interrupted and saved, Ctrl-C twice
+DONE, FAILED, USER_ERROR, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 class UserError(ValueError):
@@ -9,3 +10,7 @@ class UserError(ValueError):
     def __init__(self, field: str, rule: str, value: object) -> None:
         super().__init__(f"{field}: {rule}, got {value}")
         self.field, self.rule, self.value = field, rule, value
+
+
+class RunError(RuntimeError):
+    """Training cannot go on; the command line prints `error: MESSAGE` and exits with 1."""

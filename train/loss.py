@@ -50,7 +50,7 @@ def _local_sum(hidden, head, labels, dtype, chunk: int):
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
     def chunk_sum(head, h, label):
-        logits = jnp.matmul(h.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+        logits = _project(h.astype(dtype), head)
         own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)[:, 0]
         return jnp.sum(jnp.where(label >= 0, jax.nn.logsumexp(logits, axis=1) - own, 0.0))
 
@@ -60,6 +60,25 @@ def _local_sum(hidden, head, labels, dtype, chunk: int):
     return lax.scan(body, jnp.zeros((), jnp.float32), (hidden, labels))[0]
 
 
+@jax.custom_vjp
+def _project(h, head):
+    """Logits float32 [n, V] of h [n, d] and a float32 head, multiplied in h's dtype.
+
+    A plain cast of the head would round its gradient to that dtype for every chunk.
+    """
+    return jnp.matmul(h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+
+
+def _project_bwd(residuals, dlogits):
+    h, head = residuals
+    dlogits = dlogits.astype(h.dtype)
+    dh = jnp.matmul(dlogits, head.astype(h.dtype).T)
+    return dh, jnp.matmul(h.T, dlogits, preferred_element_type=jnp.float32)
+
+
+_project.defvjp(lambda h, head: (_project(h, head), (h, head)), _project_bwd)
+
+
 def predicted(labels) -> jax.Array:
     """How many tokens of the global batch are predicted: float32 scalar."""
-    return jnp.sum(labels >= 0, dtype=jnp.float32)
+    return jnp.sum(labels >= 0, dtype=jnp.int32).astype(jnp.float32)  # exact beyond 2**24

@@ -21,7 +21,7 @@ CPU_DEFAULT = MeshConfig(dp=2, cp=2)
 
 def has_gpu() -> bool:
     """Whether this machine shows an NVIDIA GPU; asks no JAX backend."""
-    return Path("/dev/nvidiactl").exists() or Path("/proc/driver/nvidia").exists()
+    return Path("/dev/nvidiactl").exists()  # a container that only sees the driver has no GPU to use
 
 
 def use_cpu_without_gpu() -> None:
@@ -70,6 +70,9 @@ def _join(hosts: HostsConfig) -> None:
 
 def make_mesh(config: Config) -> Mesh:
     """The mesh over the first dp * fsdp * cp devices. UserError where there are too few or --batch does not fit."""
+    if not on_cpu() and jax.default_backend() == "cpu":
+        rule = "must be cpu where JAX cannot use the GPU (or install zigzag_jax[cuda12] or [cuda13])"
+        raise UserError("JAX_PLATFORMS", rule, os.environ.get("JAX_PLATFORMS"))
     shape = mesh_shape(config.mesh, None if on_cpu() else jax.device_count())
     size, there = math.prod(shape), jax.device_count()
     text = " * ".join(AXES)

@@ -17,10 +17,11 @@ FILE = "metrics.jsonl"
 class MetricsLog:
     """Appends to one run's metrics; a half-written last line of a killed run is cut off first.
 
-    With folder None, in all processes but one, nothing is written.
+    With folder None, in all processes but one, nothing is written. `first`: finished steps of the state that is
+    resumed.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, first: int = 0) -> None:
         self._file = self._events = None
         if folder is None:
             return
@@ -31,7 +32,7 @@ class MetricsLog:
             with path.open("rb+") as file:
                 file.truncate(text.rfind(b"\n") + 1)
         self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), write_to_disk=True)
+        self._events = SummaryWriter(str(folder / "tensorboard"), write_to_disk=True, purge_step=first + 1)
 
     def header(self, **values: Any) -> None:
         """The first line of a start."""

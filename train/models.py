@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
+from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from zigzag_jax.models.sharding import Sharding
@@ -31,14 +31,17 @@ def model_config(config: Config) -> Qwen3MoeConfig:
 
 
 def fit_vocabulary(sizes: Qwen3MoeConfig, name: str, vocab_size: int) -> Qwen3MoeConfig:
-    """Tiny models take the tokenizer's vocabulary; the others must have room for it."""
-    if name.startswith("tiny-"):
+    """The named tiny models take the tokenizer's vocabulary; all others must have room for it."""
+    if name in PRESETS and name.startswith("tiny-"):
         return dataclasses.replace(sizes, vocab_size=vocab_size)
     if vocab_size > sizes.vocab_size:
         raise UserError("tokenizer", f"must have at most the model's {sizes.vocab_size} tokens", vocab_size)
     return sizes
 
 
-def maker(sizes: Qwen3MoeConfig, sharding: Sharding, *, dtype: str, remat: str) -> Callable[[nnx.Rngs], Any]:
+def maker(config: Config, sizes: Qwen3MoeConfig, sharding: Sharding) -> Callable[[nnx.Rngs], Qwen3Moe]:
     """What builds the model from random keys."""
-    return lambda rngs: Qwen3Moe(sizes, sharding, rngs=rngs, dtype=jnp.dtype(dtype), remat=remat)
+    options = KernelOptions(strategy=config.strategy)
+    return lambda rngs: Qwen3Moe(
+        sizes, sharding, rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat, options=options
+    )

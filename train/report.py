@@ -8,11 +8,14 @@ follows which.
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
+from flax import nnx
 
 from zigzag_jax.train import metrics, ngram
 from zigzag_jax.train.data import BLANK, Batches
 from zigzag_jax.train.store import Dataset
+from zigzag_jax.train.task import Losses
 
 _EVAL_TOKENS = 32768  # held-out places that are scored: enough for the second digit, seconds on a CPU
 
@@ -22,11 +25,13 @@ class HeldOut:
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
-        self.count = min(len(batches), max(1, _EVAL_TOKENS // (batches.batch * batches.seq_len)))
+        # counted in tokens before padding, so that every mesh scores the same rows
+        self.count = min(len(batches), max(1, _EVAL_TOKENS // (batches.batch * batches.plan.seq_len)))
 
-    def loss(self, losses: Callable) -> float:
-        """Mean cross-entropy in nats over all predicted held-out tokens; losses(batch) -> Losses."""
-        parts = [losses(self.batches.at(n)) for n in range(self.count)]
+    def loss(self, losses: Callable[..., Losses], params: nnx.State) -> float:
+        """Mean cross-entropy in nats over the predicted tokens of these batches; losses(params, batch) -> Losses."""
+        # one batch at a time: a hundred in flight at once can hang CPU devices
+        parts = [jax.device_get(losses(params, self.batches.at(n))) for n in range(self.count)]
         tokens = np.array([float(p.tokens) for p in parts])
         return float(np.dot([float(p.loss) for p in parts], tokens) / tokens.sum())
 

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import RunError, UserError
 
 
 def state(value: float, devices: int = 1) -> dict:
@@ -80,6 +80,24 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     kept.save(8, state(8.5), {})  # the run goes on and comes to step 8 again
     kept.wait()
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(8.5))
+
+
+def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
+    for step in (4, 8):
+        kept.save(step, state(step), {})
+        kept.wait()
+    wrong = {"w": abstract()["w"], "another": abstract()["m"]}
+    with pytest.raises(UserError, match=r"^out: must hold a checkpoint that can be read .*/8$"):
+        kept.restore(wrong)
+    assert sorted(p.name for p in kept.folder.iterdir() if not p.name.startswith(".")) == ["4", "8"]
+    assert kept.restore(abstract()) is not None
+
+
+def test_a_refused_save_is_an_error(kept: Checkpoints):
+    kept.save(8, state(8), {})
+    kept.wait()
+    with pytest.raises(RunError, match="step 4: the checkpoint was refused, the newest is 8"):
+        kept.save(4, state(4), {})
 
 
 def test_identity_names_field_old_and_new():

@@ -31,7 +31,7 @@ BAD = {
     "optim.clip": Config(optim=OptimConfig(clip=float("nan"))),
     "optim.final-fraction": Config(optim=OptimConfig(final_fraction=1.5)),
     "optim.b1": Config(optim=OptimConfig(b1=-0.1)),
-    "optim.b2": Config(optim=OptimConfig(b2=1.1)),
+    "optim.b2": Config(optim=OptimConfig(b2=1.0)),
     "optim.weight-decay": Config(optim=OptimConfig(weight_decay=-1.0)),
     "optim.warmup": Config(optim=OptimConfig(warmup=-1)),
 }

@@ -47,11 +47,11 @@ def test_sum_and_gradients(dp: int, cp: int, chunk: int):
 
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():
-    """1024 equal contributions of 1/64 a chunk: a bfloat16 running sum would stop growing."""
-    hidden, head = jnp.full((1, 1024, 1), 1 / 8), jnp.zeros((1, 2))
+    """512 chunks whose own gradient, (1 + 2**-8) / 2, is no bfloat16: rounded once a chunk the sum would be 256."""
+    hidden, head = jnp.tile(jnp.array([1.0, 2.0**-8]), 512).reshape(1, 1024, 1), jnp.zeros((1, 2))
     labels = jnp.zeros((1, 1024), jnp.int32)
-    f = lambda w: cross_entropy_sum(hidden, w, labels, mesh=make_mesh(1, 1), dtype=jnp.bfloat16, chunk=1)
-    np.testing.assert_allclose(np.asarray(jax.grad(f)(head)), [[-64.0, 64.0]], rtol=1e-6)
+    f = lambda w: cross_entropy_sum(hidden, w, labels, mesh=make_mesh(1, 1), dtype=jnp.bfloat16, chunk=2)
+    np.testing.assert_allclose(np.asarray(jax.grad(f)(head)), [[-257.0, 257.0]], rtol=1e-6)
 
 
 def shapes_in(jaxpr) -> set[tuple[int, ...]]:

@@ -22,6 +22,7 @@ def test_shape(given: MeshConfig, devices: int | None, shape: tuple[int, int, in
     assert mesh_shape(given, devices) == shape
 
 
+@pytest.mark.usefixtures("cpu")
 def test_mesh_takes_the_first_devices_with_auto_axes():
     mesh = make_mesh(Config(mesh=MeshConfig(dp=2, cp=3)))
     assert dict(mesh.shape) == {"dp": 2, "fsdp": 1, "cp": 3}
@@ -29,6 +30,7 @@ def test_mesh_takes_the_first_devices_with_auto_axes():
     assert all(t == jax.sharding.AxisType.Auto for t in mesh.axis_types)
 
 
+@pytest.mark.usefixtures("cpu")
 def test_too_few_devices():
     with pytest.raises(UserError, match=r"^mesh: dp \* fsdp \* cp must be at most the 8 devices there are, got 16"):
         make_mesh(Config(mesh=MeshConfig(cp=16)))
@@ -51,7 +53,18 @@ def test_devices_that_the_processes_cannot_share():
         start_devices(config)
 
 
-def test_cpu_devices_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.usefixtures("no_cpu")
+def test_a_gpu_that_jax_cannot_use():
+    with pytest.raises(UserError, match=r"^JAX_PLATFORMS: must be cpu where JAX cannot use the GPU"):
+        make_mesh(Config(mesh=MeshConfig(cp=2)))
+
+
+@pytest.fixture
+def no_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("zigzag_jax.train.mesh.on_cpu", lambda: False)
+
+
+@pytest.mark.usefixtures("no_cpu")
+def test_cpu_devices_on_a_gpu():
     with pytest.raises(UserError, match=r"^cpu-devices: needs a run on the CPU .*, got 4"):
         start_devices(Config(cpu_devices=4))

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from zigzag_jax.layout import to_zigzag
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
-from zigzag_jax.train.config import OptimConfig
+from zigzag_jax.train.config import Config, OptimConfig
 from zigzag_jax.train.data import padded
 from zigzag_jax.train.models import fit_vocabulary, maker
 from zigzag_jax.train.optim import optimizer
@@ -65,7 +65,7 @@ def train(axes: tuple[int, int, int]) -> dict[bool, SimpleNamespace]:
     """Five steps, of unpacked and of packed rows, by one compiled program."""
     mesh = make_mesh(*axes)
     sharding = Sharding(mesh)
-    make = maker(SIZES, sharding, dtype="float32", remat="attention")
+    make = maker(Config(), SIZES, sharding)
     graphdef, shapes = abstract_state(make)
     task = Task(graphdef, sharding, jnp.dtype("float32"), aux_coefficient=0.1)  # large: an error in it must show
     tx = optimizer(OptimConfig(warmup=2, learning_rate=1e-3), STEPS)

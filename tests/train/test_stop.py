@@ -11,15 +11,18 @@ from zigzag_jax.train.stop import StopRequest
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_is_noted_not_fatal(number: signal.Signals):
     before = signal.getsignal(number)
-    with StopRequest() as stop:
+    said: list[str] = []
+    with StopRequest(said.append) as stop:
         assert stop.asked is None
         os.kill(os.getpid(), number)
         assert stop.asked == number.name
+    assert len(said) == 1
+    assert said[0].startswith(number.name)
     assert signal.getsignal(number) == before
 
 
 def test_a_second_ctrl_c_insists():
-    with StopRequest():
+    with StopRequest(lambda text: None):
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -55,6 +55,17 @@ def test_vocabulary():
         fit_vocabulary(big, "qwen3-30b-a3b", 200000)
 
 
+def test_a_folder_called_tiny_keeps_its_vocabulary():
+    sizes = PRESETS["qwen3-30b-a3b"]
+    assert fit_vocabulary(sizes, "tiny-of-mine", 300) == sizes
+
+
+def test_dry_run_on_a_gpu_needs_a_mesh(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("zigzag_jax.train.dry_run.on_cpu", lambda: False)
+    with pytest.raises(UserError, match=r"^mesh: must be given with --dry-run"):
+        describe(Config(), PRESETS["tiny-qwen3-moe"], print)
+
+
 def test_dry_run_counts_parameters_and_hops():
     said: list[str] = []
     config = Config(model="qwen3-30b-a3b", mesh=MeshConfig(cp=8), seq_len=262144, batch=1, dtype="bfloat16")

@@ -1,0 +1,49 @@
+"""What stops a run that cannot go on."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zigzag_jax.train import __main__ as command_line
+from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.loop import _check_finite
+from zigzag_jax.train.report import HeldOut
+from zigzag_jax.train.task import Losses
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(np.nan, 1.0), (1.0, np.inf)])
+def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: float):
+    result = SimpleNamespace(losses=Losses(*map(jnp.float32, (loss, 0, 1))), grad_norm=np.float32(norm))
+    with pytest.raises(RunError, match=r"^step 7: the .* is (nan|inf), .* of step 5"):
+        _check_finite(7, result, 5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "text"),
+    [
+        (UserError("batch", "must be even", 3), 2, "error: batch: must be even, got 3"),
+        (RunError("step 1: no"), 1, "error: step 1: no"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command again goes on"),
+    ],
+)
+def test_each_end_is_one_line(
+    error: BaseException, code: int, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(config: object) -> int:
+        raise error
+
+    monkeypatch.setattr(command_line, "run", fail)
+    assert command_line.main([]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(text)
+
+
+def test_the_held_out_rows_do_not_depend_on_the_mesh():
+    class Batches(SimpleNamespace):
+        def __len__(self) -> int:
+            return 100
+
+    batches = (Batches(batch=8, seq_len=padded, plan=SimpleNamespace(seq_len=512)) for padded in (512, 516))
+    assert [HeldOut(b).count for b in batches] == [8, 8]  # type: ignore[arg-type]

@@ -1,0 +1,99 @@
+"""A run built from its Config: data, mesh, model, optimiser, all that is made once before the first step."""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
+from zigzag_jax.train.config import Config
+from zigzag_jax.train.data import Batches
+from zigzag_jax.train.models import fit_vocabulary, maker
+from zigzag_jax.train.optim import optimizer
+from zigzag_jax.train.packing import make_plan
+from zigzag_jax.train.report import HeldOut
+from zigzag_jax.train.step import TrainState, abstract_train_state, state_shardings
+from zigzag_jax.train.store import Dataset, open_dataset
+from zigzag_jax.train.task import Losses, Task
+
+_HELD_OUT_SEED = 0  # the held-out rows are the same whatever the run's seed
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that is made once for a run."""
+
+    config: Config
+    """What it was told."""
+    identity: dict[str, Any]
+    """What may not change when it is resumed, by the name of its flag."""
+    dataset: Dataset
+    """Its text."""
+    mesh: Mesh
+    """Its devices."""
+    task: Task
+    """Its model and loss."""
+    tx: optax.GradientTransformation
+    """Its optimiser."""
+    abstract: TrainState
+    """Its state as shapes with shardings."""
+    init: Callable[[], TrainState]
+    """Draws the first state."""
+    batches: Batches
+    """What it trains on."""
+    held_out: HeldOut
+    """What it is scored on."""
+    losses: Callable[..., Losses]
+    """Jitted losses(params, batch)."""
+    say: Callable[[str], None]
+    """Prints a line, in process 0."""
+
+
+def set_up(config: Config, sizes: Qwen3MoeConfig, mesh: Mesh, stack: ExitStack, say: Callable[[str], None]) -> Run:
+    """Build the run; what has to be closed at its end goes on `stack`. UserError for data or a tokenizer that won't
+    do.
+    """
+    dataset = open_dataset(config.data, config.tokenizer, process_index=jax.process_index(), say=say)
+    sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
+    sharding = Sharding(mesh)
+    make = maker(config, sizes, sharding)
+    graphdef, shapes = abstract_state(make)
+    tx = optimizer(config.optim, config.steps)
+    task = Task(graphdef, sharding, jnp.dtype(config.dtype), sizes.router_aux_loss_coef)
+
+    def init() -> TrainState:
+        params = init_state(make, sharding, jax.random.key(config.seed))[1]
+        where = state_shardings(shapes, tx, sharding).opt_state
+        return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
+
+    train_plan = make_plan(dataset.train.lengths, config.seq_len, seed=config.seed)
+    eval_plan = make_plan(dataset.held_out.lengths, config.seq_len, seed=_HELD_OUT_SEED)
+    batches = stack.enter_context(Batches(dataset.train, train_plan, config.batch, mesh))
+    held_out = stack.enter_context(Batches(dataset.held_out, eval_plan, config.batch, mesh, repeat=False))
+    say(
+        f"model {config.model}: {sum(x.size for x in jax.tree.leaves(shapes)) / 1e6:.2f} M parameters; "
+        f"data: {len(dataset.train.tokens):,} tokens in rows of {config.seq_len}, {train_plan.fill:.1%} full"
+    )
+    return Run(
+        config=config, identity=identity(config, sizes, dataset), dataset=dataset, mesh=mesh, task=task, tx=tx,
+        abstract=abstract_train_state(shapes, tx, sharding), init=init, batches=batches, held_out=HeldOut(held_out),
+        losses=jax.jit(task.losses), say=say,
+    )  # fmt: skip
+
+
+def identity(config: Config, sizes: Qwen3MoeConfig, dataset: Dataset) -> dict[str, Any]:
+    """What may not change when a run is resumed; the mesh, --steps and what is only said or saved may."""
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
+    model = f"{config.model} (sizes {digest(repr(dataclasses.asdict(sizes)))})"
+    fixed: dict[str, Any] = {"model": model, "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})"}
+    fixed["tokenizer"] = f"{config.tokenizer or 'trained on the data'} (digest {digest(dataset.tokenizer.to_str())})"
+    fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
+    return fixed | {f"optim.{name.replace('_', '-')}": x for name, x in dataclasses.asdict(config.optim).items()}
