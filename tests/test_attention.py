@@ -390,3 +390,22 @@ def test_ring_attention_errors(case):
 
 def test_contiguous_needs_no_even_length():
     assert per_shard(x(2, 6, 2, 8), layout="contiguous").shape == (2, 6, 2, 8)
+
+
+def test_zigzag_attention_inside_a_shard_map_names_the_other_function():
+    mesh = jax.make_mesh((2,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    spec = P(None, "cp")
+    inside = lambda q: zigzag_attention(q, q, q, mesh=mesh, spec=P(None, "cp", None, None))
+    f = jax.shard_map(inside, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    with pytest.raises(ValueError, match=r"outside of any shard_map \(inside one: ring_attention\), got .*\['cp'\]"):
+        f(x(1, 8, 2, 8))
+
+
+def test_shares_of_a_bfloat16_sinks_gradient_are_summed_in_float32():
+    mesh = jax.make_mesh((8,), ("cp",), axis_types=(AxisType.Auto,))
+    q, k, v, dout = (jax.random.normal(jax.random.key(n), (1, 64, 2, 8), jnp.float32) for n in range(4))
+    loss = lambda sink: jnp.sum(zigzag_attention(q, k, v, sink=sink, mesh=mesh, spec=P(None, "cp", None, None)) * dout)
+    sink = jnp.array([0.5, -1.0])
+    exact, rounded = jax.jit(jax.grad(loss))(sink), jax.jit(jax.grad(loss))(sink.astype(jnp.bfloat16))
+    assert rounded.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(rounded, exact.astype(jnp.bfloat16))  # rounded once, at the end

@@ -170,3 +170,9 @@ def test_documents_only_take_steps_away():
 def test_live_steps_raises_on_an_unknown_layout():
     with pytest.raises(ValueError, match="layout must be one of zigzag, contiguous, got 'spiral'"):
         live_steps(4, 8, 3, "spiral")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("length", "window", "message"), [(1, None, "length must be"), (8, 0, "window must be >= 1")])
+def test_live_steps_raises_on_numbers_that_no_ring_has(length, window, message):
+    with pytest.raises(ValueError, match=f"{message}.*, got {length if window is None else window}"):
+        live_steps(4, length, window)

@@ -1,5 +1,4 @@
 """The ring's hops fly above its kernels: read off the schedule that XLA makes for H100s, compiled without any.
-any.
 
 XLA knows no cost for a kernel and may one day drop the hint that lets four permutes fly at once (ring.py), so this is a
 property to test, not to believe: in the scheduled HLO every permute is asynchronous *and has an attention kernel
@@ -56,7 +55,7 @@ def scheduled(cp: int, gradient: bool) -> str:
     )
     args = (array(32), array(4), array(4))
     lowered = jax.jit(with_gradient).lower(*args, array(32)) if gradient else jax.jit(attend).lower(*args)
-    return lowered.compile().as_text()
+    return lowered.compile().as_text() or ""
 
 
 def computations(text: str) -> list[list[str]]:

@@ -147,6 +147,11 @@ def ring_attention(
 
 # ------------------------------------------------------------------------------------------------------- global arrays
 def _find_mesh(mesh) -> Mesh | AbstractMesh:
+    if manual := jax.sharding.get_abstract_mesh().manual_axes:
+        raise ValueError(
+            "zigzag_attention must be called outside of any shard_map (inside one: ring_attention), got a shard_map "
+            f"over {list(manual)}"
+        )
     if mesh is None:
         mesh = jax.sharding.get_abstract_mesh()
     if not mesh.axis_names:
@@ -264,7 +269,9 @@ def zigzag_attention(
     _check_window(window)
 
     # What is optional and an array goes in as an argument: a closure over a tracer would not survive grad.
-    extras: dict[str, Any] = {"positions": positions, "sink": sink}
+    extras: dict[str, Any] = {"positions": positions}
+    if sink is not None:  # float32, so that the ranks' shares of its gradient are summed in float32
+        extras["sink"] = sink.astype(jnp.float32)
     specs = {"positions": PartitionSpec(spec[0], spec[1]), "sink": PartitionSpec(spec[2])}
     static_window = window
     if isinstance(window, jax.Array):

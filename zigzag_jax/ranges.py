@@ -26,7 +26,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zigzag_jax.layout import CHUNKS, Layout, check_layout, chunk_starts, global_positions
+from zigzag_jax.layout import CHUNKS, Layout, check_layout, chunk_starts
 
 
 class KeyRange(NamedTuple):
@@ -102,6 +102,10 @@ def live_steps(cp: int, length: int, window: int | None, layout: Layout = "zigza
     (0, 1, 7)
     """
     check_layout(layout)
+    if length < CHUNKS[layout]:
+        raise ValueError(f"length must be at least the {CHUNKS[layout]} chunks of {layout}, got {length}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be >= 1, got {window}")
     if window is None:
         return tuple(range(cp))
     reach = -(-(window - 1) // (length // CHUNKS[layout]))
@@ -109,4 +113,4 @@ def live_steps(cp: int, length: int, window: int | None, layout: Layout = "zigza
     return tuple(s for s in range(cp) if s <= reach or s >= cp - back)
 
 
-__all__ = ["KeyRange", "global_positions", "key_range", "live_steps", "row_bounds", "tile_rows", "visible_bounds"]
+__all__ = ["KeyRange", "key_range", "live_steps", "row_bounds", "tile_rows", "visible_bounds"]

@@ -40,7 +40,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from zigzag_jax.kernels import flash_bwd, flash_fwd
-from zigzag_jax.layout import CHUNKS, Layout, zigzag_chunks
+from zigzag_jax.layout import Layout, zigzag_chunks
 from zigzag_jax.ranges import KeyRange, key_range
 
 Strategy = Literal["ring", "allgather"]
@@ -339,4 +339,4 @@ def _gathered_backward(plan: Plan, params, q, payload, lo, hi, out, lse, dout, d
     return dq, dparams, _scatter(plan, dfull), delta
 
 
-__all__ = ["CHUNKS", "LSE_NAME", "OUT_NAME", "STRATEGIES", "Expand", "Identity", "Plan", "Strategy", "ring"]
+__all__ = ["LSE_NAME", "OUT_NAME", "STRATEGIES", "Expand", "Identity", "Plan", "Strategy", "ring"]
