@@ -13,6 +13,7 @@ The diagonal step, the "front half of K" step, the "back half of Q" step, docume
 one rule, for two chunks a rank (zigzag) or one (contiguous). Nothing about the mask travels round the ring, and since
 ranges are data a window may be a traced value that differs from layer to layer.
 
+    >>> from zigzag_jax.layout import global_positions
     >>> g = global_positions(rank=1, cp=2, length=4)      # rank 1 of 2 holds tokens 2 3 | 4 5, rank 0 holds 0 1 | 6 7
     >>> lo, hi = visible_bounds(g)
     >>> keys = key_range(lo, hi, source=0, cp=2, length=4)
