@@ -13,7 +13,7 @@ class Display:
     """Step, loss, tokens/s and time left of a run; only process 0 shows anything."""
 
     def __init__(self, steps: int, done: int, console: Console) -> None:
-        self.steps, self.done, self.console = steps, done, console
+        self.steps, self.console = steps, console
         self._begin, self._first, self._last_line = time.monotonic(), done, 0.0
         self._bar = Progress(
             TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
@@ -42,4 +42,4 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line among the others."""
-        self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
