@@ -27,11 +27,27 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
+def _preference() -> tuple[str, ...]:
+    """Flash implementations for the default device, best first; asked at the first call and never at import."""
+    if (backend := jax.default_backend()) == "gpu":
+        hopper = getattr(jax.devices()[0], "compute_capability", "") == "9.0"
+        return ("mosaic", "triton") if hopper else ("triton",)
+    if backend != "cpu":
+        log.warning("zigzag_jax: no kernel for %s, using 'reference' (plain XLA, slow)", backend)
+    return ("reference",)
+
+
+@functools.cache
 def default_implementation() -> str:
-    """The implementation for the default backend, asked at the first call and never at import."""
+    """The implementation of grouped_matmul for the default backend, asked at the first call and never at import."""
     if (backend := jax.default_backend()) != "cpu":
-        log.warning("zigzag_jax: no kernel for %s yet, using 'reference' (plain XLA, slow)", backend)
+        log.warning("zigzag_jax: no grouped_matmul kernel for %s yet, using 'reference' (plain XLA, slow)", backend)
     return "reference"
+
+
+@functools.cache
+def _say(name: str, heads: str) -> None:
+    log.info("zigzag_jax: flash attention by '%s' for %s", name, heads)
 
 
 def check_implementation(name: str | None, table: dict) -> None:
@@ -40,9 +56,23 @@ def check_implementation(name: str | None, table: dict) -> None:
         raise ValueError(f"implementation must be None or one of {', '.join(table)}, got {name!r}")
 
 
-def _pick(table: dict, name: str | None):
-    check_implementation(name, table)
-    return table[name or default_implementation()]
+def flash_implementation(q, k, v, settings: flash_contract.Settings, name: str | None = None) -> str:
+    """The name of the flash implementation that runs arrays of these shapes and dtypes.
+
+    None takes the best one for the default device and says once in the log which. NotImplementedError where the one
+    that was named, or all that this device has, cannot take them; it names those that can.
+    """
+    check_implementation(name, FLASH)
+    candidates = (name,) if name else _preference()
+    reasons = {n: FLASH[n].limits(q, k, v, settings) for n in candidates}
+    heads = f"{jnp.dtype(q.dtype).name} q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    for candidate, reason in reasons.items():
+        if reason is None:
+            _say(candidate, f"{jnp.dtype(q.dtype).name}, head_dim {q.shape[3]}/{v.shape[3]}")
+            return candidate
+    able = [repr(n) for n in FLASH if n not in reasons and FLASH[n].limits(q, k, v, settings) is None]
+    why = "; ".join(f"{n!r} needs {reason}" for n, reason in reasons.items())
+    raise NotImplementedError(f"{why}; got {heads}; implementation={' or '.join(able)} can")
 
 
 def flash_fwd(
@@ -71,7 +101,8 @@ def flash_fwd(
     flash_contract.check_keys(keys, q.shape[0], q.shape[1])
     settings = flash_contract.check_settings(scale, softcap)
     carry = None if carry is None else flash_contract.check_carry(carry, q, v)
-    return _pick(FLASH, implementation).fwd(q, k, v, keys, settings, carry, jnp.dtype(out_dtype))
+    name = flash_implementation(q, k, v, settings, implementation)
+    return FLASH[name].fwd(q, k, v, keys, settings, carry, jnp.dtype(out_dtype))
 
 
 def flash_bwd(
@@ -104,7 +135,8 @@ def flash_bwd(
     flash_contract.check_keys(keys, q.shape[0], q.shape[1])
     flash_contract.check_backward(q, v, lse, delta, dout, dq)
     settings = flash_contract.check_settings(scale, softcap)
-    return _pick(FLASH, implementation).bwd(q, k, v, lse, delta, dout, keys, settings, dq, bool(deterministic))
+    name = flash_implementation(q, k, v, settings, implementation)
+    return FLASH[name].bwd(q, k, v, lse, delta, dout, keys, settings, dq, bool(deterministic))
 
 
 def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) -> jax.Array:
@@ -124,8 +156,9 @@ def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) ->
       ValueError: the arguments break the contract. NotImplementedError: this implementation cannot do it.
     """
     grouped_contract.check(x, w, group_sizes)
+    check_implementation(implementation, GROUPED)
     return grouped_contract.differentiable(
-        _pick(GROUPED, implementation), jnp.dtype(out_dtype or x.dtype), x, w, group_sizes
+        GROUPED[implementation or default_implementation()], jnp.dtype(out_dtype or x.dtype), x, w, group_sizes
     )
 
 

@@ -61,11 +61,26 @@ class Backward(Protocol):
     ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
 
 
+class Limits(Protocol):
+    """Why an implementation cannot take arguments of this kind (shapes and dtypes only), or None where it can."""
+
+    def __call__(self, q, k, v, settings: Settings) -> str | None: ...
+
+
+def no_limits(q, k, v, settings: Settings) -> str | None:
+    """The limits of an implementation that takes whatever the contract allows."""
+    return None
+
+
 class Implementation(NamedTuple):
-    """A value of the table in kernels/__init__.py."""
+    """A value of the table in kernels/__init__.py.
+
+    Forward and backward take the same arguments, so one rule says for both what is out of reach.
+    """
 
     fwd: Forward
     bwd: Backward
+    limits: Limits = no_limits
 
 
 def _check_shape(name: str, x, shape: tuple[int, ...], letters: str) -> None:
