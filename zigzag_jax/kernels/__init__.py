@@ -15,12 +15,18 @@ import jax
 import jax.numpy as jnp
 
 from zigzag_jax.kernels.flash import contract as flash_contract
+from zigzag_jax.kernels.flash import cudnn, mosaic, triton
 from zigzag_jax.kernels.flash import reference as flash_reference
 from zigzag_jax.kernels.grouped import contract as grouped_contract
 from zigzag_jax.kernels.grouped import reference as grouped_reference
 from zigzag_jax.ranges import KeyRange
 
-FLASH: dict[str, flash_contract.Implementation] = {"reference": flash_reference.IMPLEMENTATION}
+FLASH: dict[str, flash_contract.Implementation] = {
+    "mosaic": mosaic.IMPLEMENTATION,
+    "triton": triton.IMPLEMENTATION,
+    "cudnn": cudnn.IMPLEMENTATION,
+    "reference": flash_reference.IMPLEMENTATION,
+}
 GROUPED: dict[str, grouped_contract.Implementation] = {"reference": grouped_reference.IMPLEMENTATION}
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,397 @@
+"""Flash attention forward for Hopper: wgmma, TMA, warp specialisation, in Pallas Mosaic GPU.
+
+An *item* is 128 queries of one head. One block a streaming multiprocessor takes items in turn (persistent); in each, the
+producer's single warp streams tiles of K and V through shared memory and two consumer warpgroups of 64 queries each
+keep an online softmax (FlashAttention-2; the overlap is FlashAttention-3's, Shah et al. 2024, section 3.2):
+
+    producer     Q  K0 K1 V0 K2 V1 ...
+    tensor core        QK0    QK1 PV0    QK2 PV1    QK3 PV2 ...
+    softmax                S0        S1         S2         S3
+
+While the tensor core multiplies P of tile i-1 by V, the other units turn the scores of tile i into P.
+
+Ranges are data. A row of tiles is visited in the order: those cut by the right edge (causal diagonal, end of the
+chunk), those cut by the left edge (document, window), then the inside, from right to left and without a mask. Tiles that
+no row sees are not loaded, an item that sees nothing costs one comparison.
+
+A carry (out, lse) is one more "tile" at the end: m = lse, l = 1, a = out. It is read from global memory while the last PV
+runs and, where the result is float32, written back in place, so two ring steps are merged without a pass of their own.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from zigzag_jax.kernels.flash.contract import Carry, Settings
+from zigzag_jax.kernels.hopper import (
+    ACC,
+    LOG2E,
+    ROW,
+    WARP,
+    WARPGROUP,
+    NamedBarriers,
+    across,
+    i32,
+    launch,
+    sm_count,
+    smem,
+)
+from zigzag_jax.ranges import KeyRange
+
+ROWS = 64  # queries of a consumer warpgroup: the M of a wgmma
+SHARED_MEMORY = 220 << 10  # bytes for the tiles of a block: 227 KiB less barriers and lse
+CONSUMERS = 2
+QUERY_TILE = CONSUMERS * ROWS
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTuning:
+    """What may differ between head dims and masks without changing the kernel's idea."""
+
+    key_tile: int = 128
+    """Keys a tile. Scores take key_tile / 2 registers a thread, the output E / 2."""
+
+    stages: int = 2
+    """Tiles of K and of V in shared memory."""
+
+    query_group: int = 1
+    """Query tiles of one head that are neighbours in the order of items: they share K and V in L2."""
+
+    registers: tuple[int, int] = (240, 24)
+    """Registers a thread of consumers and producer."""
+
+
+CarryUse = Literal["none", "in place", "read"]
+
+
+def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype, tuning: ForwardTuning):
+    """The contract's forward where Sq is a multiple of QUERY_TILE and Sk of tuning.key_tile."""
+    batch, rows, heads, dim = q.shape
+    out_dim, dt = v.shape[3], q.dtype
+    scratch = {
+        "q_smem": smem((CONSUMERS, ROWS, dim), dt),
+        "k_smem": smem((tuning.stages, tuning.key_tile, dim), dt),
+        "v_smem": smem((tuning.stages, tuning.key_tile, out_dim), dt),
+        "lse_smem": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
+        "q_full": plgpu.Barrier(num_arrivals=CONSUMERS),
+        "k_full": plgpu.Barrier(num_barriers=tuning.stages),
+        "v_full": plgpu.Barrier(num_barriers=tuning.stages),
+    }
+    elements = (QUERY_TILE + tuning.stages * tuning.key_tile) * (dim + out_dim)
+    if out_dtype == dt and elements * dt.itemsize < SHARED_MEMORY:
+        scratch["out_smem"] = smem((CONSUMERS, ROWS, out_dim), dt)  # 2% faster than 2-byte stores from registers
+
+    def run(use: CarryUse, *refs, out_type=()):
+        items = _Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
+        return launch(
+            functools.partial(_kernel, settings, tuning, items, use), q, k, v, *keys, *refs, out_type=out_type,
+            scratch_types=scratch, grid=(items.sms,), grid_names=("sm",), warpgroups=CONSUMERS + 1, name="flash_fwd",
+        )  # fmt: skip
+
+    result = (
+        jax.ShapeDtypeStruct((batch, rows, heads, out_dim), out_dtype),
+        jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
+    )
+    if carry is None:
+        return run("none", out_type=result)
+    if out_dtype != jnp.float32:
+        return run("read", *carry, out_type=result)
+    out_ref, lse_ref = jax.new_ref(carry.out), jax.new_ref(carry.lse)
+    run("in place", out_ref, lse_ref)
+    return jax.freeze(out_ref), jax.freeze(lse_ref)
+
+
+class _Items:
+    """The items and the order in which the blocks take them."""
+
+    def __init__(self, batch: int, heads: int, query_tiles: int, group: int) -> None:
+        self.batch, self.heads, self.query_tiles = batch, heads, query_tiles
+        self.group = math.gcd(group, query_tiles)
+        self.count = batch * heads * query_tiles
+        self.sms = sm_count()
+
+    def of_sm(self, sm):
+        """How many items SM `sm` has."""
+        rounds = -(-self.count // self.sms)
+        return jnp.where(self._index(sm, i32(rounds - 1)) < self.count, i32(rounds), i32(rounds - 1))
+
+    def _index(self, sm, j):
+        """The j-th item of SM `sm`: back and forth over the SMs, so that the sums of sorted costs come out even."""
+        return j * self.sms + jnp.where(lax.rem(j, i32(2)) == 0, sm, self.sms - 1 - sm)
+
+    def at(self, sm, j):
+        """(batch row, head, first query) of it: the last queries, which see most under a causal mask, come first."""
+        idx = self._index(sm, j)
+        idx, inner = lax.div(idx, i32(self.group)), lax.rem(idx, i32(self.group))
+        bh, block = lax.rem(idx, i32(self.batch * self.heads)), lax.div(idx, i32(self.batch * self.heads))
+        tile = self.query_tiles - 1 - (block * self.group + inner)
+        return lax.div(bh, i32(self.heads)), lax.rem(bh, i32(self.heads)), tile * QUERY_TILE
+
+
+class _Tiles:
+    """The key tiles of an item in the order they are visited."""
+
+    def __init__(self, edges, tile: int) -> None:
+        start0, start1, stop0, stop1 = edges  # of the item's first and last row; both never decrease
+        first = lax.div(start0, i32(tile))
+        end = lax.div(stop1 + (tile - 1), i32(tile))
+        self.count = lax.max(end - first, i32(0))
+        inside = lax.min(lax.max(lax.div(start1 + (tile - 1), i32(tile)), first), end)
+        inside_end = lax.max(lax.min(lax.div(stop0, i32(tile)), end), inside)
+        self.first, self.end, self.inside_end = first, end, inside_end
+        self.right, self.left = end - inside_end, inside - first  # tiles that an edge cuts
+        self.masked = lax.min(self.right + self.left, self.count)
+
+    def at(self, i):
+        """Index of the i-th tile."""
+        i_inside = i - self.right - self.left
+        return jnp.where(
+            i < self.right,
+            self.end - 1 - i,
+            jnp.where(i_inside < 0, self.first + i - self.right, self.inside_end - 1 - i_inside),
+        )
+
+
+def _edges(start_ref, stop_ref, bs, q0):
+    last = q0 + QUERY_TILE - 1
+    return start_ref[bs, q0], start_ref[bs, last], stop_ref[bs, q0], stop_ref[bs, last]
+
+
+def _kernel(
+    settings: Settings, tuning: ForwardTuning, items: _Items, use: CarryUse,
+    q_ref, k_ref, v_ref, start_ref, stop_ref, *refs,
+    q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None,
+):  # fmt: skip
+    if use == "read":
+        carry_out_ref, carry_lse_ref, out_ref, lse_ref = refs
+    else:
+        out_ref, lse_ref = carry_out_ref, carry_lse_ref = refs
+    has_carry = use != "none"
+    heads, (kv_heads, out_dim) = q_ref.shape[2], v_ref.shape[2:]
+    shared_ranges = start_ref.shape[0] == 1
+    tile, stages, dt = tuning.key_tile, tuning.stages, q_ref.dtype
+    # exponents are base 2: scores times this
+    to_log2 = LOG2E * (settings.scale if settings.softcap is None else settings.softcap)
+
+    wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
+    mine = items.of_sm(sm)
+    everyone = CONSUMERS * WARPGROUP + WARP
+    k_free = NamedBarriers(4, stages, everyone)
+    v_free = NamedBarriers(k_free.end, stages, everyone)
+    q_free = NamedBarriers(v_free.end, 1, everyone)
+    slot = lambda i: lax.rem(i, i32(stages))
+
+    def edges_of(j):
+        b, h, q0 = items.at(sm, j)
+        return _edges(start_ref, stop_ref, 0 if shared_ranges else b, q0)
+
+    def item(j, before, edges):
+        """Consumers: item j; `before` tiles were visited by earlier items. Returns the tiles visited so far."""
+        b, h, q0 = items.at(sm, j)
+        bs = 0 if shared_ranges else b
+        mine = pl.ds(q0 + wg * ROWS, ROWS)
+        tiles = _Tiles(edges, tile)
+
+        def scores_masked(s, i):
+            first = tiles.at(i) * tile
+            at = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=ACC)
+            start = across(plgpu.load(start_ref.at[bs, mine], layout=ROW, optimized=False) - first, tile)
+            stop = across(plgpu.load(stop_ref.at[bs, mine], layout=ROW, optimized=False) - first, tile)
+            return jnp.where((at >= start) & (at < stop), s, -jnp.inf)
+
+        def softmax(s, m, i, masked):
+            """Unnormalised probabilities of tile i, the new maximum (times log2 e) and the old ones' weight."""
+            if settings.softcap is not None:  # tanh by exp2 and a division: tanh.approx is too coarse for the lse
+                s = 1 - 2 / (jnp.exp2(s * (2 * LOG2E * settings.scale / settings.softcap)) + 1)
+            if masked:
+                s = scores_masked(s, i)
+            m_new = jnp.maximum(m, s.max(axis=1) * to_log2)
+            m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
+            return jnp.exp2(s * to_log2 - across(m_used, tile)), m_new, jnp.exp2(m - m_used)
+
+        def row_sums(p):
+            """[64, 8] partial sums: the 8 columns are added once an item, which saves each tile's shuffles."""
+            parts = [p[:, j : j + 8] for j in range(0, tile, 8)]
+            while len(parts) > 1:
+                parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
+            return parts[0]
+
+        def run():
+            plgpu.barrier_wait(q_full)
+            first = slot(before)
+            plgpu.barrier_wait(k_full.at[first])
+
+            def first_scores(s_acc):
+                plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[first].T)
+                return s_acc[...]
+
+            s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, tile), jnp.float32))
+            k_free.arrive(first)
+            none = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+            p, m, _ = softmax(s, none, i32(0), True)
+            l = row_sums(p)
+            acc = plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)
+            plgpu.barrier_wait(v_full.at[first])
+
+            def step(i, state, masked):
+                acc, m, l, p16 = state
+                ks, vs = slot(before + i), slot(before + i - 1)
+                plgpu.barrier_wait(k_full.at[ks])
+
+                def overlap(refs):
+                    acc_ref, p_ref, m_ref, l_ref, weight_ref = refs
+
+                    def with_scores(s_acc):
+                        # + 0, which LLVM cannot know: else Q's descriptors leave the loop, and registers with them
+                        plgpu.wgmma(s_acc, q_smem.at[wg + lax.shift_right_logical(i, 30)], k_smem.at[ks].T)
+                        plgpu.wgmma(acc_ref, p16, v_smem.at[vs])
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        k_free.arrive(ks)
+                        p, m, weight = softmax(s, m_ref[...], i, masked)
+                        p_ref[...], m_ref[...], weight_ref[...] = p, m, weight
+                        l_ref[...] = l_ref[...] * across(weight, 8) + row_sums(p)
+                        # V of this tile is waited for here, before PV of the last one is: ptxas moves no work over an
+                        # mbarrier wait, and without one it would put the whole softmax behind the wait for PV
+                        plgpu.barrier_wait(v_full.at[ks])
+
+                    pl.run_scoped(with_scores, plgpu.ACC((ROWS, tile), jnp.float32))
+
+                unset = plgpu.layout_cast(jnp.zeros((ROWS, tile), jnp.float32), ACC)
+                acc, p, m, l, weight = pl.run_state(overlap)((plgpu.ACC.init(acc), unset, m, l, m))
+                v_free.arrive(vs)
+                return acc * across(weight, out_dim), m, l, p.astype(dt)
+
+            state = (acc, m, l, p.astype(dt))
+            edge = lax.max(tiles.masked, i32(1))
+            state = lax.fori_loop(i32(1), edge, functools.partial(step, masked=True), state)
+            state = lax.fori_loop(edge, tiles.count, functools.partial(step, masked=False), state)
+            acc, m, l, p16 = state
+            q_free.arrive()
+            last = slot(before + tiles.count - 1)
+            if has_carry:
+                m_carry = plgpu.load(carry_lse_ref.at[b, h, mine], layout=ROW, optimized=False) * LOG2E
+            carry_early = has_carry and out_dim <= 128  # beside acc in registers, loaded while the last PV runs
+
+            def last_pv(refs):
+                acc_ref, *carry_acc = refs
+                plgpu.wgmma(acc_ref, p16, v_smem.at[last])
+                if carry_early:
+                    carry_acc[0][...] = carried_out(0, out_dim)
+
+            unset = [plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)] if carry_early else []
+            acc, *carry_acc = pl.run_state(last_pv)((plgpu.ACC.init(acc), *unset))
+            v_free.arrive(last)
+
+            l = l.sum(axis=1)
+            if has_carry:
+                m_new = jnp.maximum(m, m_carry)
+                m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new)
+                weight, carry_weight = jnp.exp2(m - m_used), jnp.exp2(m_carry - m_used)
+                l, m = l * weight + carry_weight, m_new
+            empty = l == 0.0
+            inverse = jnp.where(empty, 0.0, 1.0 / l)
+            lse = jnp.where(empty, -jnp.inf, m * (1 / LOG2E) + jnp.log(l))
+            if carry_early:
+                out = acc * across(weight * inverse, out_dim) + carry_acc[0] * across(carry_weight * inverse, out_dim)
+            elif has_carry:
+                for c in range(0, out_dim, 64):
+                    part = acc[:, c : c + 64] * across(weight * inverse, 64)
+                    part += carried_out(c, 64) * across(carry_weight * inverse, 64)
+                    out_ref.at[b, mine, h, pl.ds(c, 64)][...] = part.astype(out_ref.dtype)
+                out = None
+            else:
+                out = acc * across(inverse, out_dim)
+            finish(out, lse)
+
+        def carried_out(column, columns):
+            at = carry_out_ref.at[b, mine, h, pl.ds(column, columns)]
+            return plgpu.load(at, layout=ACC, optimized=False)
+
+        def finish(out, lse):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            lse_smem[wg] = lse
+            if out is None:
+                plgpu.commit_smem()
+            elif out_smem is None:
+                out_ref.at[b, mine, h, :][...] = out.astype(out_ref.dtype)
+                plgpu.commit_smem()
+            else:
+                out_smem[wg] = out.astype(out_ref.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine, h, :])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine])
+
+        def nothing():
+            if use == "in place":
+                return
+            if use == "read":
+                out = carried_out(0, out_dim)
+                lse = plgpu.load(carry_lse_ref.at[b, h, mine], layout=ROW, optimized=False)
+            else:
+                out = plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)
+                lse = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+            finish(out, lse)
+
+        pl.when(tiles.count > 0)(run)
+        pl.when(tiles.count == 0)(nothing)
+        return before + tiles.count
+
+    def consumer():
+        plgpu.set_max_registers(tuning.registers[0], action="increase")
+        for s in range(stages):
+            k_free.arrive(s)
+            v_free.arrive(s)
+        q_free.arrive()
+
+        def one(j, state):
+            before, *edges = state
+            following = edges_of(lax.min(j + 1, mine - 1))  # read an item ahead
+            return (item(j, before, edges), *following)
+
+        lax.fori_loop(i32(0), mine, one, (i32(0), *edges_of(i32(0))))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def load_item(j, before):
+        b, h, q0 = items.at(sm, j)
+        kh = lax.div(h, i32(heads // kv_heads))
+        tiles = _Tiles(edges_of(j), tile)
+
+        def load(ref, full, free, to, i):
+            s = slot(before + i)
+            free.sync(s)
+            plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(tiles.at(i) * tile, tile), kh, :], to.at[s], full.at[s])
+
+        load_k = functools.partial(load, k_ref, k_full, k_free, k_smem)
+        load_v = functools.partial(load, v_ref, v_full, v_free, v_smem)
+
+        @pl.when(tiles.count > 0)
+        def _():
+            q_free.sync()
+            for w in range(CONSUMERS):
+                plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(q0 + w * ROWS, ROWS), h, :], q_smem.at[w], q_full)
+            load_k(i32(0))
+
+            @pl.loop(i32(0), tiles.count)
+            def _(i):  # K of the next tile before V of this one: the order in which they are consumed
+                pl.when(i + 1 < tiles.count)(lambda: load_k(i + 1))
+                load_v(i)
+
+        return before + tiles.count
+
+    def producer():
+        plgpu.set_max_registers(tuning.registers[1], action="decrease")
+
+        @plgpu.warp_map
+        def _(warp):
+            @pl.when(warp == 0)
+            def _():
+                lax.fori_loop(i32(0), mine, load_item, i32(0))
+
+    lax.cond(wg < CONSUMERS, consumer, producer)
