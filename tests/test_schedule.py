@@ -11,34 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from h100 import h100s, on
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import zigzag_attention
 
 pytestmark = pytest.mark.aot
-
-H100 = """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84929347584 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-def h100s(cp: int) -> Mesh:
-    """A mesh of H100s that are not there."""
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=f"h100x{cp}", target_config=H100, topology=f"1x1x{cp}"
-    )
-    return topologies.make_mesh(topology, (cp,), ("cp",))
 
 
 def scheduled(cp: int, gradient: bool) -> str:
@@ -50,9 +28,7 @@ def scheduled(cp: int, gradient: bool) -> str:
         out, vjp = jax.vjp(attend, q, k, v)
         return out, vjp(dout)
 
-    array = lambda heads: jax.ShapeDtypeStruct(
-        (1, 32768 * cp, heads, 128), jnp.bfloat16, sharding=NamedSharding(mesh, spec)
-    )
+    array = lambda heads: on(mesh, (1, 32768 * cp, heads, 128), jnp.bfloat16, spec)
     args = (array(32), array(4), array(4))
     lowered = jax.jit(with_gradient).lower(*args, array(32)) if gradient else jax.jit(attend).lower(*args)
     return lowered.compile().as_text() or ""

@@ -5,6 +5,10 @@ producer, TMA), the others only compute (the consumers, wgmma). "Full" signals a
 itself; "free" signals are named barriers, which cost one instruction and no memory.
 """
 
+# Pallas' annotations do not know refs, layouts and the inline_mgpu decorator; the compile tests check these calls
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
+
 import functools
 import math
 from collections.abc import Callable, Sequence

@@ -51,7 +51,7 @@ def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq,
 
 
 def _pad(x, axis: int, tile: int, mode="constant"):
-    """x with zeros up to a whole number of tiles; x itself where it is one."""
+    """Zeros up to a whole number of tiles; x itself where it is one."""
     extra = -x.shape[axis] % tile
     return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)], mode=mode) if extra else x
 

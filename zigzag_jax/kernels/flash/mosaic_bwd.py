@@ -1,26 +1,31 @@
 """Flash attention backward for Hopper: five matmuls in one kernel, in Pallas Mosaic GPU.
 
 A block owns 128 keys of one kv head, 64 for each of two consumer warpgroups, and walks over the query tiles (64 rows)
-of all heads of the group that see any of them. With keys along the rows of every score tile (FlashAttention-3, Shah et
-al. 2024, section 3; FlashAttention-2, Dao 2023, algorithm 2),
+of all heads of the group that see any of them. With keys along the rows of every score tile (FlashAttention-2, Dao
+2023, algorithm 2; FlashAttention-3, Shah et al. 2024, section 3),
 
     S = K Q^T - lse / scale      P = exp2(scale log2(e) S)      dP = V dO^T - delta      dS = P dP
     dV += P dO                   dK += dS Q                     dQ = dS^T K
 
 P and dS stay in registers for dV and dK, which are complete when the block ends. lse and delta enter as the *starting
-values* of the accumulators. dS goes through shared memory, so that each warpgroup computes half of dQ's columns over all
-128 keys; dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the producer:
+values* of the accumulators. dS goes through shared memory, so that each warpgroup computes half of dQ's columns over
+all 128 keys; dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the producer:
 
     producer warp 0   Q dO of the next tile                          tensor core   S dP | dV dQ dK | S dP | ...
     producer warp 1   dQ of the last tile, added to global memory    other units      P dS      dQ out
 
-Shared memory bandwidth is the limit (82% busy): S, dP and dQ read both operands from it and run beside exp2, which reads
-none. More wgmma in flight lose (docs/kernels.md). So does a different order of statements: ptxas allocates registers on
-a knife's edge, and the deviceless compile test holds every configuration to no spill and no serialised wgmma.
+Shared memory bandwidth is the limit (82% busy): S, dP and dQ read both operands from it and run beside exp2, which
+reads none. More wgmma in flight lose (docs/kernels.md). So does another order of statements: ptxas allocates registers
+on a knife's edge, and the deviceless compile test holds every configuration to no spill and no serialised wgmma.
 
-`deterministic` makes the blocks that add to a tile of dQ take turns in the order of their keys; two warps then add in
-turn, each waiting for its own tile's turn. Blocks start in the order of their keys, so each waits for running ones only.
+`deterministic` makes the blocks that add to a tile of dQ take turns in the order of their keys; two warps then add
+alternately, each waiting for its own tile's turn. Blocks start in that order too, so each waits for running ones only.
 """
+
+# Pallas' annotations do not know refs, layouts and the inline_mgpu decorator; the compile tests check these calls
+# and static flags guard the names that pyright takes for unbound
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
 
 import dataclasses
 import functools
@@ -94,6 +99,7 @@ def flash_bwd(
     # -inf, the lse of a row that saw nothing, would give inf - inf
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * (-1 / settings.scale if settings.softcap is None else -LOG2E)
     visits = _visits(keys, key_rows)
+    order = _order(visits, deterministic)
     blocks = _Blocks(batch, kv_heads, heads // kv_heads, key_rows // KEY_TILE, tuning)
     dq_ref, turns = jax.new_ref(dq), ()
     if deterministic:
@@ -116,7 +122,7 @@ def flash_bwd(
     gradient = lambda columns: jax.ShapeDtypeStruct((blocks.splits, batch, key_rows, kv_heads, columns), jnp.float32)
     dk, dv = launch(
         functools.partial(_kernel, settings, tuning, blocks, deterministic),
-        q, k, v, dout, lse, -delta, *keys, visits, dq_ref, *turns,
+        q, k, v, dout, lse, -delta, *keys, visits, order, dq_ref, *turns,
         out_type=(gradient(dim), gradient(out_dim)), scratch_types=scratch,
         grid=(blocks.count,), grid_names=("block",), warpgroups=CONSUMERS + 1, name="flash_bwd",
     )  # fmt: skip
@@ -127,8 +133,8 @@ def flash_bwd(
 def _visits(keys: KeyRange, key_rows: int):
     """[B or 1, key tiles, 4] int32: query tiles lo..hi see some key of the tile, whole_lo..whole_hi all of it.
 
-    In the order lo, whole_lo, whole_hi, hi. start and stop never decrease, so counting replaces searching; one reduction
-    does all four counts.
+    In the order lo, whole_lo, whole_hi, hi. start and stop never decrease, so counting replaces searching; one
+    reduction does all four counts.
     """
     first = jnp.arange(0, key_rows, KEY_TILE, dtype=jnp.int32)
     bounds = jnp.stack([first, first + (KEY_TILE - 1)])[:, None, None, :, None]
@@ -141,6 +147,20 @@ def _visits(keys: KeyRange, key_rows: int):
     return jnp.stack([lo, whole_lo, whole_hi, hi], -1)
 
 
+def _order(visits, ascending: bool):
+    """int32 [key tiles + 1]: the order in which blocks take the key tiles, then 1 where they walk head by head.
+
+    The tile with most visitors first (a sort by counting, which is one small kernel), or ascending. Head by head where
+    the last visitor moves with the key tile: see _Walk.
+    """
+    cost, tiles = jnp.sum(visits[..., 3] - visits[..., 0], axis=0), jnp.arange(visits.shape[1], dtype=jnp.int32)
+    before = (cost[None] > cost[:, None]) | ((cost[None] == cost[:, None]) & (tiles[None] < tiles[:, None]))
+    longest = jnp.sum(jnp.where(before.sum(1)[None] == tiles[:, None], tiles[None], 0), axis=1, dtype=jnp.int32)
+    moving = visits[:, 1:, 3] != visits[:, :-1, 3]
+    by_head = 4 * jnp.sum(moving, dtype=jnp.int32) > moving.size
+    return jnp.append(tiles if ascending else longest, by_head.astype(jnp.int32))
+
+
 def _first_visitor(visits, query_tiles: int):
     """[B or 1, query tiles] int32: the first key tile that sees each query tile; the others follow without a gap."""
     tile = jnp.arange(query_tiles, dtype=jnp.int32)[None, None]
@@ -150,7 +170,7 @@ def _first_visitor(visits, query_tiles: int):
 class _Blocks:
     """The grid: which keys, kv head and share of its group each block has.
 
-    Key tiles in ascending order, which under a causal mask is longest first; `heads_together` kv heads side by side.
+    `heads_together` kv heads side by side; `order` says which key tile is behind the number given here.
     """
 
     def __init__(self, batch: int, kv_heads: int, group: int, key_tiles: int, tuning: BackwardTuning) -> None:
@@ -176,15 +196,14 @@ class _Blocks:
 class _Walk:
     """The order in which a block visits its (head of the group, query tile) pairs.
 
-    Blocks of one kv head should stand at the same tile of the same head at the same time, so that Q, dO and dQ come from
-    L2. Where key tiles end at the same query tile (causal, documents) they walk q tiles outside and heads inside, down in
-    one wave of blocks and up in the next: a wave starts where the sweep of the one before it passes. Where the end moves
-    with the key tile (a sliding window) each head is walked down by itself.
+    Blocks of one kv head should stand at the same tile of the same head at the same time, so that Q, dO and dQ come
+    from L2. Where key tiles end at the same query tile (causal, documents) they walk q tiles outside and heads inside,
+    down in one wave of blocks and up in the next: a wave starts where the sweep of the one before it passes. Where the
+    end moves with the key tile (a sliding window) each head is walked down by itself.
     """
 
-    def __init__(self, lo, hi, next_hi, group: int, index) -> None:
-        self.lo, self.hi, self.group = lo, hi, group
-        self.by_head = next_hi != hi
+    def __init__(self, lo, hi, by_head, group: int, index) -> None:
+        self.lo, self.hi, self.group, self.by_head = lo, hi, group, by_head
         wave = lax.div(index, i32(sm_count()))
         down = self.by_head | (lax.rem(wave, i32(2)) == 0)
         self.first = jnp.where(down, hi - 1, lo)
@@ -207,11 +226,11 @@ class _Walk:
 
 def _kernel(
     settings: Settings, tuning: BackwardTuning, blocks: _Blocks, deterministic: bool,
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, start_ref, stop_ref, visits_ref, dq_ref, *refs,
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, start_ref, stop_ref, visits_ref, order_ref, dq_ref, *refs,
     q_smem, k_smem, v_smem, do_smem, ds_smem, dq_smem, lse_smem, delta_smem, kv_full, q_full, do_full,
 ):  # fmt: skip
     *turns, dk_ref, dv_ref = refs
-    batch, rows, heads, dim = q_ref.shape
+    _, rows, heads, dim = q_ref.shape
     out_dim, dt, parts = v_ref.shape[3], q_ref.dtype, tuning.column_parts
     dim_part, out_part = dim // parts, out_dim // parts
     narrow = dim_part // CONSUMERS
@@ -219,12 +238,12 @@ def _kernel(
     to_log2 = scale * LOG2E
 
     wg, index = lax.axis_index("wg"), lax.axis_index("block")
-    b, kv_head, key_tile, part, split, first_head = blocks.at(index)
+    b, kv_head, place, part, split, first_head = blocks.at(index)
+    key_tile = order_ref[place]
     bs = i32(0) if start_ref.shape[0] == 1 else b  # the batch row of the ranges
     first_key = key_tile * KEY_TILE
     lo, whole_lo, whole_hi, hi = [visits_ref[bs, key_tile, j] for j in range(4)]
-    next_hi = visits_ref[bs, lax.min(key_tile + 1, i32(blocks.key_tiles - 1)), 3]
-    walk = _Walk(lo, hi, next_hi, blocks.group, index)
+    walk = _Walk(lo, hi, order_ref[blocks.key_tiles] > 0, blocks.group, index)
 
     stages, adders = tuning.stages, 2 if deterministic else 1
     everyone = CONSUMERS * WARPGROUP + WARP
@@ -260,7 +279,7 @@ def _kernel(
         my_columns = lambda z: columns(dim_part, (wg + z) * narrow, narrow)
 
         def masked(x, qi, fill):
-            """x [keys, queries] where the query sees the key, else fill.
+            """What `x()` [keys, queries] is where the query sees the key, else fill.
 
             Two selects with a barrier between them keep register pressure low.
             """

@@ -1,8 +1,8 @@
 """What was measured to be fastest on Hopper, as data: the kernels' tuning by head dims (of q and k, of v).
 
-Measured on an H100 with the ring's steps at 8192 local tokens, bfloat16 (docs/kernels.md has what lost). An H200 has the
-same multiprocessors. dtype does not matter (bfloat16 and float16 run the same instructions) and the mask is data: the
-kernels choose the order of their tiles from the ranges themselves.
+Measured on an H100 with the ring's steps at 8192 local tokens, bfloat16 (docs/kernels.md has what lost). An H200 has
+the same multiprocessors. dtype does not matter (bfloat16 and float16 run the same instructions) and the mask is data:
+the kernels choose the order of their tiles from the ranges themselves.
 """
 
 from typing import NamedTuple
@@ -19,14 +19,14 @@ class Tuning(NamedTuple):
 
 
 HOPPER: dict[tuple[int, int], Tuning] = {
-    (64, 64): Tuning(),
+    (64, 64): Tuning(ForwardTuning(stage_out=False)),
     (96, 64): Tuning(),
     (96, 96): Tuning(),
     (128, 128): Tuning(),
     (192, 128): Tuning(
-        ForwardTuning(query_group=2), BackwardTuning(overlap=False, ds_buffers=1, heads_together=4)
+        ForwardTuning(query_group=2, stage_out=False), BackwardTuning(overlap=False, ds_buffers=1, heads_together=4)
     ),
     (256, 256): Tuning(
-        ForwardTuning(key_tile=64), BackwardTuning(column_parts=2, stages=1, staging=1, ds_buffers=1)
+        ForwardTuning(key_tile=64, stage_out=False), BackwardTuning(column_parts=2, stages=1, staging=1, ds_buffers=1)
     ),
 }  # fmt: skip

@@ -1,0 +1,183 @@
+"""The flash kernels on a GPU, each implementation that it has: `pytest -m gpu tests/kernels`.
+
+The contract against float64 with random cotangents in the shapes where kernels go wrong; the transformations that a
+model wraps around them; arrays of more than 2**31 elements.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from oracle import Heads
+
+from zigzag_jax import zigzag_attention
+from zigzag_jax.kernels import flash_bwd, flash_fwd, flash_implementation
+from zigzag_jax.kernels.flash.contract import Settings
+from zigzag_jax.ranges import KeyRange
+
+GPU = jax.default_backend() == "gpu"
+HOPPER = GPU and jax.devices()[0].compute_capability == "9.0"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not GPU, reason="no GPU"),
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+
+# P and dS are rounded to the inputs' dtype for the tensor cores: one rounding of 2^-9 (bfloat16) or 2^-12 an entry
+BARS = {
+    jnp.bfloat16: {"out": 3e-3, "lse": 1e-6, "dq": 4e-3, "dk": 4e-3, "dv": 4e-3},
+    jnp.float16: {"out": 5e-4, "lse": 1e-6, "dq": 6e-4, "dk": 6e-4, "dv": 6e-4},
+}
+
+
+class Case(NamedTuple):
+    heads: Heads
+    rows: int = 256
+    keys: int = 256
+    batch: int = 1
+    dtype: type = jnp.bfloat16
+    softcap: float | None = None
+
+
+CASES = {
+    "gqa8": Case(Heads(16, 2, 128, 128), 512, 640),
+    "mqa16-few-blocks": Case(Heads(16, 1, 128, 128), 256, 384, batch=2),
+    "odd-lengths": Case(Heads(4, 2, 128, 128), 333, 517),
+    "one-row": Case(Heads(4, 2, 128, 128), 1, 129),
+    "float16": Case(Heads(4, 2, 128, 128), dtype=jnp.float16),
+    "softcap": Case(Heads(4, 2, 128, 128), softcap=3.0),
+    "mla": Case(Heads(4, 4, 192, 128), 384),
+    "mla-softcap": Case(Heads(2, 2, 192, 128), softcap=3.0),
+    "D64": Case(Heads(6, 6, 64, 64), 640, 384, batch=2),
+    "D96": Case(Heads(6, 3, 96, 96)),
+    "D96-E64": Case(Heads(6, 3, 96, 64)),
+    "D256": Case(Heads(4, 2, 256, 256), 256, 512),
+}
+
+
+@pytest.fixture(params=["mosaic", "triton"])
+def implementation(request):
+    if request.param == "mosaic" and not HOPPER:
+        pytest.skip("mosaic needs a Hopper GPU")
+    return request.param
+
+
+def random_keys(rng, batch: int, rows: int, keys: int) -> KeyRange:
+    """Monotone and different in every batch row; some rows start after their stop, and so see nothing."""
+    return KeyRange(*(jnp.asarray(np.sort(rng.integers(0, keys + 1, (batch, rows)), 1), jnp.int32) for _ in range(2)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_contract(implementation, case):
+    heads, rows, key_rows, batch, dtype, softcap = CASES[case]
+    rng = np.random.default_rng(rows + key_rows)
+    keys = random_keys(rng, batch, rows, key_rows)
+    at = np.arange(key_rows)
+    mask = (at >= np.asarray(keys.start)[..., None]) & (at < np.asarray(keys.stop)[..., None])
+    q, k, v, dout = (jnp.asarray(x, dtype) for x in heads.draw(rng, batch, rows, key_rows))
+    dlse = jnp.asarray(rng.standard_normal((batch, heads.heads, rows)) * mask.any(-1)[:, None], jnp.float32)
+    scale = heads.dim**-0.5
+    want = oracle.attention(q, k, v, mask, scale=scale, dout=dout, dlse=dlse, softcap=softcap)
+    dq0 = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
+    options = dict(scale=scale, softcap=softcap, implementation=implementation)
+
+    @functools.partial(jax.jit, static_argnames="deterministic")
+    def run(q, k, v, dout, dlse, keys, dq0, deterministic=False):
+        out, lse = flash_fwd(q, k, v, keys, **options)
+        narrow, _ = flash_fwd(q, k, v, keys, out_dtype=dtype, **options)
+        cut = lambda low, high: KeyRange(*(jnp.clip(x, low, high) for x in keys))
+        first = flash_fwd(q, k, v, cut(0, key_rows // 2), **options)
+        second = flash_fwd(q, k, v, cut(key_rows // 2, key_rows), carry=first, **options)
+        last = flash_fwd(q, k, v, cut(key_rows // 2, key_rows), carry=first, out_dtype=dtype, **options)
+        delta = jnp.einsum("bqhe,bqhe->bhq", dout, out, preferred_element_type=jnp.float32) - dlse
+        dq, dk, dv = flash_bwd(q, k, v, lse, delta, dout, keys, dq=dq0, deterministic=deterministic, **options)
+        return dict(out=out, lse=lse, dq=dq - dq0, dk=dk, dv=dv), second, last, narrow
+
+    got, second, last, narrow = run(q, k, v, dout, dlse, keys, dq0)
+    for name, x in got.items():
+        assert x.dtype == jnp.float32
+        oracle.check(name, x, getattr(want, name), BARS[dtype][name])
+    oracle.check("out in two calls", second[0], want.out, BARS[dtype]["out"])
+    oracle.check("lse in two calls", second[1], want.lse, 1e-6)
+    np.testing.assert_array_equal(narrow, got["out"].astype(dtype))  # rounded once, at the end
+    np.testing.assert_array_equal(last[0], second[0].astype(dtype))
+    np.testing.assert_array_equal(last[1], second[1])
+    one, *_ = run(q, k, v, dout, dlse, keys, dq0, deterministic=True)
+    two, *_ = run(q, k, v, dout, dlse, keys, dq0, deterministic=True)
+    for name, x in one.items():
+        np.testing.assert_array_equal(x, two[name])
+        oracle.check(f"{name} deterministic", x, getattr(want, name), BARS[dtype][name])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_scan_and_remat_do_not_change_the_gradient(implementation, deterministic):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 512, 4, 64)), jnp.bfloat16)
+    weights = jnp.asarray(rng.standard_normal((3, 64, 64)) / 8, jnp.bfloat16)
+    cotangent = jnp.asarray(rng.standard_normal(x.shape), jnp.bfloat16)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("cp",))
+    save = jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse")
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradient(implementation, remat):
+        def layer(x, w):
+            q = x @ w
+            kv = x[:, :, :2], q[:, :, :2]
+            options = dict(implementation=implementation, deterministic=deterministic)
+            return x + zigzag_attention(q, *kv, mesh=mesh, spec=P(None, "cp", None, None), **options), None
+
+        step = {"plain": layer, "all": jax.checkpoint(layer), "saved": jax.checkpoint(layer, policy=save)}[remat]
+        loss = lambda x, w: jnp.vdot(jax.lax.scan(step, x, w)[0].astype(jnp.float32), cotangent.astype(jnp.float32))
+        return jax.grad(loss, argnums=(0, 1))(x, weights)
+
+    want = gradient("reference", "plain")
+    plain = gradient(implementation, "plain")
+    for remat in ("all", "saved"):
+        for p, r, w in zip(plain, gradient(implementation, remat), want, strict=True):
+            oracle.check("against the reference", p, np.asarray(w, np.float64), 2e-2)  # three layers in bfloat16
+            if deterministic:
+                np.testing.assert_array_equal(p, r)
+            else:
+                oracle.check("remat", r, np.asarray(p, np.float64), 4e-3)
+
+
+def test_what_none_picks():
+    q, k = jnp.zeros((1, 8, 4, 128), jnp.bfloat16), jnp.zeros((1, 8, 2, 128), jnp.bfloat16)
+    assert flash_implementation(q, k, k, Settings(0.1, None)) == ("mosaic" if HOPPER else "triton")
+
+
+def test_offsets_past_two_to_the_31(implementation):
+    """A million tokens, 32 heads: out has 4.3e9 elements. The last rows see a few keys, the others none."""
+    rows, key_rows, tail = 2**20, 1024, 256
+    rng = np.random.default_rng(0)
+    q_tail, dout_tail = (jnp.asarray(rng.standard_normal((1, tail, 32, 128)), jnp.bfloat16) for _ in range(2))
+    k, v = (jnp.asarray(rng.standard_normal((1, key_rows, 2, 128)), jnp.bfloat16) for _ in range(2))
+    stop = jnp.where(jnp.arange(rows) < rows - tail, 0, key_rows).astype(jnp.int32)[None]
+    whole = lambda x: jnp.zeros((1, rows, 32, 128), x.dtype).at[:, rows - tail :].set(x)
+    options = dict(scale=128**-0.5, implementation=implementation)
+
+    @jax.jit
+    def long(q, dout, k, v):
+        keys = KeyRange(0 * stop, stop)
+        out, lse = flash_fwd(whole(q), k, v, keys, out_dtype=jnp.bfloat16, **options)
+        delta = jnp.zeros_like(lse)
+        dq, dk, dv = flash_bwd(whole(q), k, v, lse, delta, whole(dout), keys, **options)
+        return out[:, -tail:], lse[:, :, -tail:], dq[:, -tail:], dk, dv, jnp.abs(out[:, :-tail]).max()
+
+    @jax.jit
+    def short(q, dout, k, v):
+        keys = KeyRange(*(jnp.full((1, tail), n, jnp.int32) for n in (0, key_rows)))
+        out, lse = flash_fwd(q, k, v, keys, out_dtype=jnp.bfloat16, **options)
+        return out, lse, *flash_bwd(q, k, v, lse, jnp.zeros_like(lse), dout, keys, **options)
+
+    *got, rest = long(q_tail, dout_tail, k, v)
+    assert rest == 0
+    for x, y in zip(got, short(q_tail, dout_tail, k, v), strict=True):
+        oracle.check("a million tokens", x, np.asarray(y, np.float64), 1e-3)  # the same kernels, other sums of dQ

@@ -1,0 +1,230 @@
+"""The Hopper kernels without a GPU: their schedules in plain numbers, their limits, and what None picks.
+
+What the kernels compute is tested on a GPU (test_flash_gpu.py), how they compile in test_flash_mosaic_compiled.py.
+"""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zigzag_jax import kernels
+from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd, flash_implementation
+from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_fwd
+from zigzag_jax.kernels.flash.contract import Settings
+from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
+from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
+from zigzag_jax.ranges import KeyRange
+
+PLAIN = Settings(0.1, None)
+
+
+def qkv(dim=128, out_dim=128, dtype=jnp.bfloat16, rows=4):
+    return (
+        jnp.zeros((1, rows, 4, dim), dtype),
+        jnp.zeros((1, rows, 2, dim), dtype),
+        jnp.zeros((1, rows, 2, out_dim), dtype),
+    )
+
+
+def random_keys(rng, batch: int, rows: int, keys: int) -> KeyRange:
+    start, stop = np.sort(rng.integers(0, keys + 1, (2, batch, rows)), axis=2)
+    if rng.random() < 0.3:
+        start = np.zeros_like(start)
+    return KeyRange(jnp.asarray(start, jnp.int32), jnp.asarray(stop, jnp.int32))
+
+
+def visible_tiles(keys: KeyRange, key_rows: int, query_tile: int, key_tile: int):
+    """(any pair, every pair) visible, each [B, query tiles, key tiles], by the definition."""
+    at = np.arange(key_rows)
+    seen = (at >= np.asarray(keys.start)[..., None]) & (at < np.asarray(keys.stop)[..., None])
+    seen = seen.reshape(seen.shape[0], -1, query_tile, key_rows // key_tile, key_tile)
+    return seen.any((2, 4)), seen.all((2, 4))
+
+
+# ---------------------------------------------------------------- forward
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "query_tiles", "group"), [(1, 4, 6, 1), (2, 3, 7, 2), (1, 1, 1, 4), (1, 33, 8, 4)]
+)
+def test_every_item_has_one_block(batch, heads, query_tiles, group):
+    items = mosaic_fwd._Items(batch, heads, query_tiles, group)
+    seen = [
+        tuple(int(x) for x in items.at(jnp.int32(sm), jnp.int32(j)))
+        for sm in range(items.sms)
+        for j in range(int(items.of_sm(jnp.int32(sm))))
+    ]
+    tiles = range(0, query_tiles * mosaic_fwd.QUERY_TILE, mosaic_fwd.QUERY_TILE)
+    assert sorted(seen) == sorted(itertools.product(range(batch), range(heads), tiles))
+
+
+def test_the_last_queries_come_first():
+    items = mosaic_fwd._Items(1, 2, 4, 1)
+    assert [int(items.at(jnp.int32(sm), jnp.int32(0))[2]) for sm in (0, 7)] == [3 * 128, 0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forward_visits_what_is_visible_and_masks_what_is_cut(seed):
+    rng = np.random.default_rng(seed)
+    query_tile, key_tile, key_rows = mosaic_fwd.QUERY_TILE, 128, 1024
+    keys = random_keys(rng, 1, 4 * query_tile, key_rows)
+    some, whole = visible_tiles(keys, key_rows, query_tile, key_tile)
+    for n in range(4):
+        rows = slice(n * query_tile, (n + 1) * query_tile)
+        start, stop = np.asarray(keys.start)[0, rows], np.asarray(keys.stop)[0, rows]
+        tiles = mosaic_fwd._Tiles([jnp.int32(x) for x in (start[0], start[-1], stop[0], stop[-1])], key_tile)
+        order = [int(tiles.at(jnp.int32(i))) for i in range(int(tiles.count))]
+        assert len(set(order)) == len(order)
+        assert set(np.flatnonzero(some[0, n])) <= set(order)
+        inside = order[int(tiles.masked) :]
+        assert all(whole[0, n, t] for t in inside)
+        assert set(np.flatnonzero(whole[0, n])) <= set(inside)
+
+
+# ---------------------------------------------------------------- backward
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_visits_are_the_visible_tiles(seed):
+    rng = np.random.default_rng(seed)
+    query_tile, key_tile, key_rows = mosaic_bwd.QUERY_TILE, mosaic_bwd.KEY_TILE, 768
+    keys = random_keys(rng, 2, 8 * query_tile, key_rows)
+    some, whole = visible_tiles(keys, key_rows, query_tile, key_tile)
+    visits = np.asarray(mosaic_bwd._visits(keys, key_rows))
+    first = np.asarray(mosaic_bwd._first_visitor(jnp.asarray(visits), 8))
+    for b, t in itertools.product(range(2), range(key_rows // key_tile)):
+        lo, whole_lo, whole_hi, hi = visits[b, t]
+        assert set(np.flatnonzero(some[b, :, t])) <= set(range(lo, hi))
+        assert set(range(whole_lo, whole_hi)) == set(np.flatnonzero(whole[b, :, t]))
+    for b, q in itertools.product(range(2), range(8)):  # the visitors of a query tile are neighbours
+        visitors = [t for t in range(key_rows // key_tile) if visits[b, t, 0] <= q < visits[b, t, 3]]
+        assert visitors == list(range(first[b, q], first[b, q] + len(visitors)))
+
+
+def rows_of(kind: str, rows: int):
+    i = np.arange(rows)
+    start = {"causal": 0 * i, "window": np.maximum(i - 511, 0), "documents": i // 512 * 512}[kind]
+    return KeyRange(jnp.asarray(start[None], jnp.int32), jnp.asarray(i[None] + 1, jnp.int32))
+
+
+@pytest.mark.parametrize(("kind", "by_head"), [("causal", 0), ("window", 1), ("documents", 0)])
+def test_the_longest_key_tile_comes_first_and_a_window_is_walked_by_head(kind, by_head):
+    visits = mosaic_bwd._visits(rows_of(kind, 4096), 4096)
+    *order, flag = np.asarray(mosaic_bwd._order(visits, ascending=False))
+    assert sorted(order) == list(range(32))
+    cost = np.asarray(visits[0, :, 3] - visits[0, :, 0])[np.asarray(order)]
+    assert (np.diff(cost) <= 0).all()
+    assert flag == by_head
+    assert list(np.asarray(mosaic_bwd._order(visits, ascending=True))) == [*range(32), by_head]
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize("index", [0, 131, 132, 300])
+@pytest.mark.parametrize(("lo", "hi", "group"), [(3, 8, 4), (5, 6, 1), (0, 7, 1), (2, 2, 3)])
+def test_a_walk_visits_every_pair_once(lo, hi, group, index, by_head):
+    walk = mosaic_bwd._Walk(jnp.int32(lo), jnp.int32(hi), jnp.bool_(by_head), group, jnp.int32(index))
+    pair, seen = (jnp.int32(0), walk.first), []
+    for _ in range(int(walk.count)):
+        seen.append((int(pair[0]), int(pair[1])))
+        pair = walk.next(*pair)
+        assert 0 <= int(pair[0]) < group
+        assert lo <= int(pair[1]) < hi
+    assert sorted(seen) == list(itertools.product(range(group), range(lo, hi)))
+
+
+@pytest.mark.parametrize("tuning", [BackwardTuning(), BackwardTuning(column_parts=2), BackwardTuning(heads_together=2)])
+@pytest.mark.parametrize(("batch", "kv_heads", "group", "key_tiles"), [(1, 1, 16, 4), (2, 4, 8, 3), (1, 8, 1, 20)])
+def test_every_key_tile_and_head_has_one_block(batch, kv_heads, group, key_tiles, tuning):
+    blocks = mosaic_bwd._Blocks(batch, kv_heads, group, key_tiles, tuning)
+    seen = []
+    for index in range(blocks.count):
+        b, kv_head, place, part, _, head = (int(x) for x in blocks.at(jnp.int32(index)))
+        for h in range(head, head + blocks.group):
+            assert h // group == kv_head
+            seen.append((b, place, part, h))
+    every = itertools.product(range(batch), range(key_tiles), range(tuning.column_parts), range(kv_heads * group))
+    assert sorted(seen) == sorted(every)
+    if kv_heads == 1:
+        assert blocks.count >= 64  # 4 tiles alone would leave the card idle: the group's heads are shared out
+
+
+# ---------------------------------------------------------------- what runs
+
+
+@pytest.mark.parametrize(
+    ("arrays", "settings", "words"),
+    [
+        (qkv(dtype=jnp.float32), PLAIN, "bfloat16 or float16"),
+        (qkv(80, 80), PLAIN, "(128, 128)"),
+        (qkv(), Settings(0.0, None), "a scale that is not 0"),
+        (qkv(rows=0), PLAIN, "not empty"),
+    ],
+)
+def test_limits(arrays, settings, words):
+    assert words in (mosaic.limits(*arrays, settings) or "")
+
+
+def test_every_row_of_the_table_is_within_the_limits():
+    for dims in HOPPER:
+        assert mosaic.limits(*qkv(*dims), PLAIN) is None
+        assert mosaic.limits(*qkv(*dims, dtype=jnp.float16), PLAIN) is None
+
+
+def test_an_implementation_that_cannot_says_which_can():
+    q, k, v = qkv(80, 80)
+    keys = KeyRange(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 4), jnp.int32))
+    pattern = r"'mosaic' needs .*got bfloat16 q \[1, 4, 4, 80\].*'triton'.*'reference' can"
+    with pytest.raises(NotImplementedError, match=pattern):
+        flash_fwd(q, k, v, keys, scale=1, implementation="mosaic")
+    stats = jnp.zeros((1, 4, 4))
+    with pytest.raises(NotImplementedError, match=pattern):
+        flash_bwd(q, k, v, stats, stats, q, keys, scale=1, implementation="mosaic")
+
+
+@pytest.mark.parametrize(
+    ("preference", "arrays", "picked"),
+    [
+        (("mosaic", "triton"), qkv(), "mosaic"),
+        (("mosaic", "triton"), qkv(80, 80), "triton"),
+        (("mosaic", "triton"), qkv(dtype=jnp.float32), "triton"),
+        (("triton",), qkv(), "triton"),
+        (("reference",), qkv(), "reference"),
+    ],
+)
+def test_none_picks_by_device_and_shapes_and_says_so_once(preference, arrays, picked, monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_preference", lambda: preference)
+    kernels._say.cache_clear()
+    with caplog.at_level("INFO", "zigzag_jax"):
+        assert [flash_implementation(*arrays, PLAIN) for _ in range(2)] == [picked, picked]
+    assert [r.getMessage().count(f"'{picked}'") for r in caplog.records] == [1]
+
+
+def test_none_never_falls_back_to_a_slow_path(monkeypatch):
+    monkeypatch.setattr(kernels, "_preference", lambda: ("mosaic", "triton"))
+    with pytest.raises(NotImplementedError, match=r"'mosaic' needs .*; 'triton' needs .*'reference' can"):
+        flash_implementation(*qkv(512, 512), PLAIN)
+
+
+class Gpu:
+    def __init__(self, compute_capability: str) -> None:
+        self.compute_capability = compute_capability
+
+
+@pytest.mark.parametrize(
+    ("backend", "capability", "preference"),
+    [
+        ("gpu", "9.0", ("mosaic", "triton")),
+        ("gpu", "8.0", ("triton",)),
+        ("gpu", "10.0", ("triton",)),
+        ("cpu", "", ("reference",)),
+        ("tpu", "", ("reference",)),
+    ],
+)
+def test_preference_by_device(backend, capability, preference, monkeypatch, caplog):
+    monkeypatch.setattr(kernels.jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(kernels.jax, "devices", lambda: [Gpu(capability)])
+    assert kernels._preference.__wrapped__() == preference
+    assert set(preference) <= set(FLASH)
+    assert ("slow" in caplog.text) == (backend == "tpu")
