@@ -22,7 +22,7 @@ pytestmark = pytest.mark.aot
 
 S, F32 = 1024, jnp.float32
 # bytes of the stack frames that are left: some addresses, and in MLA's softcap, which no model has, its slope
-STACK = {("forward", 256): 16, ("forward", 192, "softcap"): 8, ("backward", 192, "softcap"): 64}
+STACK = {("forward", 192): 16, ("forward", 192, "softcap"): 32, ("forward", 256): 40, ("backward", 192, "softcap"): 64}
 
 
 class Report(NamedTuple):
@@ -67,7 +67,7 @@ FORMS = {  # carry, result
 
 
 def check(report: Report, kernel: str, dim: int, softcap, waits: int) -> None:
-    assert report.stack <= STACK.get((kernel, dim), STACK.get((kernel, dim, "softcap"), 0) if softcap else 0)
+    assert report.stack <= max(STACK.get((kernel, dim), 0), STACK.get((kernel, dim, "softcap"), 0) if softcap else 0)
     assert not report.serialised
     assert report.waits == waits
 

@@ -12,6 +12,7 @@ itself; "free" signals are named barriers, which cost one instruction and no mem
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -38,7 +39,7 @@ def sm_count() -> int:
 def launch(
     body: Callable, *refs, out_type=(), scratch_types: dict, grid: Sequence[int], grid_names: Sequence[str],
     warpgroups: int, name: str,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """Run `body(*refs, *outputs, **scratch)` on every warpgroup (axis "wg") of every block of the grid.
 
     Refs (`jax.new_ref`) among the arguments are read and written in place. This is pl.kernel over a plgpu.Mesh because

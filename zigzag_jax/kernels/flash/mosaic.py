@@ -4,6 +4,9 @@ Kernels see whole tiles only. Other lengths are padded here, which copies; local
 nothing.
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
 
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
@@ -25,6 +28,8 @@ def limits(q, k, v, settings: Settings) -> str | None:
     return None
 
 
+# under jit, so that calls outside of any, as in a notebook, compile a kernel once
+@functools.partial(jax.jit, static_argnames=("settings", "out_dtype"), inline=True)
 def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype):
     """The contract's forward; see contract.Forward."""
     tuning, rows, tile = HOPPER[q.shape[3], v.shape[3]].forward, q.shape[1], mosaic_fwd.QUERY_TILE
@@ -35,6 +40,7 @@ def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, 
     return out[:, :rows], lse[:, :, :rows]
 
 
+@functools.partial(jax.jit, static_argnames=("settings", "deterministic"), inline=True)
 def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq, deterministic: bool):
     """The contract's backward; see contract.Backward."""
     tuning, tile = HOPPER[q.shape[3], v.shape[3]].backward, mosaic_bwd.QUERY_TILE

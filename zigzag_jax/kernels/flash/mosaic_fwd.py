@@ -207,21 +207,23 @@ def _kernel(
         mine = pl.ds(q0 + wg * ROWS, ROWS)
         tiles = _Tiles(edges, tile)
 
-        def scores_masked(s, i):
-            first = tiles.at(i) * tile
+        def row_bounds():
+            """First and end key of each of this warpgroup's rows."""
+            return [plgpu.load(ref.at[bs, mine], layout=ROW, optimized=False) for ref in (start_ref, stop_ref)]
+
+        def masked(s, i, bounds):
+            start, stop = (across(x - tiles.at(i) * tile, tile) for x in bounds)
             at = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=ACC)
-            start = across(plgpu.load(start_ref.at[bs, mine], layout=ROW, optimized=False) - first, tile)
-            stop = across(plgpu.load(stop_ref.at[bs, mine], layout=ROW, optimized=False) - first, tile)
             return jnp.where((at >= start) & (at < stop), s, -jnp.inf)
 
-        def softmax(s, m, i, masked):
+        def softmax(s, m, i, bounds):
             """Unnormalised probabilities of tile i, the new maximum (times log2 e) and the old ones' weight."""
             if settings.softcap is not None:  # tanh by exp2 and a division: tanh.approx is too coarse for the lse
                 s = 1 - 2 / (jnp.exp2(s * (2 * LOG2E * settings.scale / settings.softcap)) + 1)
-            if masked:
-                s = scores_masked(s, i)
+            if bounds:
+                s = masked(s, i, bounds)
             m_new = jnp.maximum(m, s.max(axis=1) * to_log2)
-            m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
+            m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new) if bounds else m_new
             return jnp.exp2(s * to_log2 - across(m_used, tile)), m_new, jnp.exp2(m - m_used)
 
         def row_sums(p):
@@ -232,6 +234,7 @@ def _kernel(
             return parts[0]
 
         def run():
+            bounds = row_bounds()  # for the first tile; read again where another is cut, which costs no registers
             plgpu.barrier_wait(q_full)
             first = slot(before)
             plgpu.barrier_wait(k_full.at[first])
@@ -243,12 +246,12 @@ def _kernel(
             s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, tile), jnp.float32))
             k_free.arrive(first)
             none = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
-            p, m, _ = softmax(s, none, i32(0), True)
+            p, m, _ = softmax(s, none, i32(0), bounds)
             l = row_sums(p)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)
             plgpu.barrier_wait(v_full.at[first])
 
-            def step(i, state, masked):
+            def step(i, state, cut):
                 acc, m, l, p16 = state
                 ks, vs = slot(before + i), slot(before + i - 1)
                 plgpu.barrier_wait(k_full.at[ks])
@@ -257,12 +260,11 @@ def _kernel(
                     acc_ref, p_ref, m_ref, l_ref, weight_ref = refs
 
                     def with_scores(s_acc):
-                        # + 0, which LLVM cannot know: else Q's descriptors leave the loop, and registers with them
-                        plgpu.wgmma(s_acc, q_smem.at[wg + lax.shift_right_logical(i, 30)], k_smem.at[ks].T)
+                        plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[ks].T)
                         plgpu.wgmma(acc_ref, p16, v_smem.at[vs])
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         k_free.arrive(ks)
-                        p, m, weight = softmax(s, m_ref[...], i, masked)
+                        p, m, weight = softmax(s, m_ref[...], i, row_bounds() if cut else None)
                         p_ref[...], m_ref[...], weight_ref[...] = p, m, weight
                         l_ref[...] = l_ref[...] * across(weight, 8) + row_sums(p)
                         # V of this tile is waited for here, before PV of the last one is: ptxas moves no work over an
@@ -278,8 +280,8 @@ def _kernel(
 
             state = (acc, m, l, p.astype(dt))
             edge = lax.max(tiles.masked, i32(1))
-            state = lax.fori_loop(i32(1), edge, functools.partial(step, masked=True), state)
-            state = lax.fori_loop(edge, tiles.count, functools.partial(step, masked=False), state)
+            state = lax.fori_loop(i32(1), edge, functools.partial(step, cut=True), state)
+            state = lax.fori_loop(edge, tiles.count, functools.partial(step, cut=False), state)
             acc, m, l, p16 = state
             q_free.arrive()
             last = slot(before + tiles.count - 1)
