@@ -58,7 +58,7 @@ def _fit(tile: int, length: int) -> int:
 # (bytes of a value, widest D + E) -> tuning; the first row that is wide enough is taken
 TABLE: dict[tuple[int, int], Tuning] = {
     (2, 128): Tuning(fwd=Tile(128, 64, 4, 3), dkv=Tile(64, 128, 8, 2), dq=Tile(128, 64, 8, 2)),
-    (2, 256): Tuning(fwd=Tile(128, 64, 8, 3), dkv=Tile(64, 64, 8, 2), dq=Tile(64, 64, 8, 2)),
+    (2, 256): Tuning(fwd=Tile(64, 64, 4, 3), dkv=Tile(64, 64, 8, 2), dq=Tile(64, 64, 8, 2)),
     (2, 320): Tuning(fwd=Tile(128, 64, 8, 2), dkv=Tile(32, 64, 8, 2), dq=Tile(64, 32, 8, 2)),
     (2, 512): Tuning(fwd=Tile(64, 32, 4, 2), dkv=Tile(32, 32, 4, 2), dq=Tile(32, 32, 4, 2)),
     (4, 128): Tuning(fwd=Tile(32, 32, 4, 2), dkv=Tile(32, 32, 4, 2), dq=Tile(32, 32, 4, 2)),
