@@ -207,7 +207,7 @@ def test_an_error_counts_rows_that_see_nothing(bench):
     ("arguments", "message"),
     [
         (["--models", "gpt"], "--models must be of qwen, mla, d64, d96, d256, got gpt"),
-        (["--implementations", "magic"], "--implementations must be of reference"),
+        (["--implementations", "magic"], "--implementations must be of mosaic, triton, cudnn, reference"),
         (["--tokens", "100", "--cp", "8"], "--tokens must be a multiple of 2 * cp, got 100 with --cp 8"),
         (["--tokens", "256", "--masks"], "--tokens must be a multiple of 128 * cp, got 256 with --cp 4"),
         (["--cp", "0"], "--cp must be at least 1, got 0"),

@@ -9,7 +9,16 @@ import oracle
 import pytest
 
 from zigzag_jax.layout import CHUNKS, global_positions, zigzag_indices
-from zigzag_jax.ranges import KeyRange, key_range, live_steps, row_bounds, tile_rows, visible_bounds
+from zigzag_jax.ranges import (
+    KeyRange,
+    clip_keys,
+    key_range,
+    live_steps,
+    pad_rows,
+    row_bounds,
+    tile_rows,
+    visible_bounds,
+)
 
 LAYOUTS = tuple(CHUNKS)
 
@@ -127,7 +136,7 @@ def test_tile_rows_hold_every_row_that_sees_the_tile(key_tile):
     rng = np.random.default_rng(key_tile)
     for _ in range(5):
         keys, length = random_ranges(rng, 2, 30, 18), 18
-        first, end = (np.asarray(x) for x in tile_rows(keys, key_tile, length))
+        first, end, whole_first, whole_end = (np.asarray(x) for x in tile_rows(keys, key_tile, length))
         assert first.shape == end.shape == (2, -(-length // key_tile))
         mask = dense(keys, length)
         start, stop = (np.asarray(x) for x in keys)
@@ -141,6 +150,16 @@ def test_tile_rows_hold_every_row_that_sees_the_tile(key_tile):
                 # tight as far as sorted bounds can tell: the rows between end after k0 and start before k1
                 between = np.flatnonzero((stop[b] > k0) & (start[b] < k1))
                 assert between.tolist() == list(range(first[b, j], end[b, j]))
+                whole = np.flatnonzero(mask[b, :, k0:k1].all(1)) if (j + 1) * key_tile <= length else []
+                assert list(range(whole_first[b, j], whole_end[b, j])) == list(whole)
+
+
+def test_ranges_are_clipped_to_the_keys_and_padded_with_the_last_row():
+    keys = KeyRange(jnp.array([[-5, 2, 9]], jnp.int32), jnp.array([[3, 4, 99]], jnp.int32))
+    clipped = clip_keys(keys, 8)
+    assert np.asarray(clipped).tolist() == [[[0, 2, 8]], [[3, 4, 8]]]
+    assert np.asarray(pad_rows(clipped, 2)).tolist() == [[[0, 2, 8, 8]], [[3, 4, 8, 8]]]
+    assert pad_rows(clipped, 3) is clipped
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -79,17 +79,40 @@ def row_bounds(keys: KeyRange, tile: int) -> tuple[jax.Array, jax.Array]:
     return jnp.min(jnp.where(seen, start, none), axis=2), jnp.max(jnp.where(seen, stop, 0), axis=2)
 
 
-def tile_rows(keys: KeyRange, key_tile: int, key_length: int) -> tuple[jax.Array, jax.Array]:
-    """First and end query row that sees any key of each tile of `key_tile` keys: int32 [B or 1, ceil(Sk / key_tile)].
+class TileRows(NamedTuple):
+    """Query rows that concern each tile of keys, int32 [B or 1, tiles] each; none where first >= end."""
 
-    The kernels' key side. start and stop never decrease, so the rows that end before key k0 come first and those that
-    start at or after k1 come last; first >= end where no row sees the tile. Rows between may still see nothing of it.
+    first: jax.Array
+    end: jax.Array
+    """Rows first <= i < end see some key of the tile. Rows between may see nothing of it."""
+    whole_first: jax.Array
+    whole_end: jax.Array
+    """Rows whole_first <= i < whole_end see all of it; a last tile that is not full is never seen whole."""
+
+
+def tile_rows(keys: KeyRange, key_tile: int, key_length: int) -> TileRows:
+    """The kernels' key side: which query rows visit each of the ceil(Sk / key_tile) tiles of keys.
+
+    start and stop never decrease, so the rows that end before a tile come first and those that start after it last, and
+    counting replaces searching. One reduction makes all four counts: on a GPU it is one small kernel.
     """
     k0 = jnp.arange(0, key_length, key_tile, dtype=jnp.int32)
-    start, stop = keys.start[:, None, :], keys.stop[:, None, :]
-    first = jnp.sum(stop <= k0[None, :, None], axis=2, dtype=jnp.int32)
-    end = jnp.sum(start < jnp.minimum(k0 + key_tile, key_length)[None, :, None], axis=2, dtype=jnp.int32)
-    return first, end
+    last = k0 + (key_tile - 1)
+    bounds = jnp.stack([k0, jnp.minimum(last, key_length - 1), k0, last]).reshape(2, 2, 1, -1, 1)
+    counts = jnp.sum(jnp.stack(keys)[:, None, :, None, :] <= bounds, axis=-1, dtype=jnp.int32)
+    (starts_by_first, starts_by_last), (stops_by_first, stops_by_last) = counts
+    return TileRows(stops_by_first, starts_by_last, stops_by_last, starts_by_first)
+
+
+def clip_keys(keys: KeyRange, key_length: int) -> KeyRange:
+    """The same ranges inside [0, Sk], where there are keys."""
+    return KeyRange(*(jnp.clip(x, 0, key_length) for x in keys))
+
+
+def pad_rows(keys: KeyRange, tile: int) -> KeyRange:
+    """Ranges for whole tiles of rows: rows that do not exist see what the last one sees (ranges may not decrease)."""
+    missing = -keys.start.shape[1] % tile
+    return KeyRange(*(jnp.pad(x, ((0, 0), (0, missing)), mode="edge") for x in keys)) if missing else keys
 
 
 def live_steps(cp: int, length: int, window: int | None, layout: Layout = "zigzag") -> tuple[int, ...]:
@@ -114,4 +137,14 @@ def live_steps(cp: int, length: int, window: int | None, layout: Layout = "zigza
     return tuple(s for s in range(cp) if s <= reach or s >= cp - back)
 
 
-__all__ = ["KeyRange", "key_range", "live_steps", "row_bounds", "tile_rows", "visible_bounds"]
+__all__ = [
+    "KeyRange",
+    "TileRows",
+    "clip_keys",
+    "key_range",
+    "live_steps",
+    "pad_rows",
+    "row_bounds",
+    "tile_rows",
+    "visible_bounds",
+]

@@ -44,6 +44,7 @@ class Case(NamedTuple):
     batch: int = 1
     dtype: type = jnp.bfloat16
     softcap: float | None = None
+    causal: bool = False
 
 
 CASES = {
@@ -53,6 +54,11 @@ CASES = {
     "one-row": Case(Heads(4, 2, 128, 128), 1, 129),
     "float16": Case(Heads(4, 2, 128, 128), dtype=jnp.float16),
     "softcap": Case(Heads(4, 2, 128, 128), softcap=3.0),
+    "softcap-50": Case(Heads(4, 2, 128, 128), softcap=50.0),
+    # several items a multiprocessor, several waves of blocks, whole groups in a block: as in a model
+    "model": Case(Heads(32, 4, 128, 128), 1024, 9216),
+    "model-causal": Case(Heads(32, 4, 128, 128), 2560, 2560, causal=True),
+    "mla-model": Case(Heads(16, 16, 192, 128), 1536, 1600),
     "mla": Case(Heads(4, 4, 192, 128), 384),
     "mla-softcap": Case(Heads(2, 2, 192, 128), softcap=3.0),
     "D64": Case(Heads(6, 6, 64, 64), 640, 384, batch=2),
@@ -76,9 +82,11 @@ def random_keys(rng, batch: int, rows: int, keys: int) -> KeyRange:
 
 @pytest.mark.parametrize("case", CASES)
 def test_contract(implementation, case):
-    heads, rows, key_rows, batch, dtype, softcap = CASES[case]
+    heads, rows, key_rows, batch, dtype, softcap, causal = CASES[case]
     rng = np.random.default_rng(rows + key_rows)
     keys = random_keys(rng, batch, rows, key_rows)
+    if causal:
+        keys = KeyRange(0 * keys.start, jnp.arange(1, rows + 1, dtype=jnp.int32)[None])
     at = np.arange(key_rows)
     mask = (at >= np.asarray(keys.start)[..., None]) & (at < np.asarray(keys.stop)[..., None])
     q, k, v, dout = (jnp.asarray(x, dtype) for x in heads.draw(rng, batch, rows, key_rows))
@@ -148,9 +156,59 @@ def test_scan_and_remat_do_not_change_the_gradient(implementation, deterministic
                 oracle.check("remat", r, np.asarray(p, np.float64), 4e-3)
 
 
+def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing(implementation):
+    rng = np.random.default_rng(0)
+    q, out = (jnp.asarray(rng.standard_normal((1, 256, 4, 128)), dtype) for dtype in (jnp.bfloat16, jnp.float32))
+    k, v = (jnp.asarray(rng.standard_normal((1, 256, 2, 128)), jnp.bfloat16) for _ in range(2))
+    lse = jnp.asarray(rng.standard_normal((1, 4, 256)) + 9, jnp.float32)
+    stop = jnp.where(jnp.arange(256) % 200 < 150, 0, 256).astype(jnp.int32)[None]  # live and idle rows in one tile
+    stop = jnp.sort(stop, axis=1)
+    new = flash_fwd(q, k, v, KeyRange(0 * stop, stop), scale=0.1, carry=(out, lse), implementation=implementation)
+    idle = np.asarray(stop[0]) == 0
+    np.testing.assert_array_equal(new[0][:, idle], out[:, idle])
+    np.testing.assert_array_equal(new[1][:, :, idle], lse[:, :, idle])
+    assert (np.asarray(new[1])[:, :, ~idle] > np.asarray(lse)[:, :, ~idle]).all()
+
+
+@pytest.mark.parametrize("bounds", [(-3, 10_000), (0, 2**31 - 1)])
+def test_bounds_outside_of_the_keys_are_those_of_the_keys(implementation, bounds):
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, n, 2, 128)), jnp.bfloat16) for n in (200, 150, 150))
+    whole = KeyRange(*(jnp.full((1, 200), n, jnp.int32) for n in (0, 150)))
+    beyond = KeyRange(*(jnp.full((1, 200), n, jnp.int32) for n in bounds))
+    call = lambda keys: flash_fwd(q, k, v, keys, scale=0.1, implementation=implementation)
+    for x, y in zip(call(beyond), call(whole), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_what_none_picks():
     q, k = jnp.zeros((1, 8, 4, 128), jnp.bfloat16), jnp.zeros((1, 8, 2, 128), jnp.bfloat16)
     assert flash_implementation(q, k, k, Settings(0.1, None)) == ("mosaic" if HOPPER else "triton")
+
+
+def test_register_stores_and_loads_past_two_to_the_31(implementation):
+    """D = 64 goes from the registers to memory and the carry comes from there: 2^20 rows of 40 heads, 2.7e9 values."""
+    rows, key_rows, tail, heads = 2**20, 512, 256, 40
+    rng = np.random.default_rng(0)
+    q_tail = jnp.asarray(rng.standard_normal((1, tail, heads, 64)), jnp.bfloat16)
+    out_tail = jnp.asarray(rng.standard_normal((1, tail, heads, 64)), jnp.float32)
+    k, v = (jnp.asarray(rng.standard_normal((1, key_rows, 2, 64)), jnp.bfloat16) for _ in range(2))
+    stop = jnp.where(jnp.arange(rows) < rows - tail, 0, key_rows).astype(jnp.int32)[None]
+    whole = lambda x: jnp.zeros((1, rows, *x.shape[2:]), x.dtype).at[:, rows - tail :].set(x)
+    options = dict(scale=0.125, implementation=implementation)
+
+    @jax.jit
+    def long(q, out, k, v):
+        carry = whole(out), jnp.zeros((1, heads, rows), jnp.float32)
+        out, lse = flash_fwd(whole(q), k, v, KeyRange(0 * stop, stop), carry=carry, **options)
+        return out[:, -tail:], lse[:, :, -tail:], jnp.abs(out[:, :-tail]).max()
+
+    keys = KeyRange(*(jnp.full((1, tail), n, jnp.int32) for n in (0, key_rows)))
+    want = flash_fwd(q_tail, k, v, keys, carry=(out_tail, jnp.zeros((1, heads, tail), jnp.float32)), **options)
+    *got, rest = long(q_tail, out_tail, k, v)
+    assert rest == 0
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_offsets_past_two_to_the_31(implementation):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from zigzag_jax import kernels
-from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd, flash_implementation
+from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd, flash_implementation, hopper
 from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_fwd
 from zigzag_jax.kernels.flash.contract import Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
@@ -51,6 +51,7 @@ def visible_tiles(keys: KeyRange, key_rows: int, query_tile: int, key_tile: int)
 )
 def test_every_item_has_one_block(batch, heads, query_tiles, group):
     items = mosaic_fwd._Items(batch, heads, query_tiles, group)
+    assert all(int(items.of_sm(jnp.int32(sm))) >= 1 for sm in range(items.sms))  # none reads ranges it does not have
     seen = [
         tuple(int(x) for x in items.at(jnp.int32(sm), jnp.int32(j)))
         for sm in range(items.sms)
@@ -158,7 +159,8 @@ def test_every_key_tile_and_head_has_one_block(batch, kv_heads, group, key_tiles
     [
         (qkv(dtype=jnp.float32), PLAIN, "bfloat16 or float16"),
         (qkv(80, 80), PLAIN, "(128, 128)"),
-        (qkv(), Settings(0.0, None), "a scale that is not 0"),
+        (qkv(), Settings(0.0, None), "a scale > 0"),
+        (qkv(), Settings(-0.1, None), "a scale > 0"),
         (qkv(rows=0), PLAIN, "not empty"),
     ],
 )
@@ -176,7 +178,7 @@ def test_every_row_of_the_table_is_within_the_limits():
 def test_an_implementation_that_cannot_says_which_can():
     q, k, v = qkv(80, 80)
     keys = KeyRange(jnp.zeros((1, 4), jnp.int32), jnp.zeros((1, 4), jnp.int32))
-    pattern = r"'mosaic' needs .*got bfloat16 q \[1, 4, 4, 80\].*'triton'.*'reference' can"
+    pattern = r"'mosaic' needs .*got bfloat16 q \[1, 4, 4, 80\].*'triton' or 'reference' can"
     with pytest.raises(NotImplementedError, match=pattern):
         flash_fwd(q, k, v, keys, scale=1, implementation="mosaic")
     stats = jnp.zeros((1, 4, 4))
@@ -200,7 +202,10 @@ def test_none_picks_by_device_and_shapes_and_says_so_once(preference, arrays, pi
     q, k, v = arrays
     with caplog.at_level("INFO", "zigzag_jax"):
         assert [flash_implementation(q, k, v, PLAIN) for _ in range(2)] == [picked, picked]
-    assert [r.getMessage().count(f"'{picked}'") for r in caplog.records] == [1]
+    (record,) = caplog.records
+    assert f"by '{picked}'" in record.getMessage()
+    passed_over = picked != preference[0]  # then it says why, where everybody sees it
+    assert (record.levelname, "needs" in record.getMessage()) == (("WARNING", True) if passed_over else ("INFO", False))
 
 
 def test_none_never_falls_back_to_a_slow_path(monkeypatch):
@@ -230,3 +235,15 @@ def test_preference_by_device(backend, capability, preference, monkeypatch, capl
     assert kernels._preference.__wrapped__() == preference
     assert set(preference) <= set(FLASH)
     assert ("slow" in caplog.text) == (backend == "tpu")
+
+
+def test_tuning_and_barriers_name_their_rules():
+    with pytest.raises(ValueError, match=r"key_tile must be 64, 128 or 256 .*, got 96"):
+        mosaic_fwd.ForwardTuning(key_tile=96)
+    with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 15\.\.16"):
+        hopper.NamedBarriers(15, 2, 128)
+    with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 3\.\.3"):
+        hopper.NamedBarriers(3, 1, 128)
+    with pytest.raises(ValueError, match="multiples of 32 bytes, got 24 columns of bfloat16"):
+        hopper.smem((64, 24), jnp.bfloat16)
+    assert [hopper.swizzle(n, jnp.bfloat16) for n in (64, 96, 48)] == [128, 64, 32]

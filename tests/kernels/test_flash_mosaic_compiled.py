@@ -1,8 +1,9 @@
 """Every configuration of the Hopper kernels, compiled by ptxas for an H100 that is not there.
 
 Order of statements is part of these kernels: a change of no meaning can make ptxas spill registers or run one wgmma
-after the other, which costs more than half the speed and shows nowhere else. Read off ptxas's own report: no spilled
-bytes, no warning that wgmma is serialised, and the number of waits for wgmma in the loops.
+after the other, which costs more than half the speed and shows nowhere else. So the sizes are those of a ring step
+(they decide loops and constants), and ptxas's report must show no warning but one that is harmless, and no stack but
+where STACK says so. The waits for wgmma are counted in the PTX: those that the kernel asks for.
 """
 
 import re
@@ -20,22 +21,46 @@ from zigzag_jax.ranges import KeyRange
 
 pytestmark = pytest.mark.aot
 
-S, F32 = 1024, jnp.float32
-# bytes of the stack frames that are left: some addresses, and in MLA's softcap, which no model has, its slope
-STACK = {("forward", 192): 16, ("forward", 192, "softcap"): 32, ("forward", 256): 40, ("backward", 192, "softcap"): 64}
+F32 = jnp.float32
+SEQUENCE = 8192
+HEADS = {  # query and kv heads by head dims: Qwen3-30B-A3B, DeepSeek-V2-Lite, and the like
+    (64, 64): (32, 4),
+    (96, 64): (12, 3),
+    (96, 96): (32, 4),
+    (128, 128): (32, 4),
+    (192, 128): (16, 16),
+    (256, 256): (16, 4),
+}
+FORMS = {  # carry, result, a range for each of two batch rows
+    "plain": (False, jnp.bfloat16, False),
+    "float32": (False, F32, False),
+    "carry": (True, F32, False),
+    "carry-batch": (True, F32, True),
+    "last": (True, jnp.bfloat16, False),
+}
+# bytes of stack that are left: some addresses of the widest heads, and the slope of MLA's softcap, which no model has
+STACK = {
+    ("forward", 192, ""): 16,
+    ("forward", 192, "softcap"): 32,
+    ("forward", 256, ""): 40,
+    ("forward", 256, "softcap"): 40,
+    ("backward", 192, "softcap"): 64,
+}
+# "warpgroup.arrive is injected": it says how dS in registers gets to dK's wgmma
+HARMLESS = {"C7519"}
 
 
 class Report(NamedTuple):
-    """What ptxas said of a kernel."""
+    """What ptxas said of a kernel, and how often it was told to wait."""
 
     stack: int
-    serialised: list[str]
+    warnings: set[str]
     waits: int
 
 
 @pytest.fixture
 def compiled(capfd, monkeypatch):
-    """A function that compiles and returns ptxas's report."""
+    """A function that compiles and returns the report."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
 
@@ -46,9 +71,8 @@ def compiled(capfd, monkeypatch):
         text = "".join(capfd.readouterr())
         stack = re.findall(r"(\d+) bytes stack frame", text)
         assert stack, "no report of ptxas"
-        return Report(
-            max(map(int, stack)), re.findall(r"\(C751[1-4]\).*", text), len(re.findall(r"wgmma\.wait_group", text))
-        )
+        waits = len(re.findall(r"wgmma\.wait_group", text))
+        return Report(max(map(int, stack)), set(re.findall(r"\((C75\d\d)\)", text)) - HARMLESS, waits)
 
     return run
 
@@ -57,52 +81,72 @@ def array(*shape, dtype=jnp.bfloat16):
     return on(h100s(1), shape, dtype)
 
 
-HEADS = [pytest.param(*dims, id=f"D{dims[0]}-E{dims[1]}") for dims in HOPPER]
-FORMS = {  # carry, result
-    "plain": (False, jnp.bfloat16),
-    "float32": (False, F32),
-    "carry": (True, F32),
-    "last": (True, jnp.bfloat16),
-}
-
-
 def check(report: Report, kernel: str, dim: int, softcap, waits: int) -> None:
-    assert report.stack <= max(STACK.get((kernel, dim), 0), STACK.get((kernel, dim, "softcap"), 0) if softcap else 0)
-    assert not report.serialised
+    assert not report.warnings
+    assert report.stack <= STACK.get((kernel, dim, "softcap" if softcap else ""), 0)
     assert report.waits == waits
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0], ids=["", "softcap"])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("dim", "out_dim"), HEADS)
-def test_forward(compiled, dim, out_dim, form, softcap):
-    has_carry, out_dtype = FORMS[form]
-    q, k, v = array(1, S, 8, dim), array(1, S, 2, dim), array(1, S, 2, out_dim)
-    bounds = array(2, S, dtype=jnp.int32) if form == "carry" else array(1, S, dtype=jnp.int32)
-    carry = (array(1, S, 8, out_dim, dtype=F32), array(1, 8, S, dtype=F32)) if has_carry else None
-
-    def forward(q, k, v, start, stop, carry):
-        carry = None if carry is None else Carry(*carry)
-        return mosaic.flash_fwd(
-            q, k, v, KeyRange(start[:1], stop[:1]), Settings(0.1, softcap), carry, jnp.dtype(out_dtype)
+def cases(*others):
+    """Head dims with each of the other parameters; those of the models' own runs are quick, the rest slow."""
+    quick = {((128, 128), "plain"), ((128, 128), "carry"), ((192, 128), "carry"), ((128, 128), ""), ((192, 128), "")}
+    return [
+        pytest.param(
+            *dims, other, id=f"D{dims[0]}-E{dims[1]}-{other}", marks=() if (dims, other) in quick else pytest.mark.slow
         )
+        for dims in HOPPER
+        for other in others
+    ]
 
-    # S of the first tile; of the masked and the inner loop each S, then PV; PV of the last tile
-    check(compiled(forward, q, k, v, bounds, bounds, carry), "forward", dim, softcap, waits=6)
+
+def forward(compiled, dim, out_dim, form, softcap) -> None:
+    has_carry, out_dtype, batch_ranges = FORMS[form]
+    (heads, kv_heads), batch = HEADS[dim, out_dim], 2 if batch_ranges else 1
+    q = array(batch, SEQUENCE, heads, dim)
+    k, v = (array(batch, SEQUENCE, kv_heads, d) for d in (dim, out_dim))
+    bounds = array(batch, SEQUENCE, dtype=jnp.int32)
+    carry = (array(batch, SEQUENCE, heads, out_dim, dtype=F32), array(batch, heads, SEQUENCE, dtype=F32))
+
+    def run(q, k, v, start, stop, *carry):
+        carry = Carry(*carry) if carry else None
+        return mosaic.flash_fwd(q, k, v, KeyRange(start, stop), Settings(0.1, softcap), carry, jnp.dtype(out_dtype))
+
+    report = compiled(run, q, k, v, bounds, bounds, *(carry if has_carry else ()))
+    # S of the first tile; S, then PV, in the masked and in the inner loop; PV of the last tile
+    check(report, "forward", dim, softcap, waits=6)
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0], ids=["", "softcap"])
-@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
-@pytest.mark.parametrize(("dim", "out_dim"), HEADS)
-def test_backward(compiled, dim, out_dim, deterministic, softcap):
-    q, k, v = array(2, S, 16, dim), array(2, S, 2, dim), array(2, S, 2, out_dim)
-    stats, bounds = array(2, 16, S, dtype=F32), array(2, S, dtype=jnp.int32)
+@pytest.mark.parametrize(("dim", "out_dim", "form"), cases(*FORMS))
+def test_forward(compiled, dim, out_dim, form):
+    forward(compiled, dim, out_dim, form, None)
 
-    def backward(q, k, v, lse, delta, dout, start, stop, dq):
-        settings = Settings(0.1, softcap)
-        return mosaic.flash_bwd(q, k, v, lse, delta, dout, KeyRange(start, stop), settings, dq, deterministic)
 
-    dout, dq = array(2, S, 16, out_dim), array(2, S, 16, dim, dtype=F32)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "out_dim"), HOPPER)
+def test_forward_with_softcap(compiled, dim, out_dim):
+    forward(compiled, dim, out_dim, "carry", 30.0)
+
+
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "form"), cases("", "deterministic", "softcap", "batch-deterministic", "few-blocks")
+)
+def test_backward(compiled, dim, out_dim, form):
+    heads, kv_heads = HEADS[dim, out_dim]
+    batch, rows = 2 if "batch" in form else 1, 512 if form == "few-blocks" else SEQUENCE
+    q, dout = (array(batch, rows, heads, d) for d in (dim, out_dim))
+    k, v = (array(batch, rows, kv_heads, d) for d in (dim, out_dim))
+    stats, bounds = array(batch, heads, rows, dtype=F32), array(batch, rows, dtype=jnp.int32)
+    softcap = 30.0 if form == "softcap" else None
+
+    def run(q, k, v, lse, delta, dout, start, stop, dq):
+        keys, settings = KeyRange(start, stop), Settings(0.1, softcap)
+        return mosaic.flash_bwd(q, k, v, lse, delta, dout, keys, settings, dq, "deterministic" in form)
+
+    dq = array(batch, rows, heads, dim, dtype=F32)
+    report = compiled(run, q, k, v, stats, stats, dout, bounds, bounds, dq)
     # S, dP, then dV, dQ and dK (or dV, dQ, dK and one more); dK and dV at the end
-    report = compiled(backward, q, k, v, stats, stats, dout, bounds, bounds, dq)
     check(report, "backward", dim, softcap, waits=7)
+
+
+def test_every_head_of_the_table_is_compiled():
+    assert HEADS.keys() == HOPPER.keys()

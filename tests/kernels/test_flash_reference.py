@@ -293,6 +293,7 @@ INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
 }
 FORWARD: dict[str, tuple[dict[str, Any], str]] = INPUTS | {
+    "out_dtype": ({"out_dtype": jnp.int8}, "out_dtype must be bfloat16, float16 or float32, got int8"),
     "carry-length": ({"carry": (zeros(2, 5, 4, 6),)}, "carry must be (out, lse), got 1 values"),
     "carry-out": (
         {"carry": (zeros(2, 5, 4, 8), zeros(2, 4, 5))},

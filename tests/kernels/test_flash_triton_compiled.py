@@ -16,6 +16,7 @@ from zigzag_jax.kernels.flash.contract import Carry, Settings
 
 pytestmark = [
     pytest.mark.aot,
+    pytest.mark.slow,
     # jax 0.11.2 plans to drop the lowering that these kernels are written for
     pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
 ]

@@ -52,8 +52,10 @@ def default_implementation() -> str:
 
 
 @functools.cache
-def _say(name: str, heads: str) -> None:
-    log.info("zigzag_jax: flash attention by '%s' for %s", name, heads)
+def _say(name: str, heads: str, skipped: str) -> None:
+    """Which implementation None took, once; a warning where the device has a faster one that cannot."""
+    level = logging.WARNING if skipped else logging.INFO
+    log.log(level, "zigzag_jax: flash attention by '%s' for %s%s", name, heads, f" ({skipped})" if skipped else "")
 
 
 def check_implementation(name: str | None, table: dict) -> None:
@@ -74,9 +76,13 @@ def flash_implementation(q, k, v, settings: flash_contract.Settings, name: str |
     heads = f"{jnp.dtype(q.dtype).name} q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     for candidate, reason in reasons.items():
         if reason is None:
-            _say(candidate, f"{jnp.dtype(q.dtype).name}, head_dim {q.shape[3]}/{v.shape[3]}")
+            if not name:
+                skipped = [f"'{n}' needs {r}" for n, r in reasons.items() if r]
+                _say(candidate, f"{jnp.dtype(q.dtype).name}, head_dim {q.shape[3]}/{v.shape[3]}", "; ".join(skipped))
             return candidate
-    able = [repr(n) for n in FLASH if n not in reasons and FLASH[n].limits(q, k, v, settings) is None]
+    # cudnn is left out: it takes constant ranges only, and those of a ring are none
+    others = [n for n in FLASH if n not in reasons and n != "cudnn"]
+    able = [repr(n) for n in others if FLASH[n].limits(q, k, v, settings) is None]
     why = "; ".join(f"{n!r} needs {reason}" for n, reason in reasons.items())
     raise NotImplementedError(f"{why}; got {heads}; implementation={' or '.join(able)} can")
 
@@ -90,7 +96,7 @@ def flash_fwd(
       q: [B, Sq, H, D] bfloat16, float16 or float32; k [B, Sk, K, D] and v [B, Sk, K, E] of the same dtype, H % K == 0.
       k: see q.
       v: see q.
-      keys: KeyRange, int32 [B or 1, Sq]: row i sees keys start[i] <= j < stop[i].
+      keys: KeyRange, int32 [B or 1, Sq]: row i sees keys start[i] <= j < stop[i]; neither may decrease along Sq.
       scale: static number that multiplies q.k.
       carry: (out float32 [B, Sq, H, E], lse float32 [B, H, Sq]) of an earlier call over other keys, or None.
       softcap: static number > 0 or None.
@@ -105,6 +111,7 @@ def flash_fwd(
     """
     flash_contract.check_qkv(q, k, v)
     flash_contract.check_keys(keys, q.shape[0], q.shape[1])
+    flash_contract.check_out_dtype(out_dtype)
     settings = flash_contract.check_settings(scale, softcap)
     carry = None if carry is None else flash_contract.check_carry(carry, q, v)
     name = flash_implementation(q, k, v, settings, implementation)
@@ -128,7 +135,7 @@ def flash_bwd(
       scale: see q.
       dq: float32 [B, Sq, H, D] to add to, or None.
       softcap: see q.
-      deterministic: sums in a fixed order, so that two runs agree bit for bit.
+      deterministic: sums in a fixed order, so that two runs on the same kind of card agree bit for bit.
       implementation: see q.
 
     Returns:
@@ -168,4 +175,4 @@ def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) ->
     )
 
 
-__all__ = ["FLASH", "GROUPED", "KeyRange", "flash_bwd", "flash_fwd", "grouped_matmul"]
+__all__ = ["FLASH", "GROUPED", "KeyRange", "flash_bwd", "flash_fwd", "flash_implementation", "grouped_matmul"]

@@ -29,6 +29,7 @@ ROW = plgpu.Layout.WGMMA.reduce(1)  # one value for each of its rows
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for each of its columns
 
 _FIRST_NAMED_BARRIER = 4  # Mosaic itself takes those below
+_NAMED_BARRIERS = 16  # of a block
 
 
 def sm_count() -> int:
@@ -62,7 +63,7 @@ class NamedBarriers:
     """
 
     def __init__(self, first: int, count: int, threads: int) -> None:
-        if not _FIRST_NAMED_BARRIER <= first <= first + count <= 16:
+        if first < _FIRST_NAMED_BARRIER or first + count > _NAMED_BARRIERS:
             raise ValueError(f"named barriers must lie in {_FIRST_NAMED_BARRIER}..15, got {first}..{first + count - 1}")
         self.first, self.end, self.threads = first, first + count, threads
 
@@ -151,6 +152,10 @@ def next_turn(turns, index) -> None:
 def swizzle(columns: int, dtype) -> int:
     """Widest swizzle in bytes (128, 64 or 32) whose columns divide `columns`."""
     width = columns * jnp.dtype(dtype).itemsize
+    if width % 32:
+        raise ValueError(
+            f"a tile's rows must be multiples of 32 bytes, got {columns} columns of {jnp.dtype(dtype).name}"
+        )
     return next(s for s in (128, 64, 32) if width % s == 0)
 
 

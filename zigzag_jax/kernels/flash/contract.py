@@ -2,6 +2,7 @@
 
     q [B, Sq, H, D], k [B, Sk, K, D], v [B, Sk, K, E]     bfloat16, float16 or float32, all three alike; H % K == 0
     keys = KeyRange(start, stop)                          int32 [B or 1, Sq]: row i sees keys start[i] <= j < stop[i]
+                                                          that exist; **neither may decrease along Sq**
     out [B, Sq, H, E], lse [B, H, Sq]                     sums in float32
 
 D may differ from E. Query head h reads key head h // (H // K) (GQA; K == 1 is MQA). LSE is the **natural** logarithm of
@@ -14,6 +15,9 @@ of one call over both. An attention sink is a first carry of (0, sink logit).
 The backward takes the lse of the *whole* softmax (all ring steps) and delta = rowsum(dout * out) - dlse, [B, H, Sq], so
 that every call yields its own keys' share of the gradient. It adds into `dq`, the derivative with respect to q with the
 scale applied exactly once.
+
+Ranges are data and not checked: kernels read the first and the last row of a tile and trust those between. Rows may see
+nothing (stop <= start), and bounds may lie outside of [0, Sk].
 
 An implementation raises NotImplementedError for what it cannot do; ValueError means that the caller broke the contract.
 """
@@ -131,6 +135,12 @@ def check_settings(scale, softcap) -> Settings:
     if softcap is not None:
         softcap = check_static_number("softcap", softcap, lambda x: x > 0, "a number > 0 or None")
     return Settings(scale, softcap)
+
+
+def check_out_dtype(out_dtype) -> None:
+    """ValueError unless it is one of the contract's dtypes."""
+    if jnp.dtype(out_dtype) not in DTYPES:
+        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {jnp.dtype(out_dtype).name}")
 
 
 def check_keys(keys: KeyRange, batch: int, rows: int) -> None:

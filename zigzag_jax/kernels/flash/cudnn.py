@@ -26,16 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
-# Private, jax 0.11.2: jax.nn.dot_product_attention wants D == E and has no way to give cuDNN the lse of a whole ring;
-# these primitives do both. A public function that does lets this import go.
-from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from jax.core import Tracer
 
 from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings
 from zigzag_jax.ranges import KeyRange
 
-OTHERS = "implementation='mosaic', 'triton' or 'reference' can"
+OTHERS = "the other implementations can"
 
 
 class Block(NamedTuple):
@@ -94,8 +90,20 @@ def recognise(keys: KeyRange, key_rows: int) -> Block:
     )
 
 
+def _jax_cudnn():
+    """The module of JAX's cuDNN primitives, imported when used: it is private, and a baseline must not break an import.
+
+    jax 0.11.2: jax.nn.dot_product_attention wants D == E and has no way to give cuDNN the lse of a whole ring; these
+    primitives do both. A public function that does lets this import go.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    return fused_attention_stablehlo
+
+
 def _static(q, scale: float, causal: bool, window: int | None):
     """The arguments that forward and backward share: (operands that are not used, parameters)."""
+    jax_cudnn = _jax_cudnn()
     mask = jax_cudnn.MaskType.CAUSAL if causal else jax_cudnn.MaskType.NO_MASK
     parameters = {
         "scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False), "mask_type": mask,
@@ -108,7 +116,7 @@ def _static(q, scale: float, causal: bool, window: int | None):
 def forward(q, k, v, *, scale: float, causal: bool, window: int | None = None) -> tuple[jax.Array, jax.Array]:
     """CuDNN itself: out [B, Sq, H, E] in q's dtype, lse float32 [B, H, Sq] (natural log)."""
     unused, static = _static(q, scale, causal, window)
-    out, lse = jax_cudnn._dot_product_attention_fwd_p_wrapper.bind(q, k, v, *unused, is_training=True, **static)
+    out, lse = _jax_cudnn()._dot_product_attention_fwd_p_wrapper.bind(q, k, v, *unused, is_training=True, **static)
     return out, lse
 
 
@@ -117,7 +125,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """CuDNN itself: dq, dk, dv in q's dtype, from forward's results and dout."""
     unused, static = _static(q, scale, causal, window)
-    bind = jax_cudnn._dot_product_attention_bwd_p_wrapper.bind
+    bind = _jax_cudnn()._dot_product_attention_bwd_p_wrapper.bind
     dq, dk, dv = bind(q, k, v, *unused, lse, out, dout, **static)
     return dq, dk, dv
 

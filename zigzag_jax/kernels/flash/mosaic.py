@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
 from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
-from zigzag_jax.ranges import KeyRange
+from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows
 
 
 def limits(q, k, v, settings: Settings) -> str | None:
@@ -21,8 +21,8 @@ def limits(q, k, v, settings: Settings) -> str | None:
         return "bfloat16 or float16"
     if (q.shape[3], v.shape[3]) not in HOPPER:
         return f"(head_dim of q and k, head_dim of v) among {', '.join(map(str, HOPPER))}"
-    if settings.scale == 0:
-        return "a scale that is not 0"
+    if settings.scale <= 0:  # the maximum of the scores is taken before they are scaled
+        return "a scale > 0"
     if 0 in (*q.shape, *k.shape):
         return "arrays that are not empty"
     return None
@@ -32,11 +32,13 @@ def limits(q, k, v, settings: Settings) -> str | None:
 @functools.partial(jax.jit, static_argnames=("settings", "out_dtype"), inline=True)
 def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype):
     """The contract's forward; see contract.Forward."""
-    tuning, rows, tile = HOPPER[q.shape[3], v.shape[3]].forward, q.shape[1], mosaic_fwd.QUERY_TILE
+    tuning, tile = HOPPER[q.shape[3], v.shape[3]].forward, mosaic_fwd.QUERY_TILE
+    rows, key_rows = q.shape[1], k.shape[1]
+    keys = pad_rows(clip_keys(keys, key_rows), tile)
     if carry is not None:
         carry = Carry(_pad(carry.out, 1, tile), _pad(carry.lse, 2, tile))
     k, v = (_pad(x, 1, tuning.key_tile) for x in (k, v))
-    out, lse = mosaic_fwd.flash_fwd(_pad(q, 1, tile), k, v, _pad_keys(keys, tile), settings, carry, out_dtype, tuning)
+    out, lse = mosaic_fwd.flash_fwd(_pad(q, 1, tile), k, v, keys, settings, carry, out_dtype, tuning)
     return out[:, :rows], lse[:, :, :rows]
 
 
@@ -45,26 +47,20 @@ def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq,
     """The contract's backward; see contract.Backward."""
     tuning, tile = HOPPER[q.shape[3], v.shape[3]].backward, mosaic_bwd.QUERY_TILE
     rows, key_rows = q.shape[1], k.shape[1]
+    keys = pad_rows(clip_keys(keys, key_rows), tile)
     if dq is None:
         dq = jnp.zeros(q.shape, jnp.float32)
     q, dout, dq = (_pad(x, 1, tile) for x in (q, dout, dq))
     lse, delta = (_pad(x, 2, tile) for x in (lse, delta))
     k, v = (_pad(x, 1, mosaic_bwd.KEY_TILE) for x in (k, v))
-    dq, dk, dv = mosaic_bwd.flash_bwd(
-        q, k, v, lse, delta, dout, _pad_keys(keys, tile), settings, dq, deterministic, tuning
-    )
+    dq, dk, dv = mosaic_bwd.flash_bwd(q, k, v, lse, delta, dout, keys, settings, dq, deterministic, tuning)
     return dq[:, :rows], dk[:, :key_rows], dv[:, :key_rows]
 
 
-def _pad(x, axis: int, tile: int, mode="constant"):
+def _pad(x, axis: int, tile: int):
     """Zeros up to a whole number of tiles; x itself where it is one."""
     extra = -x.shape[axis] % tile
-    return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)], mode=mode) if extra else x
-
-
-def _pad_keys(keys: KeyRange, tile: int) -> KeyRange:
-    """Rows that are padding see what the last row sees (ranges may not decrease); their results are cut off."""
-    return KeyRange(*(_pad(x, 1, tile, "edge") for x in keys))
+    return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
 
 
 IMPLEMENTATION = Implementation(flash_fwd, flash_bwd, limits)

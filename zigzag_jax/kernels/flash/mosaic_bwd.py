@@ -54,7 +54,7 @@ from zigzag_jax.kernels.hopper import (
     smem,
     wait_turn,
 )
-from zigzag_jax.ranges import KeyRange
+from zigzag_jax.ranges import KeyRange, tile_rows
 
 QUERY_TILE, KEY_TILE = 64, 128
 CONSUMERS = 2
@@ -74,7 +74,7 @@ class BackwardTuning:
     """Blocks that share the columns of dQ, dK and dV, each repeating S and dP: for head dims over 192."""
 
     stages: int = 2
-    """Tiles of Q and of dO in shared memory."""
+    """Tiles of Q and of dO in shared memory. More than 2 leave too few named barriers for `deterministic`."""
 
     staging: int = 2
     """Buffers of dQ on its way out: one a warpgroup, or one for both in turn."""
@@ -133,17 +133,13 @@ def flash_bwd(
 def _visits(keys: KeyRange, key_rows: int):
     """[B or 1, key tiles, 4] int32: query tiles lo..hi see some key of the tile, whole_lo..whole_hi all of it.
 
-    In the order lo, whole_lo, whole_hi, hi. start and stop never decrease, so counting replaces searching; one
-    reduction does all four counts.
+    In the order lo, whole_lo, whole_hi, hi.
     """
-    first = jnp.arange(0, key_rows, KEY_TILE, dtype=jnp.int32)
-    bounds = jnp.stack([first, first + (KEY_TILE - 1)])[:, None, None, :, None]
-    counts = jnp.sum(jnp.stack(keys)[None, :, :, None, :] <= bounds, axis=-1, dtype=jnp.int32)
-    (starts_before_first, stops_before_first), (starts_before_last, stops_before_last) = counts
-    lo = stops_before_first // QUERY_TILE
-    hi = jnp.maximum(-(-starts_before_last // QUERY_TILE), lo)
-    whole_lo = jnp.clip(-(-stops_before_last // QUERY_TILE), lo, hi)
-    whole_hi = jnp.clip(starts_before_first // QUERY_TILE, whole_lo, hi)
+    rows = tile_rows(keys, KEY_TILE, key_rows)
+    lo = rows.first // QUERY_TILE
+    hi = jnp.maximum(-(-rows.end // QUERY_TILE), lo)
+    whole_lo = jnp.clip(-(-rows.whole_first // QUERY_TILE), lo, hi)
+    whole_hi = jnp.clip(rows.whole_end // QUERY_TILE, whole_lo, hi)
     return jnp.stack([lo, whole_lo, whole_hi, hi], -1)
 
 

@@ -74,6 +74,10 @@ class ForwardTuning:
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
 
+    def __post_init__(self) -> None:
+        if self.key_tile not in (64, 128, 256):
+            raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
+
 
 CarryUse = Literal["none", "in place", "read"]
 
@@ -123,7 +127,7 @@ class _Items:
         self.batch, self.heads, self.query_tiles = batch, heads, query_tiles
         self.group = math.gcd(group, query_tiles)
         self.count = batch * heads * query_tiles
-        self.sms = sm_count()
+        self.sms = min(sm_count(), self.count)  # every block has an item
 
     def of_sm(self, sm):
         """How many items SM `sm` has."""
@@ -189,7 +193,7 @@ def _kernel(
     to_log2 = LOG2E * (settings.scale if settings.softcap is None else settings.softcap)
 
     wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
-    mine = items.of_sm(sm)
+    item_count = items.of_sm(sm)
     everyone = CONSUMERS * WARPGROUP + WARP
     k_free = NamedBarriers(4, stages, everyone)
     v_free = NamedBarriers(k_free.end, stages, everyone)
@@ -204,12 +208,12 @@ def _kernel(
         """Consumers: item j; `before` tiles were visited by earlier items. Returns the tiles visited so far."""
         b, h, q0 = items.at(sm, j)
         bs = 0 if shared_ranges else b
-        mine = pl.ds(q0 + wg * ROWS, ROWS)
+        my_rows = pl.ds(q0 + wg * ROWS, ROWS)
         tiles = _Tiles(edges, tile)
 
         def row_bounds():
             """First and end key of each of this warpgroup's rows."""
-            return [plgpu.load(ref.at[bs, mine], layout=ROW, optimized=False) for ref in (start_ref, stop_ref)]
+            return [plgpu.load(ref.at[bs, my_rows], layout=ROW, optimized=False) for ref in (start_ref, stop_ref)]
 
         def masked(s, i, bounds):
             start, stop = (across(x - tiles.at(i) * tile, tile) for x in bounds)
@@ -286,7 +290,7 @@ def _kernel(
             q_free.arrive()
             last = slot(before + tiles.count - 1)
             if has_carry:
-                m_carry = plgpu.load(carry_lse_ref.at[b, h, mine], layout=ROW, optimized=False) * LOG2E
+                m_carry = plgpu.load(carry_lse_ref.at[b, h, my_rows], layout=ROW, optimized=False) * LOG2E
             carry_early = has_carry and out_dim <= 128  # beside acc in registers, loaded while the last PV runs
 
             def last_pv(refs):
@@ -314,14 +318,14 @@ def _kernel(
                 for c in range(0, out_dim, 64):
                     part = acc[:, c : c + 64] * across(weight * inverse, 64)
                     part += carried_out(c, 64) * across(carry_weight * inverse, 64)
-                    out_ref.at[b, mine, h, pl.ds(c, 64)][...] = part.astype(out_ref.dtype)
+                    out_ref.at[b, my_rows, h, pl.ds(c, 64)][...] = part.astype(out_ref.dtype)
                 out = None
             else:
                 out = acc * across(inverse, out_dim)
             finish(out, lse)
 
         def carried_out(column, columns):
-            at = carry_out_ref.at[b, mine, h, pl.ds(column, columns)]
+            at = carry_out_ref.at[b, my_rows, h, pl.ds(column, columns)]
             return plgpu.load(at, layout=ACC, optimized=False)
 
         def finish(out, lse):
@@ -330,20 +334,20 @@ def _kernel(
             if out is None:
                 plgpu.commit_smem()
             elif out_smem is None:
-                out_ref.at[b, mine, h, :][...] = out.astype(out_ref.dtype)
+                out_ref.at[b, my_rows, h, :][...] = out.astype(out_ref.dtype)
                 plgpu.commit_smem()
             else:
                 out_smem[wg] = out.astype(out_ref.dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, mine, h, :])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, mine])
+                plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, my_rows, h, :])
+            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, my_rows])
 
         def nothing():
             if use == "in place":
                 return
             if use == "read":
                 out = carried_out(0, out_dim)
-                lse = plgpu.load(carry_lse_ref.at[b, h, mine], layout=ROW, optimized=False)
+                lse = plgpu.load(carry_lse_ref.at[b, h, my_rows], layout=ROW, optimized=False)
             else:
                 out = plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)
                 lse = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
@@ -362,10 +366,10 @@ def _kernel(
 
         def one(j, state):
             before, *edges = state
-            following = edges_of(lax.min(j + 1, mine - 1))  # read an item ahead
+            following = edges_of(lax.min(j + 1, item_count - 1))  # read an item ahead
             return (item(j, before, edges), *following)
 
-        lax.fori_loop(i32(0), mine, one, (i32(0), *edges_of(i32(0))))
+        lax.fori_loop(i32(0), item_count, one, (i32(0), *edges_of(i32(0))))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def load_item(j, before):
@@ -402,6 +406,6 @@ def _kernel(
         def _(warp):
             @pl.when(warp == 0)
             def _():
-                lax.fori_loop(i32(0), mine, load_item, i32(0))
+                lax.fori_loop(i32(0), item_count, load_item, i32(0))
 
     lax.cond(wg < CONSUMERS, consumer, producer)

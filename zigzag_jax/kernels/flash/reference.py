@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings
-from zigzag_jax.ranges import KeyRange, row_bounds
+from zigzag_jax.ranges import KeyRange, clip_keys, row_bounds
 
 QUERY_TILE, KEY_TILE = 128, 128  # least time on two CPU cores: scores of a tile stay in the cache
 
@@ -45,7 +45,7 @@ class _Tiles:
         self.tq, self.nq = _tiling(q.shape[1], QUERY_TILE)
         self.tk, self.nk = _tiling(k.shape[1], KEY_TILE)
         self.q, self.k, self.v = self.pad_rows(q), *(_pad(x, 1, self.nk * self.tk) for x in (k, v))
-        self.keys = KeyRange(*(_pad(x, 1, self.nq * self.tq) for x in keys))
+        self.keys = KeyRange(*(_pad(x, 1, self.nq * self.tq) for x in clip_keys(keys, k.shape[1])))
         first, end = (x for x in row_bounds(self.keys, self.tq))
         # one loop serves the whole batch, so its bounds are those of the batch row that sees most
         self.first_tile, self.end_tile = jnp.min(first, axis=0) // self.tk, -(-jnp.max(end, axis=0) // self.tk)

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from zigzag_jax.kernels.flash import triton_tiles as tiles
 from zigzag_jax.kernels.flash.contract import Settings
 from zigzag_jax.kernels.flash.triton_tuning import Tile, Tuning
-from zigzag_jax.ranges import KeyRange, tile_rows
+from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows, tile_rows
 
 
 def _zeros(rows: int, dim: int) -> tuple[jax.Array, ...]:
@@ -38,7 +38,7 @@ def _dkv_kernel(
 ):  # fmt: skip
     """One key tile: q [Sq, G, D], k [tk, D], v [tk, E], lse, delta [G, Sq], dout [Sq, G, E], start, stop [Sq], 4 x [1].
 
-    Writes dk [tk, D], dv [tk, E]. The last four are this tile's of `key_side_rows`.
+    Writes dk [tk, D], dv [tk, E]. The last four are this tile's of `tile_rows`.
     """
     *bounds, dk_ref, dv_ref = refs
     tq, tk = tile.queries, tile.keys
@@ -81,7 +81,7 @@ def _dq_kernel(
     tq, tk = tile.queries, tile.keys
     i = pl.cdiv(rows, tq) - 1 - pl.program_id(0)
     limit = None if rows % tq == 0 else rows - i * tq
-    keys = tiles.clip(KeyRange(start_ref[...], stop_ref[...]), key_rows)
+    keys = clip_keys(KeyRange(start_ref[...], stop_ref[...]), key_rows)
     q, dout = tiles.load(q_ref, dim, 0, tq, limit), tiles.load(dout_ref, out_dim, 0, tq, limit)
     lse, delta = (tiles.load_row(ref, tq, limit) for ref in (lse_ref, delta_ref))
     lse = lse * tiles.LOG2E
@@ -104,24 +104,10 @@ def _dq_kernel(
     tiles.store(dq_ref, dim, dq, limit)
 
 
-def key_side_rows(keys: KeyRange, tile: int, key_rows: int) -> tuple[jax.Array, ...]:
-    """Query rows that concern each key tile, int32 [B or 1, tiles]: (first, end) of those that see any of it, and
-    (first, end) of those that see all of it.
-
-    start and stop never decrease, so the rows that stop short of the tile's end come first and those that start after
-    its beginning last; between them every row sees the whole tile. A last tile that is not full is never seen whole.
-    """
-    keys = tiles.clip(keys, key_rows)
-    k0 = jnp.arange(0, key_rows, tile, dtype=jnp.int32)[None, :, None]
-    start, stop = keys.start[:, None, :], keys.stop[:, None, :]
-    whole = jnp.sum(stop < k0 + tile, axis=2, dtype=jnp.int32)
-    return *tile_rows(keys, tile, key_rows), whole, jnp.sum(start <= k0, axis=2, dtype=jnp.int32)
-
-
 def _dkv(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, tile: Tile):
     (batch, rows, heads, dim), (_, key_rows, kv_heads, out_dim) = q.shape, v.shape
     tile, group = tile.fit(rows, key_rows), heads // kv_heads
-    padded = tiles.pad_ranges(keys, tile.queries)
+    padded = pad_rows(keys, tile.queries)
     shared, length = keys.start.shape[0] == 1, padded.start.shape[1]
     # the first key tiles are seen by most queries: the order of the grid is heaviest first as it is
     key_side = lambda d: pl.BlockSpec((None, tile.keys, None, tiles.width(d)), lambda j, h, b: (b, j, h, 0))
@@ -134,7 +120,7 @@ def _dkv(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, tile: Ti
             _dkv_kernel,
             tile=tile, settings=settings, dim=dim, out_dim=out_dim, rows=rows, key_rows=key_rows, group=group,
         ),
-        (q, k, v, lse, delta, dout, *padded, *key_side_rows(keys, tile.keys, key_rows)),
+        (q, k, v, lse, delta, dout, *padded, *tile_rows(clip_keys(keys, key_rows), tile.keys, key_rows)),
         tile=tile,
         name="flash_dkv_triton",
         grid=(pl.cdiv(key_rows, tile.keys), kv_heads, batch),
@@ -150,7 +136,7 @@ def _dq(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq, tile:
     (batch, rows, heads, dim), (_, key_rows, kv_heads, out_dim) = q.shape, v.shape
     tile, group = tile.fit(rows, key_rows), heads // kv_heads
     blocks = pl.cdiv(rows, tile.queries)
-    padded = tiles.pad_ranges(keys, tile.queries)
+    padded = pad_rows(keys, tile.queries)
     shared = keys.start.shape[0] == 1
     row = lambda i: blocks - 1 - i  # heaviest first, as in the forward
     queries = lambda d: pl.BlockSpec((None, tile.queries, None, tiles.width(d)), lambda i, h, b: (b, row(i), h, 0))

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from zigzag_jax.kernels.flash import triton_tiles as tiles
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.triton_tuning import Tile
-from zigzag_jax.ranges import KeyRange
+from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows
 
 
 def _kernel(
@@ -26,7 +26,7 @@ def _kernel(
     tq, tk = tile.queries, tile.keys
     i = pl.cdiv(rows, tq) - 1 - pl.program_id(0)
     limit = None if rows % tq == 0 else rows - i * tq
-    keys = tiles.clip(KeyRange(start_ref[...], stop_ref[...]), key_rows)
+    keys = clip_keys(KeyRange(start_ref[...], stop_ref[...]), key_rows)
     q = tiles.load(q_ref, dim, 0, tq, limit)
 
     if carry:
@@ -67,7 +67,7 @@ def forward(q, k, v, keys: KeyRange, carry: Carry | None, *, settings: Settings,
     (batch, rows, heads, dim), (_, key_rows, kv_heads, out_dim) = q.shape, v.shape
     tile, group = tile.fit(rows, key_rows), heads // kv_heads
     blocks = pl.cdiv(rows, tile.queries)
-    keys = tiles.pad_ranges(keys, tile.queries)
+    keys = pad_rows(keys, tile.queries)
     shared = keys.start.shape[0] == 1
 
     # Under a causal mask the last query tile sees most: the first blocks to start are the ones that take longest. The

@@ -1,6 +1,6 @@
 """What the triton kernels share: columns of a head, masked loads and stores, scores, and the tiles to visit.
 
-Everything here but `launch` and `pad_ranges` runs inside a kernel.
+Everything here but `launch` runs inside a kernel.
 """
 
 import functools
@@ -163,21 +163,6 @@ def key_walk(keys: KeyRange, tile: int) -> Walk:
     seen = keys.stop > keys.start
     first, end = jnp.min(jnp.where(seen, keys.start, UNSEEN)), jnp.max(jnp.where(seen, keys.stop, 0))
     return walk(first, end, jnp.max(keys.start), jnp.min(keys.stop), tile)
-
-
-def clip(keys: KeyRange, key_rows: int) -> KeyRange:
-    """Ranges of keys that exist."""
-    return KeyRange(*(jnp.clip(x, 0, key_rows) for x in keys))
-
-
-# -------------------------------------------------------------------------------------------------- around the kernels
-def pad_ranges(keys: KeyRange, tile: int) -> KeyRange:
-    """Ranges for whole tiles of rows.
-
-    Rows that do not exist repeat the last one: their tile needs no case of its own, and nothing of theirs is stored.
-    """
-    missing = -keys.start.shape[1] % tile
-    return KeyRange(*(jnp.pad(x, ((0, 0), (0, missing)), mode="edge") for x in keys)) if missing else keys
 
 
 def launch(kernel, args: tuple, *, tile: Tile, name: str, grid, in_specs, out_specs, out_shape, aliases=None):
