@@ -1,7 +1,8 @@
 """Qwen3-MoE in Flax NNX, its attention over the zigzag ring.
 
     sharding     logical axes, rules, mesh: where every array lives; drawing a model onto the devices that keep it
-    layers       linear, embedding, norm, rotary embedding        options    how the kernels run
+    layers       linear, embedding, norm, SwiGLU                  options    how the kernels run
+    rope         the rotary embedding and its scalings
     moe          router and experts                               balance    the load-balancing loss
     stack        equal layers as one scan, rematerialisation
     config       reading config.json without dropping anything

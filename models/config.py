@@ -7,11 +7,14 @@ this code computes, or on the list of those that cannot change a model's arithme
 left.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
+
+from zigzag_jax.models.rope import Linear, Rope, Yarn
 
 REQUIRED = object()
 
@@ -50,17 +53,38 @@ class Fields:
         if value is not None and value not in computed:
             raise not_supported(name, value)
 
-    def rope_theta(self) -> float:
-        """The base of the default rotary embedding; any other kind raises."""
-        rope = dict(self.take("rope_parameters", default={}) or {})
-        scaling = dict(self.take("rope_scaling", default={}) or {})
-        for field, value in (("rope_parameters", rope), ("rope_scaling", scaling)):
-            kinds = {value.pop(key, None) for key in ("rope_type", "type")} - {None, "default"}
-            theta = value.pop("rope_theta", None)
-            if kinds or value.pop("partial_rotary_factor", 1) != 1 or any(v is not None for v in value.values()):
+    def rope(self) -> Rope:
+        """The rotary embedding: default, linear or yarn, in either spelling; any other kind raises."""
+        found = []
+        for field in ("rope_parameters", "rope_scaling"):
+            value = dict(self.take(field, default={}) or {})
+            kind = _same("rope_type", value.pop("rope_type", None), value.pop("type", None))
+            self.values["rope_theta"] = _same(
+                "rope_theta", self.values.get("rope_theta"), value.pop("rope_theta", None)
+            )
+            if value.pop("partial_rotary_factor", 1) != 1:
                 raise not_supported(field, self.values[field])
-            self.values["rope_theta"] = _same("rope_theta", self.values.get("rope_theta"), theta)
-        return float(self.take("rope_theta"))
+            found.append((field, kind, {name: x for name, x in value.items() if x is not None}))
+        scaled = [x for x in found if x[1] not in (None, "default") or x[2]]
+        if len(scaled) > 1:
+            raise ValueError(
+                f"config fields rope_parameters and rope_scaling must not both scale, got {[x[2] for x in scaled]}"
+            )
+        return Rope(float(self.take("rope_theta")), self._scaling(*scaled[0]) if scaled else None)
+
+    def _scaling(self, field: str, kind: str | None, value: dict[str, Any]) -> Linear | Yarn:
+        if kind == "yarn":
+            longest = self.values.get("max_position_embeddings")
+            value.setdefault("original_max_position_embeddings", longest)
+            if value["original_max_position_embeddings"] is None:
+                raise ValueError(f"config field {field} must hold original_max_position_embeddings")
+            value.setdefault("factor", (longest or 0) / value["original_max_position_embeddings"])
+        kinds = {"linear": Linear, "yarn": Yarn}
+        if kind not in kinds or not value.keys() <= {f.name for f in dataclasses.fields(kinds[kind])}:
+            raise not_supported(field, self.values[field])
+        if "factor" not in value:
+            raise ValueError(f"config field {field} must hold factor")
+        return kinds[kind](**value)
 
     def finish(self) -> None:
         """NotImplementedError for a field nobody has accounted for."""

@@ -1,4 +1,4 @@
-"""The small parts every transformer here is made of: linear, embedding, norm, rotary embedding, SwiGLU.
+"""The small parts every transformer here is made of: linear, embedding, norm, SwiGLU.
 
 Two rules of number formats hold for all of them. Parameters are float32 (the master copy that the optimiser changes);
 they are cast to the dtype of the activations where they are used. Whatever is a *sum over many tokens*, the gradient
@@ -91,27 +91,6 @@ class RMSNorm(nnx.Module):
         wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         weight = jnp.expand_dims(self.weight[...], tuple(range(x.ndim - 1)))
         return (wide.astype(x.dtype).astype(jnp.float32) * weight).astype(x.dtype)
-
-
-Rotary = tuple[jax.Array, jax.Array]  # cos and sin, each [B, S, D/2] float32
-
-
-def rotary(positions: jax.Array, size: int, theta: float) -> Rotary:
-    """The default rotary embedding: cos and sin of position * theta^(-2i / size), float32.
-
-    They depend on the tokens' positions only, never on where a token lies in the array: a permuted sequence keeps its
-    angles.
-    """
-    inverse = theta ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angles = positions.astype(jnp.float32)[:, :, None] * inverse[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate_half(x: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turn the pairs (x[i], x[i + D/2]) of every head of x [B, S, H, D] by their angles, in float32."""
-    cos, sin = (part[:, :, None] for part in rotary)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

@@ -3,6 +3,7 @@
 import dataclasses
 
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.rope import Rope
 
 PRESETS: dict[str, Qwen3MoeConfig] = {
     "tiny-qwen3-moe": Qwen3MoeConfig(
@@ -17,7 +18,7 @@ PRESETS: dict[str, Qwen3MoeConfig] = {
         moe_intermediate_size=96,
         intermediate_size=256,
         norm_topk_prob=True,
-        rope_theta=1e4,
+        rope=Rope(1e4),
     ),
     "qwen3-30b-a3b": Qwen3MoeConfig(
         vocab_size=151936,
@@ -31,7 +32,7 @@ PRESETS: dict[str, Qwen3MoeConfig] = {
         moe_intermediate_size=768,
         intermediate_size=6144,
         norm_topk_prob=True,
-        rope_theta=1e6,
+        rope=Rope(1e6),
         max_position_embeddings=40960,
         dtype="bfloat16",
     ),

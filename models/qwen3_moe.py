@@ -25,9 +25,10 @@ from flax import nnx
 from zigzag_jax import zigzag_attention
 from zigzag_jax.models.balance import RouterStats
 from zigzag_jax.models.config import Fields
-from zigzag_jax.models.layers import Embedding, Linear, RMSNorm, Rotary, SwiGLU, linear, rotary, rotate_half
+from zigzag_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear
 from zigzag_jax.models.moe import LayerStats, MoE, SoftmaxTopK
 from zigzag_jax.models.options import KernelOptions
+from zigzag_jax.models.rope import Rope, Rotary, rotary, rotate_half
 from zigzag_jax.models.sharding import Sharding
 from zigzag_jax.models.stack import check_remat, equal_groups, scan_layers, stack_layers
 
@@ -75,8 +76,8 @@ class Qwen3MoeConfig:
     mlp_only_layers: tuple[int, ...] = ()
     """Layers that have a dense block all the same."""
 
-    rope_theta: float = 1e6
-    """Base of the rotary embedding."""
+    rope: Rope = Rope(1e6)  # noqa: RUF009 (frozen)
+    """The rotary embedding."""
 
     rms_norm_eps: float = 1e-6
     """Added to the mean square in every norm."""
@@ -144,7 +145,7 @@ class Qwen3MoeConfig:
             norm_topk_prob=fields.take("norm_topk_prob", default=False),
             decoder_sparse_step=fields.take("decoder_sparse_step", default=1),
             mlp_only_layers=tuple(fields.take("mlp_only_layers", default=())),
-            rope_theta=fields.rope_theta(),
+            rope=fields.rope(),
             rms_norm_eps=fields.take("rms_norm_eps", default=1e-6),
             initializer_range=fields.take("initializer_range", default=0.02),
             tie_word_embeddings=fields.take("tie_word_embeddings", default=False),
@@ -265,7 +266,7 @@ class Qwen3Moe(nnx.Module):
         """
         real = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
         rope_positions = positions if rope_positions is None else rope_positions
-        turn = rotary(rope_positions, self.config.head_dim, self.config.rope_theta)
+        turn = rotary(rope_positions, self.config.head_dim, self.config.rope)
         with jax.named_scope("embedding"):
             x = self.sharding.constrain(self.embedding(tokens, self.dtype), "batch", "sequence", "embed")
         kept = []

@@ -41,6 +41,20 @@ MODELS = {
         "norm_topk_prob": False,
         "tie_word_embeddings": True,
     },
+    "qwen3_moe_yarn": {
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "qwen3_moe_linear": {
+        "num_hidden_layers": 1,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    },
 }
 
 

@@ -47,6 +47,8 @@ CASES = [
     ("qwen3_moe", "packed", 1),
     ("qwen3_moe", "packed", 4),
     ("qwen3_moe_mixed", "golden", 4),
+    ("qwen3_moe_yarn", "golden", 4),
+    ("qwen3_moe_linear", "golden", 1),
 ]
 
 

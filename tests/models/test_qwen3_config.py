@@ -8,6 +8,7 @@ from model_helpers import GOLDEN, TINY
 
 from zigzag_jax.models.presets import PRESETS, preset
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.rope import Linear, Rope, Yarn
 
 NEW = json.loads((GOLDEN / "qwen3_moe" / "config.json").read_text())
 
@@ -60,7 +61,7 @@ def test_both_spellings():
     old["rope_theta"] = old.pop("rope_parameters")["rope_theta"]
     config = Qwen3MoeConfig.from_hf(old)
     assert config == Qwen3MoeConfig.from_hf(NEW)
-    assert (config.num_experts, config.rope_theta, config.dtype) == (8, 1e6, "float32")
+    assert (config.num_experts, config.rope, config.dtype) == (8, Rope(1e6), "float32")
     assert Qwen3MoeConfig.from_hf(old | {"rope_scaling": {"type": "default"}}) == config
 
 
@@ -83,18 +84,32 @@ def test_defaults_of_absent_fields():
     assert (config.head_dim, config.dtype, config.norm_topk_prob, config.mlp_only_layers) == (8, "float32", False, ())
 
 
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_scaled_rotary_embeddings_in_both_spellings():
+    yarn = Rope(1e6, Yarn(4.0, 32768))
+    old = {name: value for name, value in YARN.items() if name not in ("rope_type", "rope_theta")} | {"type": "yarn"}
+    bare = {k: v for k, v in NEW.items() if k != "rope_parameters"}
+    assert Qwen3MoeConfig.from_hf(bare | {"rope_parameters": YARN}).rope == yarn
+    assert Qwen3MoeConfig.from_hf(bare | {"rope_theta": 1e6, "rope_scaling": old}).rope == yarn
+    linear = {"rope_theta": 1e6, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert Qwen3MoeConfig.from_hf(bare | linear).rope == Rope(1e6, Linear(4.0))
+    derived = {"rope_type": "yarn", "rope_theta": 1e6, "original_max_position_embeddings": 1024}
+    given = Qwen3MoeConfig.from_hf(bare | {"rope_parameters": derived, "max_position_embeddings": 4096})
+    assert given.rope == Rope(1e6, Yarn(4.0, 1024))
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({"rope_parameters": YARN}, "rope_parameters"),
+        ({"rope_parameters": YARN | {"rope_type": "llama3"}}, "rope_parameters"),
+        ({"rope_parameters": YARN | {"short_factor": [1.0]}}, "rope_parameters"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
             "rope_parameters",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_scaling"),
         ({"attention_bias": True}, "attention_bias"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
@@ -117,6 +132,17 @@ def test_what_is_not_computed_raises(change, name):
     [
         ({"hidden_size": None}, "config field hidden_size is missing"),
         ({"rope_parameters": {"rope_type": "default"}}, "config field rope_theta is missing"),
+        ({"rope_scaling": {"type": "linear"}}, "config field rope_scaling must hold factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "a rope scaling's factor must be at least 1, got 0.5"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "rope_theta must be > 0, got -1.0"),
+        (
+            {"rope_parameters": YARN, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "config fields rope_parameters and rope_scaling must not both scale",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}, "max_position_embeddings": None},
+            "config field rope_parameters must hold original_max_position_embeddings",
+        ),
         ({"num_experts": 4}, "two spellings of one config field must agree"),
         ({"rope_theta": 5.0}, "must agree, got rope_theta = 5.0 and 1000000.0"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a whole number of at least 1, got 0"),
