@@ -1,17 +1,4 @@
-"""Qwen3-MoE: a pre-norm transformer of grouped-query attention and mixtures of experts, for sequences cut over `cp`.
-
-    h = embedding(tokens)          [B, S, d], the sequence in zigzag order
-    h = h + attention(norm(h))     every layer,
-    h = h + moe(norm(h))           of which some may have a dense block instead of the experts
-    hidden = norm(h)               the head is separate: [B, S, vocab] is never made in training
-
-Only attention mixes tokens, and it is `zigzag_attention`; everything else is the same function of each token, so it
-does not know in which order the tokens lie. What a token needs to know about its place travels beside it: `positions`,
-its index inside its document, which is both the mask and (by default) the angle of the rotary embedding.
-
-The model is built with `init_state` (sharding.py) and used functionally: `nnx.merge(graphdef, state)(tokens,
-positions)`.
-"""
+"""Qwen3-MoE: grouped-query attention with normed queries and keys, and mixtures of experts (decoder.py is the rest)."""
 
 import dataclasses
 import os
@@ -19,18 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from zigzag_jax import zigzag_attention
-from zigzag_jax.models.balance import RouterStats
 from zigzag_jax.models.config import Fields
-from zigzag_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU, linear
-from zigzag_jax.models.moe import LayerStats, MoE, SoftmaxTopK
+from zigzag_jax.models.decoder import Decoder, check_sizes
+from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
+from zigzag_jax.models.moe import MoE, SoftmaxTopK
 from zigzag_jax.models.options import KernelOptions
-from zigzag_jax.models.rope import Rope, Rotary, rotary, rotate_half
+from zigzag_jax.models.rope import Rope, Rotary, rotate_half
 from zigzag_jax.models.sharding import Sharding
-from zigzag_jax.models.stack import check_remat, equal_groups, scan_layers, stack_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +83,7 @@ class Qwen3MoeConfig:
     """Number format of the weights in the file this came from; what to compute in is the model's argument."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+        check_sizes(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads must divide num_attention_heads = {self.num_attention_heads}, "
@@ -113,6 +95,16 @@ class Qwen3MoeConfig:
             raise ValueError(
                 f"num_experts_per_tok must be at most num_experts = {self.num_experts}, got {self.num_experts_per_tok}"
             )
+
+    @property
+    def rotary_size(self) -> int:
+        """Values of a head that the rotary embedding turns: all of them."""
+        return self.head_dim
+
+    @property
+    def expert_count(self) -> int:
+        """Experts of a sparse layer."""
+        return self.num_experts
 
     @property
     def sparse_layers(self) -> list[bool]:
@@ -195,97 +187,18 @@ class Attention(nnx.Module):
         return self.o(y.reshape(*x.shape[:2], -1))
 
 
-class Layer(nnx.Module):
-    """Attention, then experts (sparse) or one dense block."""
+class Qwen3Moe(Decoder):
+    """The whole model."""
 
-    def __init__(
-        self, config: Qwen3MoeConfig, sharding: Sharding, options: KernelOptions, sparse: bool, *, rngs: nnx.Rngs
-    ):
-        size, std = config.hidden_size, config.initializer_range
-        self.sharding = sharding
-        self.attention_norm = RMSNorm(size, config.rms_norm_eps)
-        self.attention = Attention(config, sharding, options, rngs=rngs)
-        self.mlp_norm = RMSNorm(size, config.rms_norm_eps)
-        if sparse:
-            router = SoftmaxTopK(config.num_experts_per_tok, config.norm_topk_prob)
-            sizes = (size, config.moe_intermediate_size, config.num_experts)
-            self.mlp = MoE(*sizes, router, sharding, std=std, implementation=options.implementation, rngs=rngs)
-        else:
-            self.mlp = SwiGLU(size, config.intermediate_size, std=std, rngs=rngs)
+    config: Qwen3MoeConfig
 
-    def __call__(
-        self, x: jax.Array, positions: jax.Array, turn: Rotary, real: jax.Array
-    ) -> tuple[jax.Array, LayerStats | None]:
-        with jax.named_scope("attention"):
-            x = x + self.attention(self.attention_norm(x), positions, turn)
-            x = self.sharding.constrain(x, "batch", "sequence", "embed")
-        with jax.named_scope("mlp"):
-            y = self.mlp_norm(x)
-            y, stats = self.mlp(y, real) if isinstance(self.mlp, MoE) else (self.mlp(y), None)
-            return self.sharding.constrain(x + y, "batch", "sequence", "embed"), stats
+    def _attention(self, options, rngs):
+        return Attention(self.config, self.sharding, options, rngs=rngs)
 
-
-class Qwen3Moe(nnx.Module):
-    """The whole model. Its parameters are float32; `dtype` is what it computes in."""
-
-    def __init__(
-        self,
-        config: Qwen3MoeConfig,
-        sharding: Sharding,
-        *,
-        rngs: nnx.Rngs,
-        dtype: Any = jnp.float32,
-        remat: str = "none",
-        options: KernelOptions = KernelOptions(),  # noqa: B008 (frozen)
-    ):
-        check_remat(remat)
-        self.config, self.sharding, self.dtype, self.remat = config, sharding, jnp.dtype(dtype), remat
-        std = config.initializer_range
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, sharding, std=std, rngs=rngs)
-        self.lengths = tuple(length for _, length in equal_groups(config.sparse_layers))
-        self.groups = nnx.List(
-            stack_layers(lambda rngs, sparse=sparse: Layer(config, sharding, options, sparse, rngs=rngs), length, rngs)
-            for sparse, length in equal_groups(config.sparse_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        shape, tied = (config.hidden_size, config.vocab_size), config.tie_word_embeddings
-        self.head = None if tied else Linear(shape, ("embed", "vocab"), std=std, rngs=rngs)
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        *,
-        real: jax.Array | None = None,
-        rope_positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, RouterStats]:
-        """From tokens, positions int32 [B, S] in zigzag order to hidden [B, S, d] after the last norm, and RouterStats.
-
-        `real` [B, S] bool is False on padding, which is computed and not counted. `rope_positions` are the numbers
-        that the rotary embedding turns by, where they are not the positions inside a document.
-        """
-        real = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
-        rope_positions = positions if rope_positions is None else rope_positions
-        turn = rotary(rope_positions, self.config.head_dim, self.config.rope)
-        with jax.named_scope("embedding"):
-            x = self.sharding.constrain(self.embedding(tokens, self.dtype), "batch", "sequence", "embed")
-        kept = []
-        for layers, length in zip(self.groups, self.lengths, strict=True):
-            x, stats = scan_layers(layers, length, lambda layer, x: layer(x, positions, turn, real), x, self.remat)
-            kept += [stats] if stats is not None else []
-        none = jnp.zeros((0, self.config.num_experts), jnp.float32)
-        stats = RouterStats(
-            jnp.concatenate([s.counts for s in kept] or [none]),
-            jnp.concatenate([s.probs for s in kept] or [none]),
-            jnp.sum(real, dtype=jnp.int32).astype(jnp.float32),
-        )
-        return self.norm(x), stats
-
-    @property
-    def head_weight(self) -> jax.Array:
-        """The head [d, vocab], float32; cut like a parameter over its first dimension."""
-        return self.embedding.table[...].T if self.head is None else self.head.weight[...]
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """All logits [B, S, vocab] of hidden states, for inference and tests. A trainer takes them in chunks."""
-        return linear(hidden, self.head_weight)
+    def _mlp(self, options, sparse, rngs):
+        c, std = self.config, self.config.initializer_range
+        if not sparse:
+            return SwiGLU(c.hidden_size, c.intermediate_size, std=std, rngs=rngs)
+        router = SoftmaxTopK(c.num_experts_per_tok, c.norm_topk_prob)
+        sizes = (c.hidden_size, c.moe_intermediate_size, c.num_experts)
+        return MoE(*sizes, router, self.sharding, std=std, implementation=options.implementation, rngs=rngs)

@@ -1,0 +1,165 @@
+"""The transformer that all models here are: pre-norm layers of attention and feed-forward, for sequences cut over `cp`.
+
+    h = embedding(tokens)          [B, S, d], the sequence in zigzag order
+    h = h + attention(norm(h))     every layer,
+    h = h + mlp(norm(h))           a mixture of experts or, in some layers, a dense block
+    hidden = norm(h)               the head is separate: [B, S, vocab] is never made in training
+
+Only attention mixes tokens, and it is the ring's; everything else is the same function of each token, so it does not
+know in which order the tokens lie. What a token needs to know about its place travels beside it: `positions`, its index
+inside its document, which is both the mask and (by default) the angle of the rotary embedding.
+
+A model is a `Decoder` that says how its attention and its feed-forward blocks are made. It is built with `init_state`
+(sharding.py) and used functionally: `nnx.merge(graphdef, state)(tokens, positions)`.
+"""
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zigzag_jax.models.balance import RouterStats
+from zigzag_jax.models.layers import Embedding, Linear, RMSNorm, linear
+from zigzag_jax.models.moe import LayerStats
+from zigzag_jax.models.options import KernelOptions
+from zigzag_jax.models.rope import Rope, Rotary, rotary
+from zigzag_jax.models.sharding import Sharding
+from zigzag_jax.models.stack import check_remat, equal_groups, scan_layers, stack_layers
+
+
+class DecoderConfig(Protocol):
+    """What a decoder must know of its sizes; the models' own configs have more."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    rms_norm_eps: float
+    initializer_range: float
+    tie_word_embeddings: bool
+    router_aux_loss_coef: float
+    rope: Rope
+
+    @property
+    def rotary_size(self) -> int:
+        """Values of a head that the rotary embedding turns."""
+        ...
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of a sparse layer."""
+        ...
+
+    @property
+    def sparse_layers(self) -> list[bool]:
+        """For each layer, whether it has experts."""
+        ...
+
+
+def check_sizes(config: Any) -> None:
+    """ValueError unless every int field of a config dataclass is a whole number of at least 1."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in ("int", int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+
+
+class Layer(nnx.Module):
+    """Attention, then a feed-forward block; `sparse` says whether the block also returns router statistics."""
+
+    def __init__(self, config: DecoderConfig, sharding: Sharding, attention: nnx.Module, mlp: nnx.Module, sparse: bool):
+        self.sharding, self.sparse = sharding, sparse
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = mlp
+
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, turn: Rotary, real: jax.Array
+    ) -> tuple[jax.Array, LayerStats | None]:
+        with jax.named_scope("attention"):
+            x = x + self.attention(self.attention_norm(x), positions, turn)
+            x = self.sharding.constrain(x, "batch", "sequence", "embed")
+        with jax.named_scope("mlp"):
+            y = self.mlp_norm(x)
+            y, stats = self.mlp(y, real) if self.sparse else (self.mlp(y), None)
+            return self.sharding.constrain(x + y, "batch", "sequence", "embed"), stats
+
+
+class Decoder(nnx.Module):
+    """The whole model. Its parameters are float32; `dtype` is what it computes in."""
+
+    def __init__(
+        self,
+        config: Any,
+        sharding: Sharding,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any = jnp.float32,
+        remat: str = "none",
+        options: KernelOptions = KernelOptions(),  # noqa: B008 (frozen)
+    ):
+        check_remat(remat)
+        self.config, self.sharding, self.dtype, self.remat = config, sharding, jnp.dtype(dtype), remat
+        std = config.initializer_range
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, sharding, std=std, rngs=rngs)
+        self.lengths = tuple(length for _, length in equal_groups(config.sparse_layers))
+        self.groups = nnx.List(
+            stack_layers(lambda rngs, sparse=sparse: self._layer(options, sparse, rngs), length, rngs)
+            for sparse, length in equal_groups(config.sparse_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        shape, tied = (config.hidden_size, config.vocab_size), config.tie_word_embeddings
+        self.head = None if tied else Linear(shape, ("embed", "vocab"), std=std, rngs=rngs)
+
+    def _attention(self, options: KernelOptions, rngs: nnx.Rngs) -> nnx.Module:
+        """Called as attention(x [B, S, d], positions, turn) -> [B, S, d]."""
+        raise NotImplementedError
+
+    def _mlp(self, options: KernelOptions, sparse: bool, rngs: nnx.Rngs) -> nnx.Module:
+        """Called as mlp(x) -> y or, where sparse, as mlp(x, real) -> (y, LayerStats)."""
+        raise NotImplementedError
+
+    def _layer(self, options: KernelOptions, sparse: bool, rngs: nnx.Rngs) -> Layer:
+        attention = self._attention(options, rngs)
+        return Layer(self.config, self.sharding, attention, self._mlp(options, sparse, rngs), sparse)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        *,
+        real: jax.Array | None = None,
+        rope_positions: jax.Array | None = None,
+    ) -> tuple[jax.Array, RouterStats]:
+        """From tokens, positions int32 [B, S] in zigzag order to hidden [B, S, d] after the last norm, and RouterStats.
+
+        `real` [B, S] bool is False on padding, which is computed and not counted. `rope_positions` are the numbers
+        that the rotary embedding turns by, where they are not the positions inside a document.
+        """
+        real = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
+        rope_positions = positions if rope_positions is None else rope_positions
+        turn = rotary(rope_positions, self.config.rotary_size, self.config.rope)
+        with jax.named_scope("embedding"):
+            x = self.sharding.constrain(self.embedding(tokens, self.dtype), "batch", "sequence", "embed")
+        kept = []
+        for layers, length in zip(self.groups, self.lengths, strict=True):
+            x, stats = scan_layers(layers, length, lambda layer, x: layer(x, positions, turn, real), x, self.remat)
+            kept += [stats] if stats is not None else []
+        none = jnp.zeros((0, self.config.expert_count), jnp.float32)
+        stats = RouterStats(
+            jnp.concatenate([s.counts for s in kept] or [none]),
+            jnp.concatenate([s.probs for s in kept] or [none]),
+            jnp.sum(real, dtype=jnp.int32).astype(jnp.float32),
+        )
+        return self.norm(x), stats
+
+    @property
+    def head_weight(self) -> jax.Array:
+        """The head [d, vocab], float32; cut like a parameter over its first dimension."""
+        return self.embedding.table[...].T if self.head is None else self.head.weight[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """All logits [B, S, vocab] of hidden states, for inference and tests. A trainer takes them in chunks."""
+        return linear(hidden, self.head_weight)
