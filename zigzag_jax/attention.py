@@ -21,7 +21,7 @@ from zigzag_jax.kernels import FLASH, check_implementation
 from zigzag_jax.kernels.flash.contract import check_qkv, check_settings
 from zigzag_jax.layout import CHUNKS, Layout, check_layout, global_positions
 from zigzag_jax.ranges import live_steps, visible_bounds
-from zigzag_jax.ring import STRATEGIES, Plan, Strategy, ring
+from zigzag_jax.ring import STRATEGIES, Expand, Identity, Plan, Strategy, ring
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -90,6 +90,29 @@ def _check_inside_shard_map(axis_name: str) -> int:
 
 
 # ----------------------------------------------------------------------------------------------------------- per shard
+def attention_plan(
+    q, *, axis_name: str, window, scale, softcap, strategy, implementation, deterministic, grad_dtype, layout: Layout,
+    expand: Expand | None = None,
+) -> Plan:  # fmt: skip
+    """The Plan of q [B, S / cp, H, D] inside a shard_map; the other arguments are ring_attention's, checked here."""
+    static_window = _check_window(window)
+    _check_choice("strategy", strategy, STRATEGIES)
+    check_implementation(implementation, FLASH)
+    settings = check_settings(q.shape[3] ** -0.5 if scale is None else scale, softcap)
+    cp, length = _check_inside_shard_map(axis_name), q.shape[1]
+    return Plan(
+        cp=cp, axis_name=axis_name, length=length, live=live_steps(cp, length, static_window, layout), layout=layout,
+        scale=settings.scale, softcap=settings.softcap, strategy=strategy, implementation=implementation,
+        deterministic=bool(deterministic), grad_dtype=_check_grad_dtype(grad_dtype), expand=expand or Identity(),
+    )  # fmt: skip
+
+
+def attention_bounds(plan: Plan, positions, window) -> tuple[jax.Array, jax.Array]:
+    """Global bounds [lo, hi) of the keys that this rank's rows see (ranges.visible_bounds)."""
+    rank = lax.axis_index(plan.axis_name) if plan.cp > 1 else 0
+    return visible_bounds(global_positions(rank, plan.cp, plan.length, plan.layout), positions, window)
+
+
 def ring_attention(
     q, k, v, *, axis_name: str = "cp", positions=None, window=None, scale=None, sink=None, softcap=None,
     strategy: Strategy = "ring", implementation=None, return_lse=False, deterministic=False, grad_dtype=None,
@@ -129,18 +152,11 @@ def ring_attention(
     check_layout(layout)
     _check_local_length(q.shape[1], k.shape[1], layout)
     _check_mask(q, positions, sink)
-    static_window = _check_window(window)
-    _check_choice("strategy", strategy, STRATEGIES)
-    check_implementation(implementation, FLASH)
-    settings = check_settings(q.shape[3] ** -0.5 if scale is None else scale, softcap)
-    cp, length = _check_inside_shard_map(axis_name), q.shape[1]
-    plan = Plan(
-        cp=cp, axis_name=axis_name, length=length, live=live_steps(cp, length, static_window, layout), layout=layout,
-        scale=settings.scale, softcap=settings.softcap, strategy=strategy, implementation=implementation,
-        deterministic=bool(deterministic), grad_dtype=_check_grad_dtype(grad_dtype),
+    plan = attention_plan(
+        q, axis_name=axis_name, window=window, scale=scale, softcap=softcap, strategy=strategy,
+        implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype, layout=layout,
     )  # fmt: skip
-    rank = lax.axis_index(axis_name) if cp > 1 else 0
-    lo, hi = visible_bounds(global_positions(rank, cp, length, layout), positions, window)
+    lo, hi = attention_bounds(plan, positions, window)
     out, lse = cast(tuple[jax.Array, jax.Array], ring(plan, None, q, (k, v), lo, hi, sink))
     return (out, lse) if return_lse else out
 

@@ -1,0 +1,187 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): what travels round the ring is the latent.
+
+Keys and values of all heads are made of one small vector a token and one rotary key that the heads share:
+
+    latent [B, S, R], k_pe [B, S, P]        kv = latent @ kv_b [R, H, N + E]
+    k = [kv[..., :N], k_pe of every head]   v = kv[..., N:]                       D = N + P
+
+For DeepSeek-V2-Lite that is 512 + 64 = 576 values instead of 16 x (192 + 128) = 5120: a hop of a ninth of the bytes,
+for one more matmul a hop, which runs under the next hop's flight like the kernel does. `payload="latent"` sends the
+small form and expands it at every hop; `payload="expanded"` expands once and sends k and v. Both are one attention; the
+gradient of kv_b is summed over hops in float32 in the one, and is one matmul in the other.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from zigzag_jax.attention import attention_bounds, attention_plan
+from zigzag_jax.layout import CHUNKS
+from zigzag_jax.ring import ring
+
+Payload = Literal["latent", "expanded"]
+PAYLOADS: tuple[Payload, ...] = ("latent", "expanded")
+
+_einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The Expand (ring.py) whose payload is (latent [B, S, R], k_pe [B, S, P]) and whose params are kv_b [R, H, N + E].
+
+    Products are of the payload's dtype and summed in float32; k and v are rounded to it once, as a layer's projection
+    would.
+    """
+
+    nope: int
+    """N: columns of a head that are keys without a place; the rest are values."""
+
+    def fwd(self, params, payload):
+        """See ring.Expand."""
+        latent, k_pe = payload
+        kv = _einsum("bsr,rhc->bshc", latent, params.astype(latent.dtype)).astype(latent.dtype)
+        shared = jnp.broadcast_to(k_pe[:, :, None, :], (*kv.shape[:3], k_pe.shape[-1]))
+        return jnp.concatenate([kv[..., : self.nope], shared], -1), kv[..., self.nope :]
+
+    def bwd(self, params, payload, dk, dv):
+        """See ring.Expand."""
+        latent, _ = payload
+        dkv = jnp.concatenate([dk[..., : self.nope], dv], -1).astype(latent.dtype)
+        dparams = _einsum("bsr,bshc->rhc", latent, dkv)
+        dlatent = _einsum("bshc,rhc->bsr", dkv, params.astype(latent.dtype))
+        return dparams, (dlatent, jnp.sum(dk[..., self.nope :], axis=2))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def expand(latent: Latent, params, payload):
+    """Make k and v of a payload outside of the ring, with the gradient that `Latent.bwd` gives."""
+    return latent.fwd(params, payload)
+
+
+def _expand_bwd(latent: Latent, residuals, cotangents):
+    params, payload = residuals
+    dparams, dpayload = latent.bwd(params, payload, *(x.astype(jnp.float32) for x in cotangents))
+    return dparams.astype(params.dtype), jax.tree.map(lambda g, x: g.astype(x.dtype), dpayload, payload)
+
+
+expand.defvjp(lambda latent, params, payload: (latent.fwd(params, payload), (params, payload)), _expand_bwd)
+
+
+def hop_bytes(rows: int, latent: int, rope: int, heads: int, dim: int, out_dim: int, itemsize: int) -> dict[str, int]:
+    """Bytes of one forward hop of `rows` tokens (batch times local length) in each form.
+
+    >>> hop_bytes(8192, latent=512, rope=64, heads=16, dim=192, out_dim=128, itemsize=2)
+    {'latent': 9437184, 'expanded': 83886080}
+    """
+    return {
+        "latent": rows * (latent + rope) * itemsize,
+        "expanded": rows * heads * (dim + out_dim) * itemsize,
+    }
+
+
+def choose_payload(cp: int, rows: int, length: int, sizes: tuple[int, int, int, int, int], itemsize: int, *,
+                   link: float = 300e9, flops: float = 500e12) -> Payload:  # fmt: skip
+    """The form that costs less: "expanded" where its hop flies under one step's kernel all the same.
+
+    cp, rows (batch times local length), length (local), sizes = (latent, rope, heads, dim, out_dim). link: bytes a
+    second of one direction between neighbours (300e9: NVLink as NCCL reaches it; 50e9: one 400 Gb/s port). flops: what
+    the attention kernel does a second.
+
+    >>> lite = (512, 64, 16, 192, 128)
+    >>> choose_payload(4, 8192, 8192, lite, 2), choose_payload(4, 8192, 8192, lite, 2, link=50e9)
+    ('expanded', 'latent')
+    """
+    latent, rope, heads, dim, out_dim = sizes
+    if cp == 1:
+        return "expanded"  # nothing travels
+    sent = hop_bytes(rows, latent, rope, heads, dim, out_dim, itemsize)["expanded"]
+    step = heads * rows * length * (dim + out_dim) / flops  # half of all pairs, two flops each
+    return "expanded" if sent / link < step else "latent"
+
+
+def latent_attention(
+    q, latent, k_pe, kv_b, *, positions=None, window=None, scale=None, mesh, spec, axis_name="cp", payload=None,
+    strategy=None, implementation=None, deterministic=False, grad_dtype=None,
+) -> jax.Array:  # fmt: skip
+    """Causal multi-head latent attention on global arrays whose sequence axis is sharded in zigzag order.
+
+    Args:
+      q: [B, S, H, D] in zigzag order, its last P values turned by the rotary embedding.
+      latent: [B, S, R], normed, q's dtype.
+      k_pe: [B, S, P], turned by the rotary embedding, q's dtype.
+      kv_b: [R, H, N + E] float32 or q's dtype, N = D - P; the same on every device.
+      positions: as in zigzag_attention, like window, scale (default D ** -0.5), mesh, axis_name, strategy,
+        implementation, deterministic, grad_dtype.
+      window: see positions.
+      scale: see positions.
+      mesh: see positions.
+      spec: PartitionSpec(batch axes, axis_name, None, None) of q.
+      axis_name: see positions.
+      payload: "latent", "expanded", or None, which is choose_payload's for this mesh.
+      strategy: see positions.
+      implementation: see positions.
+      deterministic: see positions.
+      grad_dtype: see positions.
+
+    Returns:
+      out [B, S, H, E] in q's dtype, sharded as q.
+
+    Raises:
+      ValueError: an argument breaks a rule above; the message names the rule and the value.
+    """
+    _check(q, latent, k_pe, kv_b, mesh, spec, axis_name)
+    if payload is not None and payload not in PAYLOADS:
+        raise ValueError(f"payload must be None or one of {', '.join(PAYLOADS)}, got {payload!r}")
+    nope = q.shape[3] - k_pe.shape[2]
+    rows = PartitionSpec(*spec[:2])
+    extras = {} if positions is None else {"positions": positions}
+
+    def attend(q, latent, k_pe, kv_b, extras: dict[str, jax.Array]):
+        make = Latent(nope)
+        form = payload or choose_payload(
+            mesh.shape[axis_name], q.shape[0] * q.shape[1], q.shape[1],
+            (latent.shape[2], k_pe.shape[2], *q.shape[2:], kv_b.shape[2] - nope), q.dtype.itemsize,
+        )  # fmt: skip
+        plan = attention_plan(
+            q, axis_name=axis_name, window=window, scale=scale, softcap=None, strategy=strategy or "ring",
+            implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype, layout="zigzag",
+            **({"expand": make} if form == "latent" else {}),
+        )  # fmt: skip
+        lo, hi = attention_bounds(plan, extras.get("positions"), window)
+        if form == "latent":
+            return ring(plan, kv_b, q, (latent, k_pe), lo, hi)[0]
+        return ring(plan, None, q, expand(make, kv_b, (latent, k_pe)), lo, hi)[0]
+
+    in_specs = (
+        spec,
+        PartitionSpec(*rows, None),
+        PartitionSpec(*rows, None),
+        PartitionSpec(),
+        dict.fromkeys(extras, rows),
+    )
+    run = jax.shard_map(attend, mesh=mesh, in_specs=in_specs, out_specs=spec, check_vma=False)
+    return run(q, latent, k_pe, kv_b, extras)
+
+
+def _check(q, latent, k_pe, kv_b, mesh, spec, axis_name) -> None:
+    if axis_name not in mesh.axis_names:
+        raise ValueError(f"axis_name must be an axis of the mesh {list(mesh.axis_names)}, got {axis_name!r}")
+    if q.ndim != 4 or len(spec) != 4 or spec[2] is not None or spec[3] is not None:
+        raise ValueError(f"q must be [B, S, H, D] with spec (batch, {axis_name}, None, None), got {q.shape} and {spec}")
+    for name, x in (("latent", latent), ("k_pe", k_pe)):
+        if x.shape[:2] != q.shape[:2] or x.ndim != 3 or x.dtype != q.dtype:
+            raise ValueError(f"{name} must be [B, S, n] like q {q.shape[:2]} {q.dtype}, got {x.shape} {x.dtype}")
+    if kv_b.ndim != 3 or kv_b.shape[:2] != (latent.shape[2], q.shape[2]):
+        raise ValueError(f"kv_b must be [R, H, N + E] with R = {latent.shape[2]}, H = {q.shape[2]}, got {kv_b.shape}")
+    if not 0 < q.shape[3] - k_pe.shape[2] < kv_b.shape[2]:
+        raise ValueError(f"D - P must lie in 1..{kv_b.shape[2] - 1}, got D = {q.shape[3]}, P = {k_pe.shape[2]}")
+    parts = CHUNKS["zigzag"] * mesh.shape[axis_name]
+    if q.shape[1] % parts:
+        raise ValueError(f"sequence length must be divisible by {parts} (2 * cp), got {q.shape[1]}: pad it")
+
+
+__all__ = ["Latent", "Payload", "choose_payload", "expand", "hop_bytes", "latent_attention"]
