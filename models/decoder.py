@@ -57,12 +57,17 @@ class DecoderConfig(Protocol):
         ...
 
 
-def check_sizes(config: Any) -> None:
-    """ValueError unless every int field of a config dataclass is a whole number of at least 1."""
+def check_sizes(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
+    """ValueError unless every int field of a config dataclass is a whole number of at least 1 (or 0 where named).
+
+    Fields that may be None are checked where they are not.
+    """
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type in ("int", int) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{field.name} must be a whole number of at least 1, got {value!r}")
+        value, least = getattr(config, field.name), 0 if field.name in may_be_zero else 1
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        needed = field.type in ("int", int) or (field.type == int | None and value is not None)
+        if needed and not whole:
+            raise ValueError(f"{field.name} must be a whole number of at least {least}, got {value!r}")
 
 
 class Layer(nnx.Module):

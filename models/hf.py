@@ -13,11 +13,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from zigzag_jax.models.deepseek_v2 import DeepseekV2Config
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
 from zigzag_jax.models.sharding import Sharding, parameter_shardings
 from zigzag_jax.models.stack import equal_groups
 
 Path = tuple[Any, ...]  # the keys of a flat nnx.State
+Config = Qwen3MoeConfig | DeepseekV2Config
 
 
 class Entry(NamedTuple):
@@ -36,42 +38,73 @@ class Entry(NamedTuple):
     """Whether the file has the transposed matrix."""
 
 
-# (ours inside a layer, theirs inside a layer, transposed)
-LAYER = [
+Part = tuple[Path, str, bool]  # (ours inside a layer, theirs inside a layer, transposed)
+
+NORMS: list[Part] = [
     (("attention_norm", "weight"), "input_layernorm", False),
+    (("mlp_norm", "weight"), "post_attention_layernorm", False),
+]
+QWEN3_ATTENTION: list[Part] = [
     (("attention", "q", "weight"), "self_attn.q_proj", True),
     (("attention", "k", "weight"), "self_attn.k_proj", True),
     (("attention", "v", "weight"), "self_attn.v_proj", True),
     (("attention", "o", "weight"), "self_attn.o_proj", True),
     (("attention", "q_norm", "weight"), "self_attn.q_norm", False),
     (("attention", "k_norm", "weight"), "self_attn.k_norm", False),
-    (("mlp_norm", "weight"), "post_attention_layernorm", False),
 ]
-DENSE = [((*("mlp", part), "weight"), f"mlp.{part}_proj", True) for part in ("gate", "up", "down")]
-SPARSE = [(("mlp", "route"), "mlp.gate", True)]
-EXPERT = [(("mlp", part), f"{part}_proj", True) for part in ("gate", "up", "down")]
+DEEPSEEK_ATTENTION: list[Part] = [
+    (("attention", "kv_a", "weight"), "self_attn.kv_a_proj_with_mqa", True),
+    (("attention", "kv_norm", "weight"), "self_attn.kv_a_layernorm", False),
+    (("attention", "kv_b", "weight"), "self_attn.kv_b_proj", True),
+    (("attention", "o", "weight"), "self_attn.o_proj", True),
+]
+DEEPSEEK_Q: list[Part] = [(("attention", "q", "weight"), "self_attn.q_proj", True)]
+DEEPSEEK_LOW_RANK_Q: list[Part] = [
+    (("attention", "q_a", "weight"), "self_attn.q_a_proj", True),
+    (("attention", "q_norm", "weight"), "self_attn.q_a_layernorm", False),
+    (("attention", "q", "weight"), "self_attn.q_b_proj", True),
+]
 
 
-def entries(config: Qwen3MoeConfig) -> Iterator[Entry]:
-    """Every tensor of a saved Qwen3-MoE."""
+def _swiglu(ours: Path, theirs: str) -> list[Part]:
+    return [((*ours, part, "weight"), f"{theirs}.{part}_proj", True) for part in ("gate", "up", "down")]
+
+
+def _attention(config: Config) -> list[Part]:
+    if isinstance(config, Qwen3MoeConfig):
+        return NORMS + QWEN3_ATTENTION
+    return NORMS + DEEPSEEK_ATTENTION + (DEEPSEEK_LOW_RANK_Q if config.q_lora_rank else DEEPSEEK_Q)
+
+
+def _sparse(config: Config) -> tuple[Path, list[Part]]:
+    """Where a layer keeps its routed experts, and its parts beside them."""
+    if isinstance(config, Qwen3MoeConfig):
+        return ("mlp",), [(("mlp", "route"), "mlp.gate", True)]
+    shared = _swiglu(("mlp", "shared"), "mlp.shared_experts")
+    return ("mlp", "routed"), [(("mlp", "routed", "route"), "mlp.gate", True), *shared]
+
+
+def entries(config: Config) -> Iterator[Entry]:
+    """Every tensor of a saved model."""
     yield Entry("model.embed_tokens.weight", ("embedding", "table"), (), False)
     yield Entry("model.norm.weight", ("norm", "weight"), (), False)
     if not config.tie_word_embeddings:
         yield Entry("lm_head.weight", ("head", "weight"), (), True)
+    experts, beside = _sparse(config)
     layer = 0
     for group, (sparse, length) in enumerate(equal_groups(config.sparse_layers)):
         for i in range(length):
             prefix = f"model.layers.{layer}"
-            for path, theirs, transposed in LAYER + (SPARSE if sparse else DENSE):
+            for path, theirs, transposed in _attention(config) + (beside if sparse else _swiglu(("mlp",), "mlp")):
                 yield Entry(f"{prefix}.{theirs}.weight", ("groups", group, *path), (i,), transposed)
-            for e in range(config.num_experts if sparse else 0):
-                for path, theirs, transposed in EXPERT:
-                    name = f"{prefix}.mlp.experts.{e}.{theirs}.weight"
-                    yield Entry(name, ("groups", group, *path), (i, e), transposed)
+            for e in range(config.expert_count if sparse else 0):
+                for part in ("gate", "up", "down"):
+                    name = f"{prefix}.mlp.experts.{e}.{part}_proj.weight"
+                    yield Entry(name, ("groups", group, *experts, part), (i, e), True)
             layer += 1
 
 
-def to_hf(state: nnx.State, config: Qwen3MoeConfig) -> dict[str, np.ndarray]:
+def to_hf(state: nnx.State, config: Config) -> dict[str, np.ndarray]:
     """The tensors of a saved model from a state of ours (parameters, or their gradients), on the host."""
     ours = {path: np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
     found = {}
@@ -81,7 +114,7 @@ def to_hf(state: nnx.State, config: Qwen3MoeConfig) -> dict[str, np.ndarray]:
     return found
 
 
-def from_hf(tensors: Mapping[str, Any], config: Qwen3MoeConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
+def from_hf(tensors: Mapping[str, Any], config: Config, shapes: nnx.State, sharding: Sharding) -> nnx.State:
     """A state like `shapes` (see `abstract_state`) on the mesh, from the tensors of a saved model.
 
     ValueError for a tensor that is missing, that has another shape, or that nothing here takes.

@@ -35,7 +35,7 @@ class Routes(NamedTuple):
     """What a router decides for T tokens."""
 
     weights: jax.Array
-    """[T, k], in the dtype of the logits: how much each chosen expert counts."""
+    """[T, k], float32 or the model's dtype: how much each chosen expert counts."""
 
     experts: jax.Array
     """[T, k] int32: the chosen experts."""
@@ -46,6 +46,11 @@ class Routes(NamedTuple):
 
 class Router(Protocol):
     """Logits [T, E] -> Routes. A frozen dataclass, so that it may be a static part of a module."""
+
+    @property
+    def wide(self) -> bool:
+        """Whether the logits are computed in float32, not in the model's dtype."""
+        ...
 
     def __call__(self, logits: jax.Array) -> Routes: ...
 
@@ -60,12 +65,48 @@ class SoftmaxTopK:
     renormalise: bool
     """Divide the k weights by their sum (`norm_topk_prob`)."""
 
+    wide: bool = False
+    """See Router."""
+
     def __call__(self, logits: jax.Array) -> Routes:
         probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
         weights, experts = lax.top_k(probs, self.top_k)
         if self.renormalise:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return Routes(weights.astype(logits.dtype), experts, probs)
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupLimitedTopK:
+    """DeepSeek-V2's router: softmax in float32, the k best experts of the best groups, times a factor.
+
+    A group is as good as its best expert (arXiv:2405.04434, section 2.2.2). One group of all experts is plain top-k.
+    """
+
+    top_k: int
+    """Experts a token."""
+
+    groups: int
+    """Groups of neighbouring experts; a divisor of their number."""
+
+    top_groups: int
+    """Groups that a token may use."""
+
+    scaling: float
+    """Factor of the weights."""
+
+    wide: bool = True
+    """See Router."""
+
+    def __call__(self, logits: jax.Array) -> Routes:
+        probs = scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+        if self.top_groups < self.groups:
+            grouped = probs.reshape(probs.shape[0], self.groups, -1)
+            _, best = lax.top_k(jnp.max(grouped, axis=-1), self.top_groups)
+            kept = jnp.any(best[:, :, None] == jnp.arange(self.groups)[None, None], axis=1)
+            scores = jnp.where(kept[:, :, None], grouped, 0.0).reshape(probs.shape)
+        weights, experts = lax.top_k(scores, self.top_k)
+        return Routes(weights * self.scaling, experts, probs)
 
 
 class LayerStats(NamedTuple):
@@ -136,7 +177,7 @@ def _local_moe(x, real, weights, *, router, matmul, specs, axes) -> tuple[jax.Ar
     # the router keeps its float32 weight until the product: its gradient is a sum over every token there is
     route = gather(weights[0], specs[0], jnp.float32)
     with jax.named_scope("router"):
-        routes = router(linear(x, route))
+        routes = router(linear(x.astype(jnp.float32) if router.wide else x, route))
         chosen = routes.experts[:, :, None] == jnp.arange(route.shape[1])[None, None]
         counted = real.reshape(-1)
         stats = LayerStats(

@@ -14,6 +14,9 @@ class KernelOptions:
     strategy: Literal["ring", "allgather"] | None = None
     """How keys reach the queries; None lets the library choose."""
 
+    payload: Literal["latent", "expanded"] | None = None
+    """What of DeepSeek's keys and values travels; None lets a cost rule choose (zigzag_jax/mla.py)."""
+
     deterministic: bool = False
     """Gradient sums in a fixed order, so that two runs agree bit for bit."""
 

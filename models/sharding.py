@@ -45,6 +45,7 @@ RULES: Rules = (
     ("heads", ()),
     ("kv_heads", ()),
     ("head_dim", ()),
+    ("latent", ()),
     ("norm", ()),
     ("mlp", ()),
     ("experts", ()),

@@ -1,4 +1,4 @@
-"""Make tests/models/golden/ with `transformers`: a tiny random Qwen3-MoE, its logits, gradients and auxiliary loss.
+"""Make tests/models/golden/ with `transformers`: tiny random models, their logits, gradients and auxiliary loss.
 
     python3.11 -m venv /tmp/hfenv && /tmp/hfenv/bin/pip install torch==2.13.0 transformers==5.24.0 safetensors
     /tmp/hfenv/bin/python tests/models/make_golden.py
@@ -14,7 +14,7 @@ import pathlib
 
 import torch
 from safetensors.torch import save_file
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3MoeConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BATCH, LENGTH = 2, 48
@@ -32,6 +32,31 @@ SIZES = {
     "norm_topk_prob": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
 }
+DEEPSEEK = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_shared_experts": 2,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": None,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "topk_method": "greedy",
+    "max_position_embeddings": 4096,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096,
+    },
+}  # fmt: skip
+PACKED = ("qwen3_moe_mixed", "deepseek_v2_full")
 MODELS = {
     "qwen3_moe": {"num_hidden_layers": 2},
     # a dense layer between two mixtures of experts, weights that are not renormalised, one table for both ends
@@ -54,6 +79,16 @@ MODELS = {
     "qwen3_moe_linear": {
         "num_hidden_layers": 1,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    },
+    # as Lite, and as the full model: queries through a bottleneck, experts in groups, weights scaled
+    "deepseek_v2_lite": {},
+    "deepseek_v2_full": {
+        "first_k_dense_replace": 0,
+        "q_lora_rank": 20,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
     },
 }
 
@@ -122,8 +157,9 @@ def aux_losses(model):
 def main():
     for seed, (name, changes) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
-        config = Qwen3MoeConfig(**SIZES | changes)
-        model = Qwen3MoeForCausalLM._from_config(config, attn_implementation="eager").float().eval()
+        deepseek = name.startswith("deepseek")
+        config = DeepseekV2Config(**DEEPSEEK | changes) if deepseek else Qwen3MoeConfig(**SIZES | changes)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         for p in model.parameters():
             p.data.add_(torch.randn_like(p) * 0.15)
         folder = GOLDEN / name
@@ -131,10 +167,11 @@ def main():
         (folder / "generation_config.json").unlink(missing_ok=True)
         config_file = folder / "config.json"
         config_file.write_text(json.dumps(json.loads(config_file.read_text()), indent=2) + "\n")
-        save_file(golden(model, packed=name == "qwen3_moe_mixed"), folder / "golden.safetensors")
+        save_file(golden(model, packed=name in PACKED), folder / "golden.safetensors")
         if name == "qwen3_moe":
             save_file(golden(model, packed=True), folder / "packed.safetensors")
-        save_file(aux_losses(model), folder / "aux.safetensors")
+        if not deepseek:  # transformers has no auxiliary loss for it
+            save_file(aux_losses(model), folder / "aux.safetensors")
 
 
 if __name__ == "__main__":

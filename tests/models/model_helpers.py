@@ -9,7 +9,8 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from zigzag_jax import from_zigzag, to_zigzag
-from zigzag_jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
+from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.registry import model_of
 from zigzag_jax.models.sharding import Sharding, abstract_state, parameter_shardings
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -39,7 +40,7 @@ def sharding(dp: int = 1, fsdp: int = 1, cp: int = 1) -> Sharding:
 
 
 def maker(config, where, **options):
-    return lambda rngs: Qwen3Moe(config, where, rngs=rngs, **options)
+    return lambda rngs: model_of(config)(config, where, rngs=rngs, **options)
 
 
 # the arrays are tiny: nearly all of a test's time is LLVM, and half of that its optimisations

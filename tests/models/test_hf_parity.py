@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from zigzag_jax.models.balance import load_balancing_loss
 from zigzag_jax.models.hf import from_hf, to_hf
-from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.registry import read_config
 from zigzag_jax.models.sharding import abstract_state
 
 BAR = 1e-5  # float32 against float32, the bar of design.md section 8
@@ -22,7 +22,7 @@ BAR = 1e-5  # float32 against float32, the bar of design.md section 8
 def load(name, cp):
     """A saved model on a mesh: (config, where, graphdef, state)."""
     where = sharding(cp=cp)
-    config = Qwen3MoeConfig.from_hf(GOLDEN / name)
+    config = read_config(GOLDEN / name)
     graphdef, shapes = abstract_state(maker(config, where))
     return config, where, graphdef, from_hf(load_file(GOLDEN / name / "model.safetensors"), config, shapes, where)
 
@@ -49,6 +49,10 @@ CASES = [
     ("qwen3_moe_mixed", "golden", 4),
     ("qwen3_moe_yarn", "golden", 4),
     ("qwen3_moe_linear", "golden", 1),
+    ("deepseek_v2_lite", "golden", 1),
+    ("deepseek_v2_lite", "golden", 4),
+    ("deepseek_v2_full", "golden", 1),
+    ("deepseek_v2_full", "golden", 4),
 ]
 
 

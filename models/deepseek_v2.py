@@ -1,0 +1,276 @@
+"""DeepSeek-V2: multi-head latent attention, shared and routed experts (arXiv:2405.04434; decoder.py is the rest).
+
+    q = q_b(norm(q_a(x))) or q(x)             per head: N values without a place, P that the rotary embedding turns
+    latent, k_pe = kv_a(x)                    latent normed, k_pe turned and shared by the heads
+    k, v = kv_b(latent) and k_pe              made where the ring needs them (zigzag_jax/mla.py)
+
+The rotary embedding turns pairs (2i, 2i + 1), as `transformers` does for this model; with YaRN the softmax's scale
+grows by the square of 0.1 mscale_all_dim ln(factor) + 1. The two inner norms have the fixed eps of 1e-6.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zigzag_jax.mla import latent_attention
+from zigzag_jax.models.config import Fields
+from zigzag_jax.models.decoder import Decoder, check_sizes
+from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
+from zigzag_jax.models.moe import GroupLimitedTopK, LayerStats, MoE
+from zigzag_jax.models.options import KernelOptions
+from zigzag_jax.models.rope import Rope, Rotary, Yarn, rotate_pairs, stretch
+from zigzag_jax.models.sharding import Sharding
+
+INNER_EPS = 1e-6
+TOPK_METHODS = ("greedy", "group_limited_greedy")
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepseekV2Config:
+    """The sizes of a DeepSeek-V2, under Hugging Face's names."""
+
+    vocab_size: int
+    """Rows of the embedding, and columns of the head."""
+
+    hidden_size: int
+    """Width d of the residual stream."""
+
+    num_hidden_layers: int
+    """Layers, dense and sparse together."""
+
+    num_attention_heads: int
+    """Heads; keys and values have as many."""
+
+    kv_lora_rank: int
+    """Width of the latent."""
+
+    qk_nope_head_dim: int
+    """N: values of a query or key head without a place."""
+
+    qk_rope_head_dim: int
+    """P: values of a query or key head that the rotary embedding turns; even."""
+
+    v_head_dim: int
+    """Values of a value head."""
+
+    n_routed_experts: int
+    """Experts of a sparse layer that the router chooses from."""
+
+    num_experts_per_tok: int
+    """Experts that each token is sent to."""
+
+    moe_intermediate_size: int
+    """Inner width of one expert."""
+
+    intermediate_size: int
+    """Inner width of a dense block."""
+
+    n_shared_experts: int = 1
+    """Experts that every token goes through, as one block of so many times the width."""
+
+    q_lora_rank: int | None = None
+    """Width of the queries' own bottleneck, or None: one projection."""
+
+    first_k_dense_replace: int = 0
+    """Layers at the start that have a dense block."""
+
+    n_group: int = 1
+    """Groups of experts, for group-limited routing."""
+
+    topk_group: int = 1
+    """Groups that a token may use; n_group = topk_group is no limit."""
+
+    routed_scaling_factor: float = 1.0
+    """Factor of the routed experts' weights."""
+
+    rope: Rope = Rope(1e4)  # noqa: RUF009 (frozen)
+    """The rotary embedding."""
+
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in the layers' norms."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of freshly drawn weights."""
+
+    tie_word_embeddings: bool = False
+    """The head is the transposed embedding."""
+
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss, for the trainer."""
+
+    max_position_embeddings: int = 163840
+    """Longest document the weights were trained for; nothing is computed from it."""
+
+    dtype: str = "float32"
+    """Number format of the weights in the file this came from; what to compute in is the model's argument."""
+
+    def __post_init__(self):
+        check_sizes(self, may_be_zero=("first_k_dense_replace",))
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim must be even, got {self.qk_rope_head_dim}")
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(
+                f"n_group must divide n_routed_experts = {self.n_routed_experts}, got n_group = {self.n_group}"
+            )
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group must be at most n_group = {self.n_group}, got topk_group = {self.topk_group}")
+        if self.num_experts_per_tok > (most := self.n_routed_experts // self.n_group * self.topk_group):
+            raise ValueError(f"num_experts_per_tok must be at most {most}, got {self.num_experts_per_tok}")
+
+    @property
+    def rotary_size(self) -> int:
+        """Values of a head that the rotary embedding turns."""
+        return self.qk_rope_head_dim
+
+    @property
+    def expert_count(self) -> int:
+        """Routed experts of a sparse layer."""
+        return self.n_routed_experts
+
+    @property
+    def sparse_layers(self) -> list[bool]:
+        """For each layer, whether it has experts."""
+        return [i >= self.first_k_dense_replace for i in range(self.num_hidden_layers)]
+
+    @property
+    def softmax_scale(self) -> float:
+        """What multiplies q.k."""
+        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
+        scaling = self.rope.scaling
+        if isinstance(scaling, Yarn) and scaling.mscale_all_dim:
+            scale *= stretch(scaling.factor, scaling.mscale_all_dim) ** 2
+        return scale
+
+    @classmethod
+    def from_hf(cls, source: Mapping[str, Any] | str | os.PathLike) -> "DeepseekV2Config":
+        """Read a config.json (its fields, its path, or its folder); what this code does not compute raises."""
+        fields = Fields(source)
+        fields.refuse_unless("model_type", ("deepseek_v2",))
+        fields.refuse_unless("hidden_act", ("silu",))
+        fields.refuse_unless("attention_bias", (False,))
+        fields.refuse_unless("mlp_bias", (False,))
+        fields.refuse_unless("attention_dropout", (0,))
+        fields.refuse_unless("scoring_func", ("softmax",))
+        fields.refuse_unless("moe_layer_freq", (1,))
+        fields.refuse_unless("topk_method", TOPK_METHODS)
+        # norm_topk_prob, pretraining_tp and the form of the auxiliary loss are never read by transformers
+        for ignored in ("norm_topk_prob", "pretraining_tp", "seq_aux", "auto_map", "ep_size"):
+            fields.take(ignored, default=None)
+        heads, nope, rope = (fields.take(n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
+        fields.refuse_unless("num_key_value_heads", (heads,))
+        fields.refuse_unless("head_dim", (rope,))
+        fields.refuse_unless("qk_head_dim", (nope + rope,))
+        grouped = fields.take("topk_method", default="greedy") == "group_limited_greedy"
+        groups, top_groups = (fields.take(n, default=1) for n in ("n_group", "topk_group"))
+        config = cls(
+            vocab_size=fields.take("vocab_size"),
+            hidden_size=fields.take("hidden_size"),
+            num_hidden_layers=fields.take("num_hidden_layers"),
+            num_attention_heads=heads,
+            kv_lora_rank=fields.take("kv_lora_rank"),
+            qk_nope_head_dim=nope,
+            qk_rope_head_dim=rope,
+            v_head_dim=fields.take("v_head_dim"),
+            n_routed_experts=fields.take("n_routed_experts", "num_local_experts", "num_experts"),
+            num_experts_per_tok=fields.take("num_experts_per_tok"),
+            moe_intermediate_size=fields.take("moe_intermediate_size"),
+            intermediate_size=fields.take("intermediate_size"),
+            n_shared_experts=fields.take("n_shared_experts"),
+            q_lora_rank=fields.take("q_lora_rank", default=None),
+            first_k_dense_replace=fields.take("first_k_dense_replace", default=0),
+            n_group=groups if grouped else 1,
+            topk_group=top_groups if grouped else 1,
+            routed_scaling_factor=float(fields.take("routed_scaling_factor", default=1.0)),
+            rope=fields.rope(),
+            rms_norm_eps=fields.take("rms_norm_eps", default=1e-6),
+            initializer_range=fields.take("initializer_range", default=0.02),
+            tie_word_embeddings=fields.take("tie_word_embeddings", default=False),
+            router_aux_loss_coef=fields.take("router_aux_loss_coef", "aux_loss_alpha", default=0.001),
+            max_position_embeddings=fields.take("max_position_embeddings", default=2048),
+            dtype=fields.take("dtype", "torch_dtype", default="float32"),
+        )
+        fields.finish()
+        return config
+
+
+class Attention(nnx.Module):
+    """Multi-head latent attention."""
+
+    def __init__(self, config: DeepseekV2Config, sharding: Sharding, options: KernelOptions, *, rngs: nnx.Rngs):
+        c, std, size = config, config.initializer_range, config.hidden_size
+        self.config, self.sharding, self.options = config, sharding, options
+        width = c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        if c.q_lora_rank:
+            self.q_a = Linear((size, c.q_lora_rank), ("embed", "latent"), std=std, rngs=rngs)
+            self.q_norm = RMSNorm(c.q_lora_rank, INNER_EPS)
+            self.q = Linear((c.q_lora_rank, width), ("latent", "heads"), std=std, rngs=rngs)
+        else:
+            self.q_a, self.q_norm = None, None
+            self.q = Linear((size, width), ("embed", "heads"), std=std, rngs=rngs)
+        latent = c.kv_lora_rank + c.qk_rope_head_dim
+        self.kv_a = Linear((size, latent), ("embed", "latent"), std=std, rngs=rngs)
+        self.kv_norm = RMSNorm(c.kv_lora_rank, INNER_EPS)
+        made = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+        self.kv_b = Linear((c.kv_lora_rank, made), ("latent", "heads"), std=std, rngs=rngs)
+        self.o = Linear((c.num_attention_heads * c.v_head_dim, size), ("heads", "embed"), std=std, rngs=rngs)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, turn: Rotary) -> jax.Array:
+        c, nope = self.config, self.config.qk_nope_head_dim
+        narrow = x if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x))
+        q = self.q(narrow).reshape(*x.shape[:2], c.num_attention_heads, -1)
+        q = jnp.concatenate([q[..., :nope], rotate_pairs(q[..., nope:], turn)], axis=-1)
+        q = self.sharding.constrain(q, "batch", "sequence", "heads", "head_dim")
+        compressed = self.kv_a(x)
+        latent = self.kv_norm(compressed[..., : c.kv_lora_rank])
+        k_pe = rotate_pairs(compressed[..., None, c.kv_lora_rank :], turn)[:, :, 0]
+        y = latent_attention(
+            q,
+            latent,
+            k_pe,
+            self.kv_b.weight[...].reshape(c.kv_lora_rank, c.num_attention_heads, -1),
+            positions=positions,
+            scale=c.softmax_scale,
+            mesh=self.sharding.mesh,
+            spec=self.sharding.spec(("batch", "sequence", "heads", "head_dim"), q.shape),
+            payload=self.options.payload,
+            strategy=self.options.strategy,
+            implementation=self.options.implementation,
+            deterministic=self.options.deterministic,
+            grad_dtype=self.options.grad_dtype,
+        )
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+
+class SharedMoE(nnx.Module):
+    """Routed experts, and a block that every token goes through."""
+
+    def __init__(self, routed: MoE, shared: SwiGLU):
+        self.routed, self.shared = routed, shared
+
+    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, LayerStats]:
+        y, stats = self.routed(x, real)
+        return y + self.shared(x), stats
+
+
+class DeepseekV2(Decoder):
+    """The whole model."""
+
+    config: DeepseekV2Config
+
+    def _attention(self, options, rngs):
+        return Attention(self.config, self.sharding, options, rngs=rngs)
+
+    def _mlp(self, options, sparse, rngs):
+        c, std = self.config, self.config.initializer_range
+        if not sparse:
+            return SwiGLU(c.hidden_size, c.intermediate_size, std=std, rngs=rngs)
+        router = GroupLimitedTopK(c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor)
+        sizes = (c.hidden_size, c.moe_intermediate_size, c.n_routed_experts)
+        routed = MoE(*sizes, router, self.sharding, std=std, implementation=options.implementation, rngs=rngs)
+        inner = c.moe_intermediate_size * c.n_shared_experts
+        return SharedMoE(routed, SwiGLU(c.hidden_size, inner, std=std, rngs=rngs))
