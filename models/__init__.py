@@ -1,4 +1,4 @@
-"""Qwen3-MoE in Flax NNX, its attention over the zigzag ring.
+"""Qwen3-MoE and DeepSeek-V2 in Flax NNX, their attention over the zigzag ring.
 
     sharding     logical axes, rules, mesh: where every array lives; drawing a model onto the devices that keep it
     layers       linear, embedding, norm, SwiGLU                  options    how the kernels run
@@ -6,7 +6,9 @@
     moe          router and experts                               balance    the load-balancing loss
     stack        equal layers as one scan, rematerialisation
     config       reading config.json without dropping anything
-    qwen3_moe    the model                                        presets    models by name
+    decoder      the transformer that both are
+    qwen3_moe, deepseek_v2    their sizes, attention and experts
+    registry     model_type -> sizes -> module                    presets    models by name
     hf           Hugging Face's parameter names, both ways
 
 A model is built with `sharding.init_state` and used functionally: `nnx.merge(graphdef, state)(tokens, positions)`.

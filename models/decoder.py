@@ -56,6 +56,11 @@ class DecoderConfig(Protocol):
         """For each layer, whether it has experts."""
         ...
 
+    @property
+    def hop_values(self) -> dict[str, int]:
+        """Values a token that travel round the ring in a layer's forward, by what they are."""
+        ...
+
 
 def check_sizes(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError unless every int field of a config dataclass is a whole number of at least 1 (or 0 where named).

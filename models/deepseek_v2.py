@@ -133,6 +133,15 @@ class DeepseekV2Config:
         return self.n_routed_experts
 
     @property
+    def hop_values(self) -> dict[str, int]:
+        """Values a token that travel round the ring in a layer's forward, for each payload of zigzag_jax/mla.py."""
+        dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        return {
+            "latent": self.kv_lora_rank + self.qk_rope_head_dim,
+            "expanded": self.num_attention_heads * (dim + self.v_head_dim),
+        }
+
+    @property
     def sparse_layers(self) -> list[bool]:
         """For each layer, whether it has experts."""
         return [i >= self.first_k_dense_replace for i in range(self.num_hidden_layers)]

@@ -1,11 +1,11 @@
-"""Models by name: one that trains on a laptop's CPU, and the real one."""
+"""Models by name: of each kind one that trains on a laptop's CPU, and the real one."""
 
-import dataclasses
-
+from zigzag_jax.models.deepseek_v2 import DeepseekV2Config
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
-from zigzag_jax.models.rope import Rope
+from zigzag_jax.models.registry import ModelConfig
+from zigzag_jax.models.rope import Rope, Yarn
 
-PRESETS: dict[str, Qwen3MoeConfig] = {
+PRESETS: dict[str, ModelConfig] = {
     "tiny-qwen3-moe": Qwen3MoeConfig(
         vocab_size=1024,
         hidden_size=128,
@@ -36,16 +36,38 @@ PRESETS: dict[str, Qwen3MoeConfig] = {
         max_position_embeddings=40960,
         dtype="bfloat16",
     ),
+    "tiny-deepseek-v2": DeepseekV2Config(
+        vocab_size=1024,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        kv_lora_rank=48,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=32,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        intermediate_size=256,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    ),
+    "deepseek-v2-lite": DeepseekV2Config(
+        vocab_size=102400,
+        hidden_size=2048,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        kv_lora_rank=512,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=64,
+        num_experts_per_tok=6,
+        moe_intermediate_size=1408,
+        intermediate_size=10944,
+        n_shared_experts=2,
+        first_k_dense_replace=1,
+        rope=Rope(1e4, Yarn(40, 4096, mscale=0.707, mscale_all_dim=0.707)),
+        dtype="bfloat16",
+    ),
 }
-
-
-def preset(name: str, vocab_size: int | None = None) -> Qwen3MoeConfig:
-    """The configuration called `name`, with the vocabulary of a tokenizer if one is given.
-
-    >>> preset("tiny-qwen3-moe", vocab_size=512).vocab_size
-    512
-    """
-    if name not in PRESETS:
-        raise ValueError(f"model must be one of {', '.join(PRESETS)}, got {name!r}")
-    config = PRESETS[name]
-    return config if vocab_size is None else dataclasses.replace(config, vocab_size=vocab_size)

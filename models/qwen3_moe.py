@@ -107,6 +107,11 @@ class Qwen3MoeConfig:
         return self.num_experts
 
     @property
+    def hop_values(self) -> dict[str, int]:
+        """Values a token that travel round the ring in a layer's forward, by what they are."""
+        return {"k, v": 2 * self.num_key_value_heads * self.head_dim}
+
+    @property
     def sparse_layers(self) -> list[bool]:
         """For each layer, whether it has experts."""
         dense, step = self.mlp_only_layers, self.decoder_sparse_step

@@ -7,7 +7,7 @@ from typing import cast
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.data import padded
@@ -25,7 +25,7 @@ def bytes_a_device(tree) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def describe(config: Config, sizes: Qwen3MoeConfig, say: Callable[[str], None]) -> None:
+def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> None:
     """Say the mesh, the bytes of parameters and optimiser a device, and the hops of the ring. UserError without a
     mesh.
     """
@@ -45,7 +45,8 @@ def describe(config: Config, sizes: Qwen3MoeConfig, say: Callable[[str], None]) 
         say(f"{name:14s}{bytes_a_device(tree) / _GIB:.3f} GiB a device")
     length, rows = padded(config.seq_len, cp) // cp, config.batch // (dp * fsdp)
     say(f"tokens        {rows} rows of {length} a device (rows of {config.seq_len}, padded to {length * cp})")
-    values = rows * length * sizes.num_key_value_heads * 2 * sizes.head_dim
     itemsize = 2 if config.dtype == "bfloat16" else 4
-    say(f"ring          {cp - 1} hops of {values * itemsize / 2**20:.2f} MiB (k, v) a layer forward")
-    say(f"              {cp - 1} of the same and {cp - 1} of {values * 4 / 2**20:.2f} MiB (dk, dv) backward")
+    for what, values in sizes.hop_values.items():
+        count = rows * length * values
+        say(f"ring          {cp - 1} hops of {count * itemsize / 2**20:.2f} MiB ({what}) a layer forward")
+        say(f"              {cp - 1} of the same and {cp - 1} of {count * 4 / 2**20:.2f} MiB (their gradient) backward")

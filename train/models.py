@@ -7,15 +7,16 @@ from pathlib import Path
 import jax.numpy as jnp
 from flax import nnx
 
+from zigzag_jax.models.decoder import Decoder
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
-from zigzag_jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
+from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import Sharding
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import UserError
 
 
-def model_config(config: Config) -> Qwen3MoeConfig:
+def model_config(config: Config) -> ModelConfig:
     """The sizes that --model names. UserError where it names nothing that can be built."""
     name, folder = config.model, Path(config.model)
     if name in PRESETS:
@@ -25,12 +26,12 @@ def model_config(config: Config) -> Qwen3MoeConfig:
     if not config.random_init:
         raise UserError("model", "must be given with --random-init: a folder's weights are not read yet", name)
     try:
-        return Qwen3MoeConfig.from_hf(folder)
+        return read_config(folder)
     except (OSError, ValueError, NotImplementedError) as error:
         raise UserError("model", f"must hold a config.json that can be computed ({error})", name) from None
 
 
-def fit_vocabulary(sizes: Qwen3MoeConfig, name: str, vocab_size: int) -> Qwen3MoeConfig:
+def fit_vocabulary(sizes: ModelConfig, name: str, vocab_size: int) -> ModelConfig:
     """The named tiny models take the tokenizer's vocabulary; all others must have room for it."""
     if name in PRESETS and name.startswith("tiny-"):
         return dataclasses.replace(sizes, vocab_size=vocab_size)
@@ -39,9 +40,9 @@ def fit_vocabulary(sizes: Qwen3MoeConfig, name: str, vocab_size: int) -> Qwen3Mo
     return sizes
 
 
-def maker(config: Config, sizes: Qwen3MoeConfig, sharding: Sharding) -> Callable[[nnx.Rngs], Qwen3Moe]:
+def maker(config: Config, sizes: ModelConfig, sharding: Sharding) -> Callable[[nnx.Rngs], Decoder]:
     """What builds the model from random keys."""
     options = KernelOptions(strategy=config.strategy)
-    return lambda rngs: Qwen3Moe(
+    return lambda rngs: model_of(sizes)(
         sizes, sharding, rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat, options=options
     )

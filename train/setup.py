@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
@@ -57,7 +57,7 @@ class Run:
     """Prints a line, in process 0."""
 
 
-def set_up(config: Config, sizes: Qwen3MoeConfig, mesh: Mesh, stack: ExitStack, say: Callable[[str], None]) -> Run:
+def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say: Callable[[str], None]) -> Run:
     """Build the run; what has to be closed at its end goes on `stack`. UserError for data or a tokenizer that won't
     do.
     """
@@ -89,7 +89,7 @@ def set_up(config: Config, sizes: Qwen3MoeConfig, mesh: Mesh, stack: ExitStack, 
     )  # fmt: skip
 
 
-def identity(config: Config, sizes: Qwen3MoeConfig, dataset: Dataset) -> dict[str, Any]:
+def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, Any]:
     """What may not change when a run is resumed; the mesh, --steps and what is only said or saved may."""
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
     model = f"{config.model} (sizes {digest(repr(dataclasses.asdict(sizes)))})"

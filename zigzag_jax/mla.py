@@ -13,7 +13,7 @@ gradient of kv_b is summed over hops in float32 in the one, and is one matmul in
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -149,12 +149,15 @@ def latent_attention(
         plan = attention_plan(
             q, axis_name=axis_name, window=window, scale=scale, softcap=None, strategy=strategy or "ring",
             implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype, layout="zigzag",
-            **({"expand": make} if form == "latent" else {}),
+            expand=make if form == "latent" else None,
         )  # fmt: skip
         lo, hi = attention_bounds(plan, extras.get("positions"), window)
         if form == "latent":
-            return ring(plan, kv_b, q, (latent, k_pe), lo, hi)[0]
-        return ring(plan, None, q, expand(make, kv_b, (latent, k_pe)), lo, hi)[0]
+            out, _ = cast(tuple[jax.Array, jax.Array], ring(plan, kv_b, q, (latent, k_pe), lo, hi))
+        else:
+            made = expand(make, kv_b, (latent, k_pe))
+            out, _ = cast(tuple[jax.Array, jax.Array], ring(plan, None, q, made, lo, hi))
+        return out
 
     in_specs = (
         spec,

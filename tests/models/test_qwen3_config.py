@@ -6,7 +6,7 @@ import json
 import pytest
 from model_helpers import GOLDEN, TINY
 
-from zigzag_jax.models.presets import PRESETS, preset
+from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
 from zigzag_jax.models.rope import Linear, Rope, Yarn
 
@@ -167,9 +167,3 @@ def test_no_file(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="must be a JSON object, got"):
         Qwen3MoeConfig.from_hf(tmp_path)
-
-
-def test_presets():
-    assert preset("tiny-qwen3-moe", 300).vocab_size == 300
-    with pytest.raises(ValueError, match="model must be one of tiny-qwen3-moe, qwen3-30b-a3b, got 'gpt'"):
-        preset("gpt")

@@ -33,7 +33,7 @@ def test_a_name_that_is_none():
 
 
 def test_sizes_of_a_folder(tmp_path: Path):
-    assert model_config(Config(model=str(folder(tmp_path)), random_init=True)).num_experts == 8
+    assert model_config(Config(model=str(folder(tmp_path)), random_init=True)).expert_count == 8
 
 
 def test_a_folders_weights_are_not_dropped_in_silence(tmp_path: Path):
