@@ -6,7 +6,9 @@ it is a slice of, where in it, and whether it is transposed. Reading and writing
 cannot disagree.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -115,37 +117,55 @@ def to_hf(state: nnx.State, config: Config) -> dict[str, np.ndarray]:
 
 
 def from_hf(tensors: Mapping[str, Any], config: Config, shapes: nnx.State, sharding: Sharding) -> nnx.State:
-    """A state like `shapes` (see `abstract_state`) on the mesh, from the tensors of a saved model.
+    """A float32 state like `shapes` (see `abstract_state`) on the mesh, from the tensors of a saved model.
 
-    ValueError for a tensor that is missing, that has another shape, or that nothing here takes.
+    Each process reads the slices that its own devices keep and holds one at a time: with `hf_files.Folder`, which maps
+    files into memory, no host ever has a whole model. ValueError that lists the tensors that are missing, have another
+    shape, or that nothing here takes.
     """
-    flat = nnx.to_flat_state(shapes)
-    ours: dict[Path, np.ndarray] = {path: np.empty(v.get_value().shape, np.float32) for path, v in flat}
-    left = set(tensors)
+    flat = list(nnx.to_flat_state(shapes))
+    parts: dict[Path, dict[tuple[int, ...], Entry]] = {path: {} for path, _ in flat}
     for entry in entries(config):
-        if entry.name not in tensors:
-            raise ValueError(f"a saved model must hold {entry.name}")
-        value = np.asarray(tensors[entry.name]).astype(np.float32)
-        value = value.T if entry.transposed else value
-        if value.shape != (wanted := ours[entry.path][entry.at].shape):
-            raise ValueError(f"{entry.name} must have the shape {wanted} of the config, got {value.shape}")
-        ours[entry.path][entry.at] = value
-        left.discard(entry.name)
-    if left:
-        raise ValueError(f"a saved model must hold nothing else than its config says, got {sorted(left)[:3]}")
-    return _place(ours, shapes, sharding)
-
-
-def _place(values: Mapping[Path, np.ndarray], shapes: nnx.State, sharding: Sharding) -> nnx.State:
-    """Host arrays -> the devices that keep them."""
+        parts[entry.path][entry.at] = entry
+    _check_tensors(tensors, {path: v.get_value().shape for path, v in flat}, parts)
     where = dict(nnx.to_flat_state(parameter_shardings(shapes, sharding)))
-    placed = [
-        (path, variable.replace(_put(values[path], where[path].get_value())))
-        for path, variable in nnx.to_flat_state(shapes)
-    ]
+    placed = []
+    for path, variable in flat:
+        read = functools.partial(_read, tensors, parts[path], variable.get_value().shape)
+        array = jax.make_array_from_callback(variable.get_value().shape, where[path].get_value(), read)
+        placed.append((path, variable.replace(array)))
     return nnx.from_flat_state(placed)
 
 
-def _put(value: np.ndarray, where: Any) -> jax.Array:
-    pieces: Callable = value.__getitem__  # each process makes only the pieces of its own devices
-    return jax.make_array_from_callback(value.shape, where, pieces)
+def _check_tensors(tensors: Mapping[str, Any], shapes: Mapping[Path, tuple[int, ...]], parts) -> None:
+    wanted = {}
+    for path, found in parts.items():
+        for at, entry in found.items():
+            shape = shapes[path][len(at) :]
+            wanted[entry.name] = shape[::-1] if entry.transposed else shape
+    wrong = [
+        f"{n} {tuple(tensors[n].shape)} instead of {s}"
+        for n, s in wanted.items()
+        if n in tensors and tuple(tensors[n].shape) != s
+    ]
+    for words, names in (
+        ("must hold", [n for n in wanted if n not in tensors]),
+        ("must hold nothing else than its config says, but has", sorted(set(tensors) - wanted.keys())),
+        ("must have the shapes of its config, but has", wrong),
+    ):
+        if names:
+            raise ValueError(f"a saved model {words} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+
+
+def _read(tensors: Mapping[str, Any], parts: Mapping[tuple[int, ...], Entry], shape, index) -> np.ndarray:
+    """The piece `index` (a slice for each dimension of `shape`) of a parameter made of `parts`, float32."""
+    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    piece = np.empty([end - begin for begin, end in bounds], np.float32)
+    lead = len(next(iter(parts)))
+    inner = tuple(slice(*b) for b in bounds[lead:])
+    for at in itertools.product(*(range(*b) for b in bounds[:lead])):
+        entry = parts[at]
+        value = tensors[entry.name][inner[::-1] if entry.transposed else inner]
+        place = tuple(i - begin for i, (begin, _) in zip(at, bounds[:lead], strict=True))
+        piece[place] = value.T if entry.transposed else value
+    return piece
