@@ -14,7 +14,7 @@ A model is a `Decoder` that says how its attention and its feed-forward blocks a
 """
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,37 +29,71 @@ from zigzag_jax.models.sharding import Sharding
 from zigzag_jax.models.stack import check_remat, equal_groups, scan_layers, stack_layers
 
 
-class DecoderConfig(Protocol):
-    """What a decoder must know of its sizes; the models' own configs have more."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The sizes that every model here has, under Hugging Face's names."""
 
     vocab_size: int
+    """Rows of the embedding, and columns of the head."""
+
     hidden_size: int
+    """Width d of the residual stream."""
+
     num_hidden_layers: int
-    rms_norm_eps: float
-    initializer_range: float
-    tie_word_embeddings: bool
-    router_aux_loss_coef: float
+    """Layers, dense and sparse together."""
+
+    num_attention_heads: int
+    """Query heads."""
+
+    num_experts_per_tok: int
+    """Experts that each token is sent to."""
+
+    moe_intermediate_size: int
+    """Inner width of one expert."""
+
+    intermediate_size: int
+    """Inner width of a dense block; no layer may need it."""
+
     rope: Rope
+    """The rotary embedding."""
+
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in the layers' norms."""
+
+    initializer_range: float = 0.02
+    """Standard deviation of freshly drawn weights."""
+
+    tie_word_embeddings: bool = False
+    """The head is the transposed embedding."""
+
+    router_aux_loss_coef: float = 0.001
+    """Weight of the load-balancing loss, for the trainer."""
+
+    max_position_embeddings: int
+    """Longest document the weights were trained for; nothing is computed from it."""
+
+    dtype: str = "float32"
+    """Number format of the weights in the file this came from; what to compute in is the model's argument."""
 
     @property
     def rotary_size(self) -> int:
         """Values of a head that the rotary embedding turns."""
-        ...
+        raise NotImplementedError
 
     @property
     def expert_count(self) -> int:
         """Routed experts of a sparse layer."""
-        ...
+        raise NotImplementedError
 
     @property
     def sparse_layers(self) -> list[bool]:
         """For each layer, whether it has experts."""
-        ...
+        raise NotImplementedError
 
     @property
     def hop_values(self) -> dict[str, int]:
         """Values a token that travel round the ring in a layer's forward, by what they are."""
-        ...
+        raise NotImplementedError
 
 
 def check_sizes(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zigzag_jax.mla import latent_attention
+from zigzag_jax.mla import hop_bytes, latent_attention
 from zigzag_jax.models.config import Fields
-from zigzag_jax.models.decoder import Decoder, check_sizes
+from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
 from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
 from zigzag_jax.models.moe import GroupLimitedTopK, LayerStats, MoE
 from zigzag_jax.models.options import KernelOptions
@@ -30,21 +30,9 @@ INNER_EPS = 1e-6
 TOPK_METHODS = ("greedy", "group_limited_greedy")
 
 
-@dataclasses.dataclass(frozen=True)
-class DeepseekV2Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepseekV2Config(DecoderConfig):
     """The sizes of a DeepSeek-V2, under Hugging Face's names."""
-
-    vocab_size: int
-    """Rows of the embedding, and columns of the head."""
-
-    hidden_size: int
-    """Width d of the residual stream."""
-
-    num_hidden_layers: int
-    """Layers, dense and sparse together."""
-
-    num_attention_heads: int
-    """Heads; keys and values have as many."""
 
     kv_lora_rank: int
     """Width of the latent."""
@@ -60,15 +48,6 @@ class DeepseekV2Config:
 
     n_routed_experts: int
     """Experts of a sparse layer that the router chooses from."""
-
-    num_experts_per_tok: int
-    """Experts that each token is sent to."""
-
-    moe_intermediate_size: int
-    """Inner width of one expert."""
-
-    intermediate_size: int
-    """Inner width of a dense block."""
 
     n_shared_experts: int = 1
     """Experts that every token goes through, as one block of so many times the width."""
@@ -89,25 +68,7 @@ class DeepseekV2Config:
     """Factor of the routed experts' weights."""
 
     rope: Rope = Rope(1e4)  # noqa: RUF009 (frozen)
-    """The rotary embedding."""
-
-    rms_norm_eps: float = 1e-6
-    """Added to the mean square in the layers' norms."""
-
-    initializer_range: float = 0.02
-    """Standard deviation of freshly drawn weights."""
-
-    tie_word_embeddings: bool = False
-    """The head is the transposed embedding."""
-
-    router_aux_loss_coef: float = 0.001
-    """Weight of the load-balancing loss, for the trainer."""
-
     max_position_embeddings: int = 163840
-    """Longest document the weights were trained for; nothing is computed from it."""
-
-    dtype: str = "float32"
-    """Number format of the weights in the file this came from; what to compute in is the model's argument."""
 
     def __post_init__(self):
         check_sizes(self, may_be_zero=("first_k_dense_replace",))
@@ -136,10 +97,8 @@ class DeepseekV2Config:
     def hop_values(self) -> dict[str, int]:
         """Values a token that travel round the ring in a layer's forward, for each payload of zigzag_jax/mla.py."""
         dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        return {
-            "latent": self.kv_lora_rank + self.qk_rope_head_dim,
-            "expanded": self.num_attention_heads * (dim + self.v_head_dim),
-        }
+        sizes = (self.kv_lora_rank, self.qk_rope_head_dim, self.num_attention_heads, dim, self.v_head_dim)
+        return hop_bytes(1, *sizes, itemsize=1)
 
     @property
     def sparse_layers(self) -> list[bool]:

@@ -15,13 +15,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from zigzag_jax.models.deepseek_v2 import DeepseekV2Config
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, parameter_shardings
 from zigzag_jax.models.stack import equal_groups
 
 Path = tuple[Any, ...]  # the keys of a flat nnx.State
-Config = Qwen3MoeConfig | DeepseekV2Config
 
 
 class Entry(NamedTuple):
@@ -72,13 +71,13 @@ def _swiglu(ours: Path, theirs: str) -> list[Part]:
     return [((*ours, part, "weight"), f"{theirs}.{part}_proj", True) for part in ("gate", "up", "down")]
 
 
-def _attention(config: Config) -> list[Part]:
+def _attention(config: ModelConfig) -> list[Part]:
     if isinstance(config, Qwen3MoeConfig):
         return NORMS + QWEN3_ATTENTION
     return NORMS + DEEPSEEK_ATTENTION + (DEEPSEEK_LOW_RANK_Q if config.q_lora_rank else DEEPSEEK_Q)
 
 
-def _sparse(config: Config) -> tuple[Path, list[Part]]:
+def _sparse(config: ModelConfig) -> tuple[Path, list[Part]]:
     """Where a layer keeps its routed experts, and its parts beside them."""
     if isinstance(config, Qwen3MoeConfig):
         return ("mlp",), [(("mlp", "route"), "mlp.gate", True)]
@@ -86,7 +85,7 @@ def _sparse(config: Config) -> tuple[Path, list[Part]]:
     return ("mlp", "routed"), [(("mlp", "routed", "route"), "mlp.gate", True), *shared]
 
 
-def entries(config: Config) -> Iterator[Entry]:
+def entries(config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of a saved model."""
     yield Entry("model.embed_tokens.weight", ("embedding", "table"), (), False)
     yield Entry("model.norm.weight", ("norm", "weight"), (), False)
@@ -106,7 +105,7 @@ def entries(config: Config) -> Iterator[Entry]:
             layer += 1
 
 
-def to_hf(state: nnx.State, config: Config) -> dict[str, np.ndarray]:
+def to_hf(state: nnx.State, config: ModelConfig) -> dict[str, np.ndarray]:
     """The tensors of a saved model from a state of ours (parameters, or their gradients), on the host."""
     ours = {path: np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
     found = {}
@@ -116,7 +115,7 @@ def to_hf(state: nnx.State, config: Config) -> dict[str, np.ndarray]:
     return found
 
 
-def from_hf(tensors: Mapping[str, Any], config: Config, shapes: nnx.State, sharding: Sharding) -> nnx.State:
+def from_hf(tensors: Mapping[str, Any], config: ModelConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
     """A float32 state like `shapes` (see `abstract_state`) on the mesh, from the tensors of a saved model.
 
     Each process reads the slices that its own devices keep and holds one at a time: with `hf_files.Folder`, which maps

@@ -10,7 +10,7 @@ from flax import nnx
 
 from zigzag_jax import zigzag_attention
 from zigzag_jax.models.config import Fields
-from zigzag_jax.models.decoder import Decoder, check_sizes
+from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
 from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
 from zigzag_jax.models.moe import MoE, SoftmaxTopK
 from zigzag_jax.models.options import KernelOptions
@@ -18,21 +18,9 @@ from zigzag_jax.models.rope import Rope, Rotary, rotate_half
 from zigzag_jax.models.sharding import Sharding
 
 
-@dataclasses.dataclass(frozen=True)
-class Qwen3MoeConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3MoeConfig(DecoderConfig):
     """The sizes of a Qwen3-MoE, under Hugging Face's names."""
-
-    vocab_size: int
-    """Rows of the embedding, and columns of the head."""
-
-    hidden_size: int
-    """Width d of the residual stream."""
-
-    num_hidden_layers: int
-    """Layers, dense and sparse together."""
-
-    num_attention_heads: int
-    """Query heads."""
 
     num_key_value_heads: int
     """Key and value heads; a divisor of the query heads."""
@@ -42,15 +30,6 @@ class Qwen3MoeConfig:
 
     num_experts: int
     """Experts of a sparse layer."""
-
-    num_experts_per_tok: int
-    """Experts that each token goes through."""
-
-    moe_intermediate_size: int
-    """Inner width of one expert."""
-
-    intermediate_size: int
-    """Inner width of a dense block; no layer may need it."""
 
     norm_topk_prob: bool = False
     """Divide the weights of the chosen experts by their sum."""
@@ -62,25 +41,7 @@ class Qwen3MoeConfig:
     """Layers that have a dense block all the same."""
 
     rope: Rope = Rope(1e6)  # noqa: RUF009 (frozen)
-    """The rotary embedding."""
-
-    rms_norm_eps: float = 1e-6
-    """Added to the mean square in every norm."""
-
-    initializer_range: float = 0.02
-    """Standard deviation of freshly drawn weights."""
-
-    tie_word_embeddings: bool = False
-    """The head is the transposed embedding."""
-
-    router_aux_loss_coef: float = 0.001
-    """Weight of the load-balancing loss, for the trainer."""
-
     max_position_embeddings: int = 32768
-    """Longest document the weights were trained for; nothing is computed from it."""
-
-    dtype: str = "float32"
-    """Number format of the weights in the file this came from; what to compute in is the model's argument."""
 
     def __post_init__(self):
         check_sizes(self)

@@ -62,6 +62,18 @@ def attention(q, k, v, visible, *, scale, dout, dlse=None, sink=None, softcap=No
     )
 
 
+def random_bounds(rng, batch: int, rows: int, keys: int) -> tuple[np.ndarray, np.ndarray]:
+    """Key ranges (start, stop) int32 [batch, rows]: monotone, other in every batch row, some start after their stop."""
+    start, stop = (np.sort(rng.integers(0, keys + 1, (batch, rows)), axis=1).astype(np.int32) for _ in range(2))
+    return start, stop
+
+
+def seen(start, stop, length: int) -> np.ndarray:
+    """Dense mask [B or 1, Sq, Sk] of key ranges."""
+    at = np.arange(length)
+    return (at >= np.asarray(start)[..., None]) & (at < np.asarray(stop)[..., None])
+
+
 def causal(length: int, positions=None, window: int | None = None) -> np.ndarray:
     """Dense mask [B or 1, S, S], natural order: token i sees token j of its document, i - window < j <= i."""
     i = np.arange(length)

@@ -7,6 +7,7 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 from zigzag_jax import kernels
@@ -37,8 +38,7 @@ def random_keys(rng, batch: int, rows: int, keys: int) -> KeyRange:
 
 def visible_tiles(keys: KeyRange, key_rows: int, query_tile: int, key_tile: int):
     """(any pair, every pair) visible, each [B, query tiles, key tiles], by the definition."""
-    at = np.arange(key_rows)
-    seen = (at >= np.asarray(keys.start)[..., None]) & (at < np.asarray(keys.stop)[..., None])
+    seen = oracle.seen(*keys, key_rows)
     seen = seen.reshape(seen.shape[0], -1, query_tile, key_rows // key_tile, key_tile)
     return seen.any((2, 4)), seen.all((2, 4))
 

@@ -53,8 +53,7 @@ def ranges(rng, kind: str, batch: int, rows: int, keys: int) -> KeyRange:
 
 
 def visible(keys: KeyRange, length: int) -> np.ndarray:
-    at = np.arange(length)
-    return (at >= np.asarray(keys.start)[..., None]) & (at < np.asarray(keys.stop)[..., None])
+    return oracle.seen(*keys, length)
 
 
 def single(*arrays, dtype=jnp.float32):

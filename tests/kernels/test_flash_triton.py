@@ -65,8 +65,8 @@ def bounds(start, stop) -> KeyRange:
 
 
 def random_ranges(rng, batch: int, rows: int, keys: int) -> KeyRange:
-    """Monotone and different in every batch row; some rows start after their stop, and so see nothing."""
-    return bounds(*(np.sort(rng.integers(0, keys + 1, (batch, rows)), axis=1) for _ in range(2)))
+    """See oracle.random_bounds."""
+    return bounds(*oracle.random_bounds(rng, batch, rows, keys))
 
 
 def causal_ranges(rows: int, keys: int, batch: int = 1) -> KeyRange:
@@ -76,8 +76,7 @@ def causal_ranges(rows: int, keys: int, batch: int = 1) -> KeyRange:
 
 
 def visible(keys: KeyRange, length: int) -> np.ndarray:
-    at = np.arange(length)
-    return (at >= np.asarray(keys.start)[..., None]) & (at < np.asarray(keys.stop)[..., None])
+    return oracle.seen(*keys, length)
 
 
 def draw(rng, heads: Heads, batch: int, rows: int, keys: int, mask, dtype=jnp.float32):

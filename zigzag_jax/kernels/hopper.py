@@ -10,7 +10,6 @@ itself; "free" signals are named barriers, which cost one instruction and no mem
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,6 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 
-LOG2E = math.log2(math.e)  # exponents are base 2 inside the kernels
 WARPGROUP = 128  # threads
 WARP = 32
 

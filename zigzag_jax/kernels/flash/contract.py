@@ -32,6 +32,7 @@ from jax.core import Tracer
 
 from zigzag_jax.ranges import KeyRange
 
+LOG2E = math.log2(math.e)  # the kernels' exponents are base 2 inside
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 

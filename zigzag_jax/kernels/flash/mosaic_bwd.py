@@ -37,11 +37,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.flash.contract import Settings
+from zigzag_jax.kernels.flash.contract import LOG2E, Settings
 from zigzag_jax.kernels.hopper import (
     ACC,
     COLUMN,
-    LOG2E,
     WARP,
     WARPGROUP,
     NamedBarriers,

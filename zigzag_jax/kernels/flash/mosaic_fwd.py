@@ -34,10 +34,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.flash.contract import Carry, Settings
+from zigzag_jax.kernels.flash.contract import LOG2E, Carry, Settings
 from zigzag_jax.kernels.hopper import (
     ACC,
-    LOG2E,
     ROW,
     WARP,
     WARPGROUP,

@@ -18,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from zigzag_jax.kernels.flash import triton_tiles as tiles
-from zigzag_jax.kernels.flash.contract import Settings
+from zigzag_jax.kernels.flash.contract import LOG2E, Settings
 from zigzag_jax.kernels.flash.triton_tuning import Tile, Tuning
 from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows, tile_rows
 
@@ -56,7 +56,7 @@ def _dkv_kernel(
         q, dout = (tiles.load(ref, d, i * tq, tq, existing, (g,)) for ref, d in ((q_ref, dim), (dout_ref, out_dim)))
         lse, delta = (tiles.load_row(ref.at[g, here], tq, existing) for ref in (lse_ref, delta_ref))
         s, slope = tiles.scores(k, q, settings)
-        p = jnp.exp2(s - (lse * tiles.LOG2E)[None, :])
+        p = jnp.exp2(s - (lse * LOG2E)[None, :])
         if masked:
             p = jnp.where((at >= start_ref[here][None, :]) & (at < stop_ref[here][None, :]), p, 0.0)
         dv = _add_product(dv, p, dout)
@@ -84,7 +84,7 @@ def _dq_kernel(
     keys = clip_keys(KeyRange(start_ref[...], stop_ref[...]), key_rows)
     q, dout = tiles.load(q_ref, dim, 0, tq, limit), tiles.load(dout_ref, out_dim, 0, tq, limit)
     lse, delta = (tiles.load_row(ref, tq, limit) for ref in (lse_ref, delta_ref))
-    lse = lse * tiles.LOG2E
+    lse = lse * LOG2E
 
     def step(j, dq, masked: bool):
         existing = key_rows - j * tk if masked and key_rows % tk else None

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from zigzag_jax.kernels.flash import triton_tiles as tiles
-from zigzag_jax.kernels.flash.contract import Carry, Settings
+from zigzag_jax.kernels.flash.contract import LOG2E, Carry, Settings
 from zigzag_jax.kernels.flash.triton_tuning import Tile
 from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows
 
@@ -32,7 +32,7 @@ def _kernel(
     if carry:
         lse0 = tiles.load_row(carry[1], tq, limit)
         a = tiles.load(carry[0], out_dim, 0, tq, limit)
-        m, l = lse0 * tiles.LOG2E, jnp.where(lse0 == -jnp.inf, 0.0, 1.0)
+        m, l = lse0 * LOG2E, jnp.where(lse0 == -jnp.inf, 0.0, 1.0)
     else:
         lse0 = m = jnp.full((tq,), -jnp.inf, jnp.float32)
         a = tuple(jnp.zeros((tq, part.width), jnp.float32) for part in tiles.columns(out_dim))
@@ -57,7 +57,7 @@ def _kernel(
     scale = 1.0 / jnp.where(l > 0, l, 1.0)
     tiles.store(out_ref, out_dim, [x * scale[:, None] for x in a], limit)
     # a row that sees nothing keeps the lse of its carry bit for bit
-    lse = jnp.where(keys.stop > keys.start, m * (1 / tiles.LOG2E) + jnp.log(l), lse0)
+    lse = jnp.where(keys.stop > keys.start, m * (1 / LOG2E) + jnp.log(l), lse0)
     tiles.store_row(lse_ref, lse, limit)
 
 

@@ -4,7 +4,6 @@ Everything here but `launch` runs inside a kernel.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from zigzag_jax.kernels.flash.contract import Settings
+from zigzag_jax.kernels.flash.contract import LOG2E, Settings
 from zigzag_jax.kernels.flash.triton_tuning import MIN_SIDE, Tile
 from zigzag_jax.ranges import KeyRange
 
-LOG2E = math.log2(math.e)
 UNSEEN = jnp.iinfo(jnp.int32).max
 
 
