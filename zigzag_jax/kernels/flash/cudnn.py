@@ -109,6 +109,8 @@ def _static(q, scale: float, causal: bool, window: int | None):
         "scale": scale, "seed": 42, "dropout_rate": 0.0, "variadic_args": (False, False), "mask_type": mask,
         "layout": jax_cudnn.AttentionLayout.BTNH.value, "sliding_window_length": window,
     }  # fmt: skip
+    if jax.__version_info__ >= (0, 12):
+        parameters["score_mod"] = None
     # bias, q and kv lengths, q and kv offsets, two page tables
     return [jnp.zeros(0, q.dtype)] * 7, parameters
 
