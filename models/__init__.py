@@ -9,7 +9,8 @@
     decoder      the transformer that both are
     qwen3_moe, deepseek_v2    their sizes, attention and experts
     registry     model_type -> sizes -> module                    presets    models by name
-    hf           Hugging Face's parameter names, both ways
+    devices      the CPU where there is no GPU
+    hf/          Hugging Face's folders, both ways, and the command line
 
 A model is built with `sharding.init_state` and used functionally: `nnx.merge(graphdef, state)(tokens, positions)`.
 """

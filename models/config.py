@@ -79,7 +79,7 @@ class Fields:
             if value["original_max_position_embeddings"] is None:
                 raise ValueError(f"config field {field} must hold original_max_position_embeddings")
             value.setdefault("factor", (longest or 0) / value["original_max_position_embeddings"])
-        kinds = {"linear": Linear, "yarn": Yarn}
+        kinds = {x.kind: x for x in (Linear, Yarn)}
         if kind not in kinds or not value.keys() <= {f.name for f in dataclasses.fields(kinds[kind])}:
             raise not_supported(field, self.values[field])
         if "factor" not in value:

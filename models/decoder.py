@@ -95,6 +95,16 @@ class DecoderConfig:
         """Values a token that travel round the ring in a layer's forward, by what they are."""
         raise NotImplementedError
 
+    def to_hf(self) -> dict[str, Any]:
+        """The fields of a config.json that say these sizes, to the models here and to `transformers`."""
+        values = dataclasses.asdict(self)
+        dtype, rope = values.pop("dtype"), values.pop("rope")
+        values |= {"torch_dtype": dtype, "rope_theta": rope["theta"], "rope_scaling": None}
+        if self.rope.scaling is not None:
+            given = {name: x for name, x in rope["scaling"].items() if x is not None}
+            values["rope_scaling"] = {"rope_type": self.rope.scaling.kind, **given}
+        return values | {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
+
 
 def check_sizes(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
     """ValueError unless every int field of a config dataclass is a whole number of at least 1 (or 0 where named).

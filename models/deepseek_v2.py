@@ -165,6 +165,12 @@ class DeepseekV2Config(DecoderConfig):
         fields.finish()
         return config
 
+    def to_hf(self) -> dict[str, Any]:
+        """See DecoderConfig."""
+        kind = {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "softmax"}
+        grouped = {"topk_method": TOPK_METHODS[self.n_group > 1], "num_key_value_heads": self.num_attention_heads}
+        return kind | super().to_hf() | grouped | {"norm_topk_prob": False, "moe_layer_freq": 1}
+
 
 class Attention(nnx.Module):
     """Multi-head latent attention."""

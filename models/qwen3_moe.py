@@ -114,6 +114,11 @@ class Qwen3MoeConfig(DecoderConfig):
         fields.finish()
         return config
 
+    def to_hf(self) -> dict[str, Any]:
+        """See DecoderConfig."""
+        kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "use_sliding_window": False}
+        return kind | super().to_hf() | {"mlp_only_layers": list(self.mlp_only_layers)}
+
 
 class Attention(nnx.Module):
     """Grouped-query attention; queries and keys are normed per head, then turned by the rotary embedding."""

@@ -17,6 +17,7 @@ Angles depend on the tokens' positions only, never on where a token lies in the 
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,8 @@ Rotary = tuple[jax.Array, jax.Array]  # cos and sin, each [B, S, D/2] float32
 class Linear:
     """All frequencies divided by one number."""
 
+    kind: ClassVar[str] = "linear"
+
     factor: float
     """How many times longer the context gets."""
 
@@ -36,6 +39,8 @@ class Linear:
 @dataclasses.dataclass(frozen=True)
 class Yarn:
     """Low frequencies divided, high ones kept."""
+
+    kind: ClassVar[str] = "yarn"
 
     factor: float
     """How many times longer the context gets."""

@@ -1,6 +1,7 @@
 """Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
 
-Each holds the state and a small JSON with what the run was (`identity`). A folder appears under its final name only
+Each holds the state, a small JSON with what the run was (`identity`), and the model's config.json, so that it can be
+exported alone (models/hf/checkpoint.py reads it). A folder appears under its final name only
 when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed STEP.corrupt, and the one
 before it used; if none can be read, that is an error and all stay as they are: the cause may be the machine.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import orbax.checkpoint as ocp
 
+from zigzag_jax.models.hf.checkpoint import CONFIG, STATE
 from zigzag_jax.train.errors import RunError, UserError
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
@@ -42,14 +44,15 @@ class Checkpoints:
                 continue  # `restore` names it
         return None
 
-    def save(self, step: int, state: Any, identity: dict[str, Any]) -> None:
-        """Begin to save the state after `step` finished steps.
+    def save(self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any]) -> None:
+        """Begin to save the state after `step` finished steps, what the run was, and the model's config.json.
 
         A small state is on disk when this returns; the files of a large one are written while training goes on.
         """
         if step == self.latest():
             return
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), identity=ocp.args.JsonSave(identity))
+        about = {"identity": ocp.args.JsonSave(identity), CONFIG: ocp.args.JsonSave(config)}
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **about)
         if not self._manager.save(step, args=args):
             raise RunError(f"step {step}: the checkpoint was refused, the newest is {self.latest()}")
         begin = time.monotonic()
@@ -62,10 +65,10 @@ class Checkpoints:
         UserError where there are checkpoints and none can be read.
         """
         failed: dict[int, Exception] = {}
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                state = self._manager.restore(step, args=args)["state"]
+                state = self._manager.restore(step, args=args)[STATE]
             except Exception as error:  # whatever a damaged file raises
                 failed[step] = error
                 continue

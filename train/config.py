@@ -67,13 +67,13 @@ class Config:
     """Train a mixture-of-experts language model with its sequence sharded over a zigzag ring."""
 
     model: str = "tiny-qwen3-moe"
-    """Name of a model, or a folder with a Hugging Face config.json (then with --random-init)."""
+    """Name of a model, or a folder: Hugging Face's or imported, with config.json, weights and tokenizer.json."""
     random_init: bool = False
     """Take a model folder's sizes only, with random weights."""
     data: Path | None = None
     """A text or JSONL file or a folder of them; default: the source text of Python's own library."""
     tokenizer: Path | None = None
-    """A tokenizer.json; default: a byte-level BPE trained on the data, once."""
+    """A tokenizer.json; default: the model folder's, or a byte-level BPE trained on the data, once."""
     out: Path | None = None
     """Folder of checkpoints, metrics and pictures; default runs/MODEL."""
     steps: int = 400

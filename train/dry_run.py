@@ -7,12 +7,13 @@ from typing import cast
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from zigzag_jax.models.devices import on_cpu
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.data import padded
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape, on_cpu
+from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
 from zigzag_jax.train.models import maker
 from zigzag_jax.train.optim import optimizer
 from zigzag_jax.train.step import abstract_train_state

@@ -1,19 +1,21 @@
 """A run from its Config to its exit code: train, save, report; the same Config again resumes."""
 
 import math
+import shutil
 import time
 from contextlib import ExitStack
 
 import jax
 from rich.console import Console
 
+from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.train import metrics, report
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.display import Display
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import DONE, PREEMPTED, RunError, UserError
-from zigzag_jax.train.mesh import make_mesh, start_devices, use_cpu_without_gpu
+from zigzag_jax.train.mesh import make_mesh, start_devices
 from zigzag_jax.train.metrics import MetricsLog
 from zigzag_jax.train.models import model_config
 from zigzag_jax.train.optim import schedule
@@ -43,6 +45,8 @@ def run(config: Config) -> int:
         raise UserError("out", f"must be a folder that can be written ({error.strerror})", config.folder) from None
     with ExitStack() as stack:
         this = set_up(config, sizes, mesh, stack, say)
+        if jax.process_index() == 0:  # beside the checkpoints, for an export
+            shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
         checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, say)
         stack.callback(checkpoints.close)
         if (old := checkpoints.identity()) is not None:
@@ -97,7 +101,7 @@ def _train(
         display.step(step, float(losses.loss), speed)
         stopping = stop.asked is not None and step < config.steps
         if step % config.save_every == 0 or step == config.steps or stopping:
-            checkpoints.save(step, state, this.identity)
+            checkpoints.save(step, state, this.identity, this.config_json)
         if stopping:
             break
         if step % config.eval_every == 0 and step < config.steps:

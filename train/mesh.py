@@ -6,35 +6,17 @@ the CPU poses as as many devices as the mesh asks for, so that every mesh can be
 
 import math
 import os
-from pathlib import Path
 
 import jax
 from jax.sharding import AxisType, Mesh
 
+from zigzag_jax.models.devices import on_cpu
 from zigzag_jax.train.config import Config, HostsConfig, MeshConfig
 from zigzag_jax.train.errors import UserError
 
 AXES = ("dp", "fsdp", "cp")
 ROWS = ("dp", "fsdp")  # mesh axes that cut the rows of a batch
 CPU_DEFAULT = MeshConfig(dp=2, cp=2)
-
-
-def has_gpu() -> bool:
-    """Whether this machine shows an NVIDIA GPU; asks no JAX backend."""
-    return Path("/dev/nvidiactl").exists()  # a container that only sees the driver has no GPU to use
-
-
-def use_cpu_without_gpu() -> None:
-    """Choose the CPU where there is no GPU and nobody said otherwise; an installed CUDA plugin would print a
-    traceback.
-    """
-    if not os.environ.get("JAX_PLATFORMS") and not has_gpu():
-        jax.config.update("jax_platforms", "cpu")
-
-
-def on_cpu() -> bool:
-    """Whether the run was told to use the CPU."""
-    return jax.config.jax_platforms == "cpu"
 
 
 def mesh_shape(config: MeshConfig, devices: int | None = None) -> tuple[int, int, int]:

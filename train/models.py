@@ -1,34 +1,81 @@
-"""From --model to a model: a named one, or the sizes of a Hugging Face folder."""
+"""From --model to a model: a named one, or a folder with its sizes, weights and tokenizer (see models/hf/saved.py)."""
 
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from zigzag_jax.models.config import read_json
 from zigzag_jax.models.decoder import Decoder
+from zigzag_jax.models.hf.saved import check_weights, has_weights, read_state
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
-from zigzag_jax.models.sharding import Sharding
+from zigzag_jax.models.sharding import Sharding, init_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import UserError
 
 
+def model_folder(config: Config) -> Path | None:
+    """The folder that --model names, if it is none of the names."""
+    return None if config.model in PRESETS else Path(config.model)
+
+
 def model_config(config: Config) -> ModelConfig:
-    """The sizes that --model names. UserError where it names nothing that can be built."""
-    name, folder = config.model, Path(config.model)
-    if name in PRESETS:
+    """The sizes that --model names. UserError where it names nothing that can be built, or a folder whose weights are
+    not those of its config.
+    """
+    name, folder = config.model, model_folder(config)
+    if folder is None:
         return PRESETS[name]
     if not folder.is_dir():
         raise UserError("model", f"must be one of {', '.join(PRESETS)} or a folder with a config.json", name)
-    if not config.random_init:
-        raise UserError("model", "must be given with --random-init: a folder's weights are not read yet", name)
     try:
-        return read_config(folder)
+        sizes = read_config(folder)
     except (OSError, ValueError, NotImplementedError) as error:
         raise UserError("model", f"must hold a config.json that can be computed ({error})", name) from None
+    if config.random_init:
+        return sizes
+    if not has_weights(folder):
+        raise UserError("model", "must hold model*.safetensors (or give --random-init for its sizes alone)", name)
+    try:
+        check_weights(folder, sizes)
+    except (OSError, ValueError) as error:
+        raise UserError("model", f"must hold the weights of its config.json ({error})", name) from None
+    return sizes
+
+
+def config_json(config: Config, sizes: ModelConfig) -> dict[str, Any]:
+    """The config.json to keep beside the weights: the folder's own, or one made of the sizes."""
+    folder = model_folder(config)
+    return sizes.to_hf() if folder is None else read_json(folder)
+
+
+def tokenizer_file(config: Config) -> Path | None:
+    """The tokenizer.json to use: --tokenizer, or the model folder's; None trains one on the data.
+
+    UserError for weights without a tokenizer: ids that mean something else would train in silence.
+    """
+    folder = model_folder(config)
+    if config.tokenizer is not None or folder is None:
+        return config.tokenizer
+    if (own := folder / "tokenizer.json").is_file():
+        return own
+    if not config.random_init:
+        raise UserError("tokenizer", f"must be given, {folder} holds weights and no tokenizer.json", None)
+    return None
+
+
+def first_parameters(config: Config, sizes: ModelConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
+    """Where training begins, on the mesh: the folder's weights, or random ones from --seed."""
+    folder = model_folder(config)
+    if folder is None or config.random_init:
+        return init_state(maker(config, sizes, sharding), sharding, jax.random.key(config.seed))[1]
+    return read_state(folder, sizes, shapes, sharding)
 
 
 def fit_vocabulary(sizes: ModelConfig, name: str, vocab_size: int) -> ModelConfig:

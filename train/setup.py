@@ -13,10 +13,10 @@ import optax
 from jax.sharding import Mesh
 
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
+from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
-from zigzag_jax.train.models import fit_vocabulary, maker
+from zigzag_jax.train.models import config_json, first_parameters, fit_vocabulary, maker, tokenizer_file
 from zigzag_jax.train.optim import optimizer
 from zigzag_jax.train.packing import make_plan
 from zigzag_jax.train.report import HeldOut
@@ -35,6 +35,8 @@ class Run:
     """What it was told."""
     identity: dict[str, Any]
     """What may not change when it is resumed, by the name of its flag."""
+    config_json: dict[str, Any]
+    """The model's config.json."""
     dataset: Dataset
     """Its text."""
     mesh: Mesh
@@ -61,7 +63,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     """Build the run; what has to be closed at its end goes on `stack`. UserError for data or a tokenizer that won't
     do.
     """
-    dataset = open_dataset(config.data, config.tokenizer, process_index=jax.process_index(), say=say)
+    dataset = open_dataset(config.data, tokenizer_file(config), process_index=jax.process_index(), say=say)
     sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
     sharding = Sharding(mesh)
     make = maker(config, sizes, sharding)
@@ -70,7 +72,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     task = Task(graphdef, sharding, jnp.dtype(config.dtype), sizes.router_aux_loss_coef)
 
     def init() -> TrainState:
-        params = init_state(make, sharding, jax.random.key(config.seed))[1]
+        params = first_parameters(config, sizes, shapes, sharding)
         where = state_shardings(shapes, tx, sharding).opt_state
         return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
 
@@ -83,8 +85,9 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         f"data: {len(dataset.train.tokens):,} tokens in rows of {config.seq_len}, {train_plan.fill:.1%} full"
     )
     return Run(
-        config=config, identity=identity(config, sizes, dataset), dataset=dataset, mesh=mesh, task=task, tx=tx,
-        abstract=abstract_train_state(shapes, tx, sharding), init=init, batches=batches, held_out=HeldOut(held_out),
+        config=config, identity=identity(config, sizes, dataset), config_json=config_json(config, sizes),
+        dataset=dataset, mesh=mesh, task=task, tx=tx, abstract=abstract_train_state(shapes, tx, sharding), init=init,
+        batches=batches, held_out=HeldOut(held_out),
         losses=jax.jit(task.losses), say=say,
     )  # fmt: skip
 
@@ -94,6 +97,8 @@ def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, 
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
     model = f"{config.model} (sizes {digest(repr(dataclasses.asdict(sizes)))})"
     fixed: dict[str, Any] = {"model": model, "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})"}
-    fixed["tokenizer"] = f"{config.tokenizer or 'trained on the data'} (digest {digest(dataset.tokenizer.to_str())})"
+    fixed["tokenizer"] = (
+        f"{tokenizer_file(config) or 'trained on the data'} (digest {digest(dataset.tokenizer.to_str())})"
+    )
     fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
     return fixed | {f"optim.{name.replace('_', '-')}": x for name, x in dataclasses.asdict(config.optim).items()}

@@ -89,14 +89,6 @@ def relative(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
-def parity(got: dict, want: dict) -> dict[str, float]:
-    """|got - want| / max(|want|, 1e-3 of the median |want| over all tensors), for each tensor."""
-    norms = {name: float(np.linalg.norm(np.asarray(value, np.float64))) for name, value in want.items()}
-    floor = 1e-3 * float(np.median(list(norms.values())))
-    off = lambda name: np.linalg.norm(np.asarray(got[name], np.float64) - np.asarray(want[name], np.float64))
-    return {name: float(off(name)) / max(norms[name], floor) for name in want}
-
-
 def flat(state) -> dict[str, np.ndarray]:
     """A state as {dotted path: array}."""
     return {".".join(map(str, path)): np.asarray(v.get_value()) for path, v in nnx.to_flat_state(state)}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from zigzag_jax.models import hf_files
+from zigzag_jax.models.hf import files
 
 TENSORS = {
     "a.weight": np.arange(12, dtype=np.float32).reshape(3, 4),
@@ -16,9 +16,15 @@ TENSORS = {
 }
 
 
+def specs(tensors):
+    """Each tensor in two pieces, where it has rows for it."""
+    pieces = lambda x: lambda: [x[:1], x[1:]]
+    return [files.Tensor(name, x.dtype, x.shape, pieces(x)) for name, x in tensors.items()]
+
+
 def test_it_reads_what_the_library_writes(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    folder = hf_files.Folder(tmp_path)
+    folder = files.Folder(tmp_path)
     assert folder.keys() == TENSORS.keys()
     assert len(folder) == 3
     for name, want in TENSORS.items():
@@ -28,7 +34,7 @@ def test_it_reads_what_the_library_writes(tmp_path):
 
 
 def test_the_library_reads_what_it_writes(tmp_path):
-    hf_files.write(tmp_path, TENSORS.items())
+    files.write(tmp_path, specs(TENSORS))
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     got = load_file(tmp_path / "model.safetensors")
     assert got.keys() == TENSORS.keys()
@@ -37,41 +43,43 @@ def test_the_library_reads_what_it_writes(tmp_path):
 
 
 def test_shards_and_bfloat16_come_back_bit_for_bit(tmp_path):
+    wrote: list[int] = []
     tensors = {f"w{i}": np.random.default_rng(i).standard_normal((7, 5)).astype(ml_dtypes.bfloat16) for i in range(5)}
-    hf_files.write(tmp_path, tensors.items(), most=150)
+    files.write(tmp_path, specs(tensors), most=150, wrote=wrote.append)
+    assert sum(wrote) == 5 * 70
     names = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert names == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
-    index = json.loads((tmp_path / hf_files.INDEX).read_text())
+    index = json.loads((tmp_path / f"model{files.INDEX}").read_text())
     assert index["metadata"]["total_size"] == 5 * 70
     assert index["weight_map"].keys() == tensors.keys()
-    assert not list(tmp_path.glob(".*"))
-    folder = hf_files.Folder(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
+    folder = files.Folder(tmp_path)
     for name, want in tensors.items():
         assert folder[name].dtype == want.dtype
         assert folder[name].tobytes() == want.tobytes()
     (tmp_path / names[1]).unlink()
     with pytest.raises(ValueError, match=r"a saved model must hold all tensors of .*index.json, got none for \['w2'"):
-        hf_files.Folder(tmp_path)
+        files.Folder(tmp_path)
 
 
 def test_what_is_no_saved_model(tmp_path):
     with pytest.raises(ValueError, match=r"a saved model must hold model\*.safetensors, got the folder .* without any"):
-        hf_files.Folder(tmp_path)
+        files.Folder(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file(TENSORS, file)
     whole = file.read_bytes()
     file.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match=r"a safetensors file must hold the bytes of .*, got .* cut short"):
-        hf_files.Folder(tmp_path)
+        files.Folder(tmp_path)
     file.write_bytes(whole[:20])
     with pytest.raises(ValueError, match="must hold its header of"):
-        hf_files.Folder(tmp_path)
+        files.Folder(tmp_path)
     save_file({"x": np.zeros(3, np.int32)}, file)
     with pytest.raises(ValueError, match="weights must be of F64, F32, F16, BF16, got x of I32"):
-        hf_files.Folder(tmp_path)
+        files.Folder(tmp_path)
     with pytest.raises(ValueError, match=r"weights must be of .*, got x of int32"):
-        hf_files.write(tmp_path / "out", [("x", np.zeros(3, np.int32))])
+        files.write(tmp_path / "out", specs({"x": np.zeros(3, np.int32)}))
     save_file(TENSORS, file)
     save_file(TENSORS, tmp_path / "model-2.safetensors")
     with pytest.raises(ValueError, match=r"a tensor must be in one file, got .* in .* and another"):
-        hf_files.Folder(tmp_path)
+        files.Folder(tmp_path)

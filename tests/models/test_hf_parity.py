@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_helpers import GOLDEN, jit, maker, natural, parity, put, sharding
+from model_helpers import GOLDEN, jit, maker, natural, put, sharding
 from safetensors.numpy import load_file
 
 from zigzag_jax.models.balance import load_balancing_loss
-from zigzag_jax.models.hf import from_hf, to_hf
-from zigzag_jax.models.hf_files import Folder
+from zigzag_jax.models.hf.convert import from_hf, to_hf
+from zigzag_jax.models.hf.files import Folder
+from zigzag_jax.models.hf.golden import BAR, distances
 from zigzag_jax.models.registry import read_config
 from zigzag_jax.models.sharding import abstract_state
-
-BAR = 1e-5  # float32 against float32, the bar of design.md section 8
 
 
 @functools.cache
@@ -78,7 +77,7 @@ def test_logits_and_gradients(name, file, cp):
     got = {f"grad.{key}": value for key, value in to_hf(gradients, config).items()} | {"logits": logits}
     want = {key: golden[key] for key in golden if key.startswith("grad.") or key == "logits"}
     assert got.keys() == want.keys()
-    errors = parity(got, want)
+    errors = distances(got, want)
     worst = max(errors, key=errors.__getitem__)
     print(f"{name} {file} cp={cp}: worst {worst} {errors[worst]:.2e}, logits {errors['logits']:.2e}")
     assert errors[worst] < BAR, worst

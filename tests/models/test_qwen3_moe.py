@@ -17,13 +17,13 @@ from model_helpers import (
     jit,
     maker,
     natural,
-    parity,
     put,
     relative,
     sharding,
 )
 
 from zigzag_jax.models.balance import load_balancing_loss
+from zigzag_jax.models.hf.golden import distances
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.qwen3_moe import Qwen3Moe
 from zigzag_jax.models.sharding import abstract_state, init_state
@@ -71,7 +71,7 @@ def check(got, want, real):
     np.testing.assert_array_equal(got[1].counts, want[1].counts)
     np.testing.assert_array_equal(got[1].tokens, want[1].tokens)
     np.testing.assert_allclose(got[1].probs, want[1].probs, rtol=1e-5)
-    errors = parity(got[2], want[2])
+    errors = distances(got[2], want[2])
     assert max(errors.values()) < BAR, errors
 
 
@@ -129,7 +129,7 @@ def test_bfloat16_computes_in_bfloat16_and_sums_in_float32():
         assert hidden.dtype == dtype
         assert all(g.dtype == np.float32 for g in flat(gradients).values())
         results[dtype] = {**flat(gradients), "hidden": hidden.astype(jnp.float32)}
-    errors = parity(results[jnp.bfloat16], results[jnp.float32])
+    errors = distances(results[jnp.bfloat16], results[jnp.float32])
     assert max(errors.values()) < 5e-2, errors  # 8 bits of mantissa and a dozen roundings
     assert errors["hidden"] > 1e-4
 

@@ -8,7 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from zigzag_jax.models.hf.checkpoint import Parameters
+from zigzag_jax.models.hf.files import Folder
+from zigzag_jax.models.hf.saved import export_model
 
 FLAGS = ["--dtype", "float32", "--seq-len", "64", "--batch", "4", "--save-every", "3", "--seed", "7", "--steps", "9"]
 FLAGS += ["--mesh.cp", "2", "--mesh.dp", "2"]
@@ -64,6 +69,22 @@ def test_a_run_learns_and_reports(calm: tuple[Path, str]):
         assert words in printed
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (out / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6", "9"]
+
+
+def test_an_exported_run_is_trained_further(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
+    """Export, read again, train: the tokenizer travels with the weights, which are those of the checkpoint."""
+    out, made = calm[0], tmp_path / "hf"
+    export_model(out, made)
+    values = json.loads((made / "config.json").read_text())
+    assert (values["model_type"], values["torch_dtype"]) == ("qwen3_moe", "float32")
+    state = Parameters(out / "checkpoints" / "9")
+    assert len(list(state)) == len(state) > 0
+    want = state["embedding.table"][:]
+    np.testing.assert_array_equal(Folder(made)["model.embed_tokens.weight"], want)
+    done = run(tmp_path / "on", corpus, "--model", str(made), "--steps", "1", "--optim.warmup", "0")
+    assert done.returncode == 0, done.stderr
+    # the batch is that of the first run's first step, and the model has seen nine
+    assert losses(tmp_path / "on")[1] < losses(out)[9] + 0.5 * (losses(out)[1] - losses(out)[9])
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path, str], corpus: Path, tmp_path: Path):

@@ -3,13 +3,20 @@
 import json
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import AxisType
 
+from zigzag_jax.models.hf.convert import to_hf
+from zigzag_jax.models.hf.files import Tensor, write
 from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.models import fit_vocabulary, model_config
+from zigzag_jax.train.models import config_json, first_parameters, fit_vocabulary, maker, model_config, tokenizer_file
 
 HF = {
     "model_type": "qwen3_moe", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -36,9 +43,57 @@ def test_sizes_of_a_folder(tmp_path: Path):
     assert model_config(Config(model=str(folder(tmp_path)), random_init=True)).expert_count == 8
 
 
-def test_a_folders_weights_are_not_dropped_in_silence(tmp_path: Path):
-    with pytest.raises(UserError, match=r"^model: must be given with --random-init"):
+def saved_model(tmp_path: Path, vocab_size: int = 300) -> tuple[Path, nnx.State]:
+    """A tiny random model as a Hugging Face folder, and its parameters."""
+    sizes = fit_vocabulary(PRESETS["tiny-deepseek-v2"], "tiny-deepseek-v2", vocab_size)
+    made = tmp_path / "model"
+    made.mkdir()
+    where = Sharding(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,)))
+    state = init_state(maker(Config(), sizes, where), where, jax.random.key(3))[1]
+    tensors = [Tensor(name, x.dtype, x.shape, lambda x=x: [x]) for name, x in to_hf(state, sizes).items()]
+    write(made, tensors)
+    (made / "config.json").write_text(json.dumps(sizes.to_hf() | {"eos_token_id": 5}))
+    return made, state
+
+
+def test_a_folder_brings_its_weights_to_any_mesh(tmp_path: Path):
+    made, want = saved_model(tmp_path)
+    config = Config(model=str(made))
+    sizes = model_config(config)
+    assert config_json(config, sizes)["eos_token_id"] == 5
+    devices = jax.devices()[:4]
+    where = Sharding(jax.make_mesh((2, 2), ("fsdp", "cp"), axis_types=(AxisType.Auto,) * 2, devices=devices))
+    shapes = abstract_state(maker(config, sizes, where))[1]
+    got = first_parameters(config, sizes, shapes, where)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    fresh = first_parameters(Config(model=str(made), random_init=True), sizes, shapes, where)
+    assert any(
+        np.any(np.asarray(x) != np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (fresh, want)), strict=True)
+    )
+
+
+def test_a_folder_brings_its_tokenizer(tmp_path: Path):
+    made, _ = saved_model(tmp_path)
+    with pytest.raises(UserError, match=r"^tokenizer: must be given, .*model holds weights and no tokenizer.json"):
+        tokenizer_file(Config(model=str(made)))
+    assert tokenizer_file(Config(model=str(made), random_init=True)) is None
+    assert tokenizer_file(Config(model=str(made), tokenizer=tmp_path / "mine.json")) == tmp_path / "mine.json"
+    (made / "tokenizer.json").write_text("{}")
+    assert tokenizer_file(Config(model=str(made))) == made / "tokenizer.json"
+    assert tokenizer_file(Config()) is None
+
+
+def test_a_folder_without_its_weights(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^model: must hold model\*.safetensors \(or give --random-init"):
         model_config(Config(model=str(folder(tmp_path))))
+    made, _ = saved_model(tmp_path)
+    changed = json.loads((made / "config.json").read_text()) | {"vocab_size": 301}
+    (made / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(
+        UserError, match=r"^model: must hold the weights of its config.json \(.*embed_tokens.*\(300, 128"
+    ):
+        model_config(Config(model=str(made)))
+    assert model_config(Config(model=str(made), random_init=True)).vocab_size == 301
 
 
 @pytest.mark.parametrize("changes", [{"model_type": "llama"}, {"hidden_size": None}, {"attention_bias": True}])

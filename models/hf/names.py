@@ -2,22 +2,15 @@
 
 A saved model has one tensor for every matrix of every expert of every layer; here equal layers and experts are
 stacked, and a matrix is [in, out] where PyTorch's is [out, in]. `entries` lists, for each saved tensor, the parameter
-it is a slice of, where in it, and whether it is transposed. Reading and writing are loops over that list, so they
-cannot disagree.
+it is a slice of, where in it, and whether it is transposed. Reading and writing (convert.py) are loops over that list,
+so they cannot disagree.
 """
 
-import functools
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import jax
-import numpy as np
-from flax import nnx
 
 from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.models.sharding import Sharding, parameter_shardings
 from zigzag_jax.models.stack import equal_groups
 
 Path = tuple[Any, ...]  # the keys of a flat nnx.State
@@ -103,68 +96,3 @@ def entries(config: ModelConfig) -> Iterator[Entry]:
                     name = f"{prefix}.mlp.experts.{e}.{part}_proj.weight"
                     yield Entry(name, ("groups", group, *experts, part), (i, e), True)
             layer += 1
-
-
-def to_hf(state: nnx.State, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The tensors of a saved model from a state of ours (parameters, or their gradients), on the host."""
-    ours = {path: np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
-    found = {}
-    for entry in entries(config):
-        value = ours[entry.path][entry.at]
-        found[entry.name] = value.T if entry.transposed else value
-    return found
-
-
-def from_hf(tensors: Mapping[str, Any], config: ModelConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
-    """A float32 state like `shapes` (see `abstract_state`) on the mesh, from the tensors of a saved model.
-
-    Each process reads the slices that its own devices keep and holds one at a time: with `hf_files.Folder`, which maps
-    files into memory, no host ever has a whole model. ValueError that lists the tensors that are missing, have another
-    shape, or that nothing here takes.
-    """
-    flat = list(nnx.to_flat_state(shapes))
-    parts: dict[Path, dict[tuple[int, ...], Entry]] = {path: {} for path, _ in flat}
-    for entry in entries(config):
-        parts[entry.path][entry.at] = entry
-    _check_tensors(tensors, {path: v.get_value().shape for path, v in flat}, parts)
-    where = dict(nnx.to_flat_state(parameter_shardings(shapes, sharding)))
-    placed = []
-    for path, variable in flat:
-        read = functools.partial(_read, tensors, parts[path], variable.get_value().shape)
-        array = jax.make_array_from_callback(variable.get_value().shape, where[path].get_value(), read)
-        placed.append((path, variable.replace(array)))
-    return nnx.from_flat_state(placed)
-
-
-def _check_tensors(tensors: Mapping[str, Any], shapes: Mapping[Path, tuple[int, ...]], parts) -> None:
-    wanted = {}
-    for path, found in parts.items():
-        for at, entry in found.items():
-            shape = shapes[path][len(at) :]
-            wanted[entry.name] = shape[::-1] if entry.transposed else shape
-    wrong = [
-        f"{n} {tuple(tensors[n].shape)} instead of {s}"
-        for n, s in wanted.items()
-        if n in tensors and tuple(tensors[n].shape) != s
-    ]
-    for words, names in (
-        ("must hold", [n for n in wanted if n not in tensors]),
-        ("must hold nothing else than its config says, but has", sorted(set(tensors) - wanted.keys())),
-        ("must have the shapes of its config, but has", wrong),
-    ):
-        if names:
-            raise ValueError(f"a saved model {words} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
-
-
-def _read(tensors: Mapping[str, Any], parts: Mapping[tuple[int, ...], Entry], shape, index) -> np.ndarray:
-    """The piece `index` (a slice for each dimension of `shape`) of a parameter made of `parts`, float32."""
-    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-    piece = np.empty([end - begin for begin, end in bounds], np.float32)
-    lead = len(next(iter(parts)))
-    inner = tuple(slice(*b) for b in bounds[lead:])
-    for at in itertools.product(*(range(*b) for b in bounds[:lead])):
-        entry = parts[at]
-        value = tensors[entry.name][inner[::-1] if entry.transposed else inner]
-        place = tuple(i - begin for i, (begin, _) in zip(at, bounds[:lead], strict=True))
-        piece[place] = value.T if entry.transposed else value
-    return piece

@@ -1,0 +1,24 @@
+"""The CPU where there is no GPU: what a command line decides before JAX starts."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows an NVIDIA GPU; asks no JAX backend."""
+    return Path("/dev/nvidiactl").exists()  # a container that only sees the driver has no GPU to use
+
+
+def use_cpu_without_gpu() -> None:
+    """Choose the CPU where there is no GPU and nobody said otherwise; an installed CUDA plugin would print a
+    traceback.
+    """
+    if not os.environ.get("JAX_PLATFORMS") and not has_gpu():
+        jax.config.update("jax_platforms", "cpu")
+
+
+def on_cpu() -> bool:
+    """Whether the run was told to use the CPU."""
+    return jax.config.jax_platforms == "cpu"

@@ -1,0 +1,171 @@
+"""Saved tensors <-> parameters, either way a loop over the table of names.py.
+
+Three forms of the same numbers, each as a mapping from names to arrays that are read when they are sliced:
+
+    separate    Hugging Face's: a tensor for every matrix of every expert of every layer, [out, in]
+    stacked     ours on disk: a tensor for every parameter, named by its path ("groups.0.attention.q.weight")
+    state       ours on a mesh: float32, every device with its piece
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from zigzag_jax.models.hf.files import Tensor
+from zigzag_jax.models.hf.names import Entry, Path, entries
+from zigzag_jax.models.registry import ModelConfig, model_of
+from zigzag_jax.models.sharding import Sharding, abstract_state, parameter_shardings
+
+Arrays = Mapping[str, Any]  # name -> array
+Parts = dict[tuple[int, ...], Entry]  # place in a parameter -> the tensor that lies there
+
+
+def dotted(path: Path) -> str:
+    """A parameter's name in the stacked form."""
+    return ".".join(map(str, path))
+
+
+def from_hf(tensors: Arrays, config: ModelConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
+    """A float32 state like `shapes` (see `abstract_state`) on the mesh, from the separate form.
+
+    Each process reads the slices that its own devices keep and holds one at a time: with `files.Folder`, which maps
+    files into memory, no host ever has a whole model. ValueError that lists the tensors that are missing, have another
+    shape, or that nothing here takes.
+    """
+    flat = {path: v.get_value().shape for path, v in nnx.to_flat_state(shapes)}
+    parts = _parts(config)
+    check_tensors(tensors, _separate_shapes(flat, parts))
+    return _place(shapes, sharding, lambda path: functools.partial(_read, tensors, parts[path], flat[path]))
+
+
+def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding) -> nnx.State:
+    """The same from the stacked form."""
+    check_tensors(tensors, {dotted(path): v.get_value().shape for path, v in nnx.to_flat_state(shapes)})
+
+    def reader(path: Path):
+        return lambda index: np.asarray(tensors[dotted(path)][index], np.float32)
+
+    return _place(shapes, sharding, reader)
+
+
+def _place(shapes: nnx.State, sharding: Sharding, reader: Callable[[Path], Callable[[Any], np.ndarray]]) -> nnx.State:
+    where = dict(nnx.to_flat_state(parameter_shardings(shapes, sharding)))
+    placed = []
+    for path, variable in nnx.to_flat_state(shapes):
+        shape = variable.get_value().shape
+        array = jax.make_array_from_callback(shape, where[path].get_value(), reader(path))
+        placed.append((path, variable.replace(array)))
+    return nnx.from_flat_state(placed)
+
+
+def stack(tensors: Arrays, config: ModelConfig) -> list[Tensor]:
+    """The stacked form of the separate one, in the dtype it has; read when it is written. ValueError as `from_hf`, and
+    where the tensors of one parameter have several dtypes.
+    """
+    shapes, parts = abstract_parameters(config), _parts(config)
+    check_tensors(tensors, _separate_shapes(shapes, parts))
+    return [_stacked(dotted(path), shape, parts[path], tensors) for path, shape in shapes.items()]
+
+
+def _stacked(name: str, shape: tuple[int, ...], parts: Parts, tensors: Arrays) -> Tensor:
+    dtypes = {tensors[entry.name].dtype for entry in parts.values()}
+    if len(dtypes) > 1:
+        found = " and ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"the tensors of equal layers must have one dtype, got {found} for {name}")
+
+    def pieces() -> Iterator[np.ndarray]:
+        for at in sorted(parts):  # the order of the stacked array
+            value = tensors[parts[at].name]
+            yield value.T if parts[at].transposed else value
+
+    return Tensor(name, dtypes.pop(), shape, pieces)
+
+
+def separate(tensors: Arrays, config: ModelConfig, dtype: Any = None) -> list[Tensor]:
+    """The separate form of the stacked one, rounded to `dtype` where one is given; read when it is written.
+
+    Tensors of one parameter stand together: what is slow to read is read once. ValueError that lists the parameters
+    that are missing, have another shape, or that this model does not have.
+    """
+    shapes = abstract_parameters(config)
+    check_tensors(tensors, {dotted(path): shape for path, shape in shapes.items()})
+    found = []
+    for path, parts in _parts(config).items():
+        for at, entry in parts.items():
+            shape = shapes[path][len(at) :]
+            kept = np.dtype(tensors[dotted(path)].dtype if dtype is None else dtype)
+            read = functools.partial(_separated, tensors, dotted(path), at, entry.transposed, kept)
+            found.append(Tensor(entry.name, kept, shape[::-1] if entry.transposed else shape, read))
+    return found
+
+
+def _separated(tensors: Arrays, name: str, at: tuple[int, ...], transposed: bool, dtype: np.dtype):
+    value = np.asarray(tensors[name][at]).astype(dtype, copy=False)
+    yield value.T if transposed else value
+
+
+def to_hf(state: nnx.State, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The separate form of a state of ours (parameters, or their gradients), on the host."""
+    ours = {dotted(path): np.asarray(variable.get_value()) for path, variable in nnx.to_flat_state(state)}
+    return {tensor.name: next(iter(tensor.pieces())) for tensor in separate(ours, config)}
+
+
+def abstract_parameters(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
+    """The shape of every parameter, by its path; needs no device."""
+    mesh = AbstractMesh((1,), ("cp",), axis_types=(AxisType.Auto,))
+    sharding = Sharding(cast(Mesh, mesh))  # shapes need no devices
+    _, shapes = abstract_state(lambda rngs: model_of(config)(config, sharding, rngs=rngs, dtype=jnp.float32))
+    return {path: variable.get_value().shape for path, variable in nnx.to_flat_state(shapes)}
+
+
+def _parts(config: ModelConfig) -> dict[Path, Parts]:
+    parts: dict[Path, Parts] = {}
+    for entry in entries(config):
+        parts.setdefault(entry.path, {})[entry.at] = entry
+    return parts
+
+
+def _separate_shapes(shapes: Mapping[Path, tuple[int, ...]], parts: Mapping[Path, Parts]) -> dict[str, tuple[int, ...]]:
+    wanted = {}
+    for path, found in parts.items():
+        for at, entry in found.items():
+            shape = shapes[path][len(at) :]
+            wanted[entry.name] = shape[::-1] if entry.transposed else shape
+    return wanted
+
+
+def check_tensors(tensors: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError that lists what is missing, unexpected, or of another shape."""
+    wrong = [
+        f"{n} {tuple(tensors[n].shape)} instead of {s}"
+        for n, s in wanted.items()
+        if n in tensors and tuple(tensors[n].shape) != s
+    ]
+    for words, names in (
+        ("must hold", [n for n in wanted if n not in tensors]),
+        ("must hold nothing else than its config says, but has", sorted(set(tensors) - wanted.keys())),
+        ("must have the shapes of its config, but has", wrong),
+    ):
+        if names:
+            raise ValueError(f"a saved model {words} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+
+
+def _read(tensors: Arrays, parts: Parts, shape: tuple[int, ...], index) -> np.ndarray:
+    """The piece `index` (a slice for each dimension of `shape`) of a parameter made of `parts`, float32."""
+    bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
+    piece = np.empty([end - begin for begin, end in bounds], np.float32)
+    lead = len(next(iter(parts)))
+    inner = tuple(slice(*b) for b in bounds[lead:])
+    for at in itertools.product(*(range(*b) for b in bounds[:lead])):
+        entry = parts[at]
+        value = tensors[entry.name][inner[::-1] if entry.transposed else inner]
+        place = tuple(i - begin for i, (begin, _) in zip(at, bounds[:lead], strict=True))
+        piece[place] = value.T if entry.transposed else value
+    return piece
