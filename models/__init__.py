@@ -3,7 +3,7 @@
     sharding     logical axes, rules, mesh: where every array lives; drawing a model onto the devices that keep it
     layers       linear, embedding, norm, SwiGLU                  options    how the kernels run
     rope         the rotary embedding and its scalings
-    moe          router and experts                               balance    the load-balancing loss
+    router, moe  which experts, and the experts                   balance    keeping their load level
     stack        equal layers as one scan, rematerialisation
     config       reading config.json without dropping anything
     decoder      the transformer that both are

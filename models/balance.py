@@ -1,41 +1,91 @@
-"""The load-balancing loss: experts that are chosen often and believed in much are pushed down.
+"""Keeping the experts' load level: auxiliary losses, and a bias instead of a loss.
 
-For T tokens, f_e = how often expert e was chosen / T and P_e = its mean probability. The loss is E * sum_e f_e * P_e:
-k for a router that spreads its tokens evenly, up to E for one that does not. Only P has a gradient.
+**A loss** pushes down experts that are chosen often and believed in much. For T tokens, f_e = how often expert e was
+chosen / T and P_e = its mean probability; the loss is E * sum_e f_e * P_e: k for a router that spreads its tokens
+evenly, up to E for one that does not. Only P has a gradient. There are several losses of this name, which differ in
+what one product is taken over; all have the same scale here:
 
-There are several loss functions of this name, and they differ in what the product is taken over. This is **Hugging
-Face's** (`load_balancing_loss_func`): the gate logits of *all layers* are put into one long list of tokens first, so
-there is one f, one P and one product; it is not the mean of the layers' losses. Its ingredients are sums over tokens,
-so it does not change with the mesh; as a product of two sums it does change when a batch is cut into micro-batches
-whose losses are averaged (add up their `RouterStats` instead).
+    hf          all tokens of all layers, as one long list: Hugging Face's `load_balancing_loss_func`
+    batch       all tokens of one layer; the mean over layers (Switch Transformer, Fedus et al. 2021, section 2.2)
+    sequence    the tokens of one row in one layer; the mean over layers, and over rows weighted by their real tokens
+                (DeepSeek-V2, arXiv:2405.04434, section 2.2.3, whose L_ExpBal is this divided by k)
+
+All are made of sums over real tokens, so no mesh and no padding changes them. A batch cut into micro-batches is another
+matter: `hf` and `batch` are products of sums over the whole, and averaging those of the parts is another number (for
+the whole one, add up the statistics first). `sequence` averages exactly, by real tokens.
+
+**A bias** on the scores by which experts are chosen (router.py) is moved a fixed step after every batch: up for experts
+that had less than their share, down for those that had more. It has no gradient and disturbs none (Wang et al. 2024,
+arXiv:2408.15664).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+
+AuxLoss = Literal["hf", "batch", "sequence"]
+AUX_LOSSES: tuple[AuxLoss, ...] = ("hf", "batch", "sequence")
+BIAS = "bias"  # the last key of a router bias's path
 
 
 class RouterStats(NamedTuple):
-    """Router statistics of a whole model: sums over the real tokens of the whole batch. Those of two batches add up."""
+    """Router statistics of a whole model: for each row, sums over its real tokens."""
 
     counts: jax.Array
-    """[MoE layers, E] float32: how often each expert was chosen."""
+    """[MoE layers, B, E] float32: how often each expert was chosen."""
 
     probs: jax.Array
-    """[MoE layers, E] float32: the sum of its probability."""
+    """[MoE layers, B, E] float32: the sum of its probability."""
 
     tokens: jax.Array
-    """[] float32: the number of real tokens."""
+    """[B] float32: the real tokens of each row."""
+
+    routes: jax.Array
+    """[MoE layers, B, S, k] int32: the experts of every token, padding too; not computed where nobody reads it."""
+
+    @property
+    def load(self) -> jax.Array:
+        """[MoE layers, E] float32: how often each expert was chosen in the whole batch."""
+        return jnp.sum(self.counts, axis=1)
 
 
-def load_balancing_loss(counts: jax.Array, probs: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Hugging Face's auxiliary loss from `RouterStats`' three fields, before its coefficient.
+def load_balancing_loss(stats: RouterStats, form: AuxLoss = "hf") -> jax.Array:
+    """The auxiliary loss of a batch, before its coefficient: float32 scalar, 0 where there is nothing to balance.
 
-    One layer, four tokens, each of two experts chosen twice (top-1):
-    >>> load_balancing_loss(jnp.array([[2.0, 2.0]]), jnp.array([[1.0, 3.0]]), jnp.array(4.0))
+    One layer, one row of four tokens, each of two experts chosen twice (top-1):
+    >>> load_balancing_loss(RouterStats(jnp.array([[[2., 2]]]), jnp.array([[[1., 3]]]), jnp.array([4.]), None))
     Array(1., dtype=float32)
     """
-    layers, experts = counts.shape
-    rows = jnp.maximum(tokens * layers, 1.0)  # a batch of nothing but padding has no loss
-    return experts * jnp.sum((jnp.sum(counts, axis=0) / rows) * (jnp.sum(probs, axis=0) / rows))
+    if form not in AUX_LOSSES:
+        raise ValueError(f"the auxiliary loss must be one of {', '.join(AUX_LOSSES)}, got {form!r}")
+    layers, _, experts = stats.counts.shape
+    if not layers:
+        return jnp.zeros((), jnp.float32)
+    over = {"hf": (0, 1), "batch": (1,), "sequence": ()}[form]
+    counts, probs = (jnp.sum(x, axis=over, keepdims=True) for x in (stats.counts, stats.probs))
+    real = jnp.sum(stats.tokens)
+    tokens = stats.tokens[None, :, None] if form == "sequence" else real * (layers if form == "hf" else 1)
+    tokens = jnp.maximum(tokens, 1.0)  # a row, or a batch, of nothing but padding has no loss
+    products = experts * jnp.sum((counts / tokens) * (probs / tokens), axis=2)  # [layers or 1, rows or 1]
+    if form == "sequence":
+        products = jnp.sum(products * stats.tokens[None], axis=1, keepdims=True) / jnp.maximum(real, 1.0)
+    return jnp.mean(products)
+
+
+def move_biases(params: nnx.State, load: jax.Array, rate: float) -> nnx.State:
+    """The parameters with every router bias moved by `rate` towards an even load.
+
+    `load` [MoE layers, E] is RouterStats.load of the batch. The layers' mean is taken out, so that biases stay near 0.
+    """
+    moves = rate * jnp.sign(jnp.mean(load, axis=1, keepdims=True) - load)
+    flat, at = dict(nnx.to_flat_state(params)), 0
+    for path in sorted((path for path in flat if path[-1] == BIAS), key=lambda path: path[1]):  # groups in their order
+        bias = flat[path].get_value()
+        moved = bias + moves[at : at + len(bias)]
+        flat[path] = flat[path].replace(moved - jnp.mean(moved, axis=1, keepdims=True))
+        at += len(bias)
+    if at != len(load):
+        raise ValueError(f"every one of the {len(load)} MoE layers must have a router bias, got {at}")
+    return nnx.from_flat_state(list(flat.items()))

@@ -130,14 +130,14 @@ class Layer(nnx.Module):
         self.mlp = mlp
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, turn: Rotary, real: jax.Array
+        self, x: jax.Array, positions: jax.Array, turn: Rotary, real: jax.Array, routes: jax.Array | None
     ) -> tuple[jax.Array, LayerStats | None]:
         with jax.named_scope("attention"):
             x = x + self.attention(self.attention_norm(x), positions, turn)
             x = self.sharding.constrain(x, "batch", "sequence", "embed")
         with jax.named_scope("mlp"):
             y = self.mlp_norm(x)
-            y, stats = self.mlp(y, real) if self.sparse else (self.mlp(y), None)
+            y, stats = self.mlp(y, real, routes) if self.sparse else (self.mlp(y), None)
             return self.sharding.constrain(x + y, "batch", "sequence", "embed"), stats
 
 
@@ -152,10 +152,13 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         dtype: Any = jnp.float32,
         remat: str = "none",
+        router_bias: bool = False,
         options: KernelOptions = KernelOptions(),  # noqa: B008 (frozen)
     ):
+        """`router_bias` gives every router a bias, zero at first, for `balance.move_biases`."""
         check_remat(remat)
         self.config, self.sharding, self.dtype, self.remat = config, sharding, jnp.dtype(dtype), remat
+        self.router_bias = router_bias
         std = config.initializer_range
         self.embedding = Embedding(config.vocab_size, config.hidden_size, sharding, std=std, rngs=rngs)
         self.lengths = tuple(length for _, length in equal_groups(config.sparse_layers))
@@ -172,7 +175,7 @@ class Decoder(nnx.Module):
         raise NotImplementedError
 
     def _mlp(self, options: KernelOptions, sparse: bool, rngs: nnx.Rngs) -> nnx.Module:
-        """Called as mlp(x) -> y or, where sparse, as mlp(x, real) -> (y, LayerStats)."""
+        """Called as mlp(x) -> y or, where sparse, as mlp(x, real, routes) -> (y, LayerStats)."""
         raise NotImplementedError
 
     def _layer(self, options: KernelOptions, sparse: bool, rngs: nnx.Rngs) -> Layer:
@@ -186,28 +189,45 @@ class Decoder(nnx.Module):
         *,
         real: jax.Array | None = None,
         rope_positions: jax.Array | None = None,
+        routes: jax.Array | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """From tokens, positions int32 [B, S] in zigzag order to hidden [B, S, d] after the last norm, and RouterStats.
 
         `real` [B, S] bool is False on padding, which is computed and not counted. `rope_positions` are the numbers
-        that the rotary embedding turns by, where they are not the positions inside a document.
+        that the rotary embedding turns by, where they are not the positions inside a document. `routes` int32
+        [MoE layers, B, S, k] are the experts to use (another pass's RouterStats.routes, or `balanced_routes`); without
+        it the routers choose.
         """
         real = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
         rope_positions = positions if rope_positions is None else rope_positions
         turn = rotary(rope_positions, self.config.rotary_size, self.config.rope)
+        self._check_routes(tokens, routes)
         with jax.named_scope("embedding"):
             x = self.sharding.constrain(self.embedding(tokens, self.dtype), "batch", "sequence", "embed")
-        kept = []
+        kept, at = [], 0
         for layers, length in zip(self.groups, self.lengths, strict=True):
-            x, stats = scan_layers(layers, length, lambda layer, x: layer(x, positions, turn, real), x, self.remat)
-            kept += [stats] if stats is not None else []
-        none = jnp.zeros((0, self.config.expert_count), jnp.float32)
-        stats = RouterStats(
-            jnp.concatenate([s.counts for s in kept] or [none]),
-            jnp.concatenate([s.probs for s in kept] or [none]),
-            jnp.sum(real, dtype=jnp.int32).astype(jnp.float32),
-        )
-        return self.norm(x), stats
+            sparse = layers.sparse
+            own = routes[at : at + length] if sparse and routes is not None else None
+            call = lambda layer, x, own: layer(x, positions, turn, real, own)
+            x, stats = scan_layers(layers, length, call, x, self.remat, own)
+            kept, at = ([*kept, stats], at + length) if sparse else (kept, at)
+        return self.norm(x), self._stats(kept, real)
+
+    def _check_routes(self, tokens: jax.Array, routes: jax.Array | None) -> None:
+        want = (sum(self.config.sparse_layers), *tokens.shape, self.config.num_experts_per_tok)
+        if routes is not None and (routes.shape != want or not jnp.issubdtype(routes.dtype, jnp.integer)):
+            raise ValueError(
+                f"routes must be integers [MoE layers, B, S, k] = {want}, got {routes.shape} {routes.dtype}"
+            )
+
+    def _stats(self, kept: list[LayerStats], real: jax.Array) -> RouterStats:
+        tokens = jnp.sum(real, axis=1, dtype=jnp.int32).astype(jnp.float32)
+        if not kept:
+            none = jnp.zeros((0, len(real), self.config.expert_count), jnp.float32)
+            routes = jnp.zeros((0, *real.shape, self.config.num_experts_per_tok), jnp.int32)
+            return RouterStats(none, none, tokens, routes)
+        counts, probs, routes = (jnp.concatenate(parts) for parts in zip(*kept, strict=True))
+        return RouterStats(counts, probs, tokens, routes)
 
     @property
     def head_weight(self) -> jax.Array:

@@ -21,9 +21,10 @@ from zigzag_jax.mla import hop_bytes, latent_attention
 from zigzag_jax.models.config import Fields
 from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
 from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
-from zigzag_jax.models.moe import GroupLimitedTopK, LayerStats, MoE
+from zigzag_jax.models.moe import LayerStats, MoE
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.rope import Rope, Rotary, Yarn, rotate_pairs, stretch
+from zigzag_jax.models.router import GroupLimitedTopK
 from zigzag_jax.models.sharding import Sharding
 
 INNER_EPS = 1e-6
@@ -226,8 +227,8 @@ class SharedMoE(nnx.Module):
     def __init__(self, routed: MoE, shared: SwiGLU):
         self.routed, self.shared = routed, shared
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, LayerStats]:
-        y, stats = self.routed(x, real)
+    def __call__(self, x: jax.Array, real: jax.Array, routes: jax.Array | None) -> tuple[jax.Array, LayerStats]:
+        y, stats = self.routed(x, real, routes)
         return y + self.shared(x), stats
 
 
@@ -245,6 +246,7 @@ class DeepseekV2(Decoder):
             return SwiGLU(c.hidden_size, c.intermediate_size, std=std, rngs=rngs)
         router = GroupLimitedTopK(c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor)
         sizes = (c.hidden_size, c.moe_intermediate_size, c.n_routed_experts)
-        routed = MoE(*sizes, router, self.sharding, std=std, implementation=options.implementation, rngs=rngs)
+        how = {"implementation": options.implementation, "bias": self.router_bias}
+        routed = MoE(*sizes, router, self.sharding, std=std, rngs=rngs, **how)
         inner = c.moe_intermediate_size * c.n_shared_experts
         return SharedMoE(routed, SwiGLU(c.hidden_size, inner, std=std, rngs=rngs))

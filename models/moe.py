@@ -12,13 +12,12 @@ depend on how the batch or the sequence is cut.
 Sorting is a permutation, and a permutation's transpose is its inverse. `_dispatch` and `_combine` say so by hand: the
 gradient is a gather too, where automatic differentiation would scatter-add in the dtype of the activations.
 
-Two seams: `MoE` takes its router as a value (SoftmaxTopK here), and the experts' weights enter `shard_map` by the rule
-of their "experts" axis.
+Two seams: `MoE` takes its router as a value (router.py), and the experts' weights enter `shard_map` by the rule of
+their "experts" axis.
 """
 
-import dataclasses
 import functools
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,95 +27,21 @@ from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.kernels import grouped_matmul
 from zigzag_jax.models.layers import linear, normal
+from zigzag_jax.models.router import Router
 from zigzag_jax.models.sharding import Sharding, gather, param, spec_axes
 
 
-class Routes(NamedTuple):
-    """What a router decides for T tokens."""
-
-    weights: jax.Array
-    """[T, k], float32 or the model's dtype: how much each chosen expert counts."""
-
-    experts: jax.Array
-    """[T, k] int32: the chosen experts."""
-
-    probs: jax.Array
-    """[T, E] float32: the probabilities of all experts, for the balance of the load."""
-
-
-class Router(Protocol):
-    """Logits [T, E] -> Routes. A frozen dataclass, so that it may be a static part of a module."""
-
-    @property
-    def wide(self) -> bool:
-        """Whether the logits are computed in float32, not in the model's dtype."""
-        ...
-
-    def __call__(self, logits: jax.Array) -> Routes: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class SoftmaxTopK:
-    """Qwen3's router: softmax over all experts in float32, the k best, renormalised or not, cast back."""
-
-    top_k: int
-    """Experts a token."""
-
-    renormalise: bool
-    """Divide the k weights by their sum (`norm_topk_prob`)."""
-
-    wide: bool = False
-    """See Router."""
-
-    def __call__(self, logits: jax.Array) -> Routes:
-        probs = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        weights, experts = lax.top_k(probs, self.top_k)
-        if self.renormalise:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        return Routes(weights.astype(logits.dtype), experts, probs)
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupLimitedTopK:
-    """DeepSeek-V2's router: softmax in float32, the k best experts of the best groups, times a factor.
-
-    A group is as good as its best expert (arXiv:2405.04434, section 2.2.2). One group of all experts is plain top-k.
-    """
-
-    top_k: int
-    """Experts a token."""
-
-    groups: int
-    """Groups of neighbouring experts; a divisor of their number."""
-
-    top_groups: int
-    """Groups that a token may use."""
-
-    scaling: float
-    """Factor of the weights."""
-
-    wide: bool = True
-    """See Router."""
-
-    def __call__(self, logits: jax.Array) -> Routes:
-        probs = scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-        if self.top_groups < self.groups:
-            grouped = probs.reshape(probs.shape[0], self.groups, -1)
-            _, best = lax.top_k(jnp.max(grouped, axis=-1), self.top_groups)
-            kept = jnp.any(best[:, :, None] == jnp.arange(self.groups)[None, None], axis=1)
-            scores = jnp.where(kept[:, :, None], grouped, 0.0).reshape(probs.shape)
-        weights, experts = lax.top_k(scores, self.top_k)
-        return Routes(weights * self.scaling, experts, probs)
-
-
 class LayerStats(NamedTuple):
-    """Router statistics of one layer: sums over the real tokens of the whole batch, on every device the same."""
+    """Router statistics of one layer: for each row of the batch, sums over its real tokens on all devices."""
 
     counts: jax.Array
-    """[E] float32: how often each expert was chosen, over all k choices."""
+    """[B, E] float32: how often each expert was chosen, over all k choices."""
 
     probs: jax.Array
-    """[E] float32: the sum of each expert's probability. The part of the auxiliary loss that has a gradient."""
+    """[B, E] float32: the sum of each expert's probability. The part of the auxiliary loss that has a gradient."""
+
+    routes: jax.Array
+    """[B, S, k] int32: the experts of each token."""
 
 
 class MoE(nnx.Module):
@@ -132,18 +57,23 @@ class MoE(nnx.Module):
         *,
         std: float,
         implementation: str | None = None,
+        bias: bool = False,
         rngs: nnx.Rngs,
     ):
         self.implementation = implementation
         self.router = router
         self.sharding = sharding
         self.route = param(normal(rngs, (size, experts), std), "embed", "experts")
+        self.bias = param(jnp.zeros((experts,), jnp.float32), "experts") if bias else None
         self.gate = param(normal(rngs, (experts, size, inner), std), "experts", "embed", "mlp")
         self.up = param(normal(rngs, (experts, size, inner), std), "experts", "embed", "mlp")
         self.down = param(normal(rngs, (experts, inner, size), std), "experts", "mlp", "embed")
 
-    def __call__(self, x: jax.Array, real: jax.Array) -> tuple[jax.Array, LayerStats]:
-        """Tokens x [B, S, d]; real [B, S] bool, False on padding (which is computed, and not counted)."""
+    def __call__(self, x: jax.Array, real: jax.Array, routes: jax.Array | None = None) -> tuple[jax.Array, LayerStats]:
+        """Tokens x [B, S, d]; real [B, S] bool, False on padding (which is computed, and not counted).
+
+        `routes` [B, S, k] int32 are the experts to use; without it the router chooses.
+        """
         sharding = self.sharding
         weights = (self.route[...], self.gate[...], self.up[...], self.down[...])
         up_spec = sharding.spec(("experts", "embed", "mlp"), self.up[...].shape)
@@ -154,39 +84,45 @@ class MoE(nnx.Module):
             sharding.spec(("experts", "mlp", "embed"), self.down[...].shape),
         )
         rows = sharding.spec(("batch", "sequence"), real.shape)
-        tokens = P(*rows, None)
+        tokens, by_row = P(*rows, None), P(rows[0], None)
+        extras, extra_specs = {}, {}
+        if routes is not None:
+            extras["experts"], extra_specs["experts"] = routes, tokens
+        if self.bias is not None:
+            extras["bias"], extra_specs["bias"] = lax.stop_gradient(self.bias[...]), P(None)
         run = jax.shard_map(
             functools.partial(
                 _local_moe,
                 router=self.router,
                 matmul=functools.partial(grouped_matmul, implementation=self.implementation),
                 specs=specs,
-                axes=spec_axes(rows),
+                axes=spec_axes(P(rows[1])),
             ),
             mesh=sharding.mesh,
-            in_specs=(tokens, rows, specs),
-            out_specs=(tokens, P(None)),
+            in_specs=(tokens, rows, specs, extra_specs),
+            out_specs=(tokens, LayerStats(by_row, by_row, tokens)),
             check_vma=False,  # a kernel that works in place cannot carry the types this checks
         )
-        return run(x, real, weights)
+        return run(x, real, weights, extras)
 
 
-def _local_moe(x, real, weights, *, router, matmul, specs, axes) -> tuple[jax.Array, LayerStats]:
+def _local_moe(x, real, weights, extras, *, router: Router, matmul, specs, axes) -> tuple[jax.Array, LayerStats]:
     """One device's tokens x [b, s, d] through all experts."""
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
     # the router keeps its float32 weight until the product: its gradient is a sum over every token there is
     route = gather(weights[0], specs[0], jnp.float32)
     with jax.named_scope("router"):
-        routes = router(linear(x.astype(jnp.float32) if router.wide else x, route))
+        if "experts" in extras:
+            extras = extras | {"experts": extras["experts"].reshape(-1, router.top_k)}
+        routes = router(linear(x.astype(jnp.float32) if router.wide else x, route), **extras)
         chosen = routes.experts[:, :, None] == jnp.arange(route.shape[1])[None, None]
-        counted = real.reshape(-1)
-        stats = LayerStats(
-            jnp.sum(chosen & counted[:, None, None], axis=(0, 1), dtype=jnp.int32).astype(jnp.float32),
-            jnp.sum(jnp.where(counted[:, None], routes.probs, 0.0), axis=0),
-        )
-        stats = lax.psum(stats, axes)
+        taken = jnp.sum(chosen, axis=1, dtype=jnp.int32)
+        counts = jnp.sum(taken.reshape(*shape[:2], -1) * real[:, :, None], axis=1, dtype=jnp.int32)
+        probs = jnp.sum(jnp.where(real[:, :, None], routes.probs.reshape(*shape[:2], -1), 0.0), axis=1)
+        counts, probs = lax.psum((counts.astype(jnp.float32), probs), axes)
+        stats = LayerStats(counts, probs, routes.experts.reshape(*shape[:2], -1))
     gate, up, down = (gather(w, spec, x.dtype) for w, spec in zip(weights[1:], specs[1:], strict=True))
-    sizes = jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
+    sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
     with jax.named_scope("experts"):
         order = jnp.argsort(routes.experts.reshape(-1), stable=True)
         inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)

@@ -12,9 +12,10 @@ from zigzag_jax import zigzag_attention
 from zigzag_jax.models.config import Fields
 from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
 from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
-from zigzag_jax.models.moe import MoE, SoftmaxTopK
+from zigzag_jax.models.moe import MoE
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.rope import Rope, Rotary, rotate_half
+from zigzag_jax.models.router import SoftmaxTopK
 from zigzag_jax.models.sharding import Sharding
 
 
@@ -172,4 +173,5 @@ class Qwen3Moe(Decoder):
             return SwiGLU(c.hidden_size, c.intermediate_size, std=std, rngs=rngs)
         router = SoftmaxTopK(c.num_experts_per_tok, c.norm_topk_prob)
         sizes = (c.hidden_size, c.moe_intermediate_size, c.num_experts)
-        return MoE(*sizes, router, self.sharding, std=std, implementation=options.implementation, rngs=rngs)
+        how = {"implementation": options.implementation, "bias": self.router_bias}
+        return MoE(*sizes, router, self.sharding, std=std, rngs=rngs, **how)

@@ -59,15 +59,24 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], length: int, rngs: nnx.
 
 
 def scan_layers(
-    layers: nnx.Module, length: int, call: Callable[[Any, jax.Array], tuple[jax.Array, Any]], x: jax.Array, remat: str
+    layers: nnx.Module,
+    length: int,
+    call: Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    remat: str,
+    given: Any = None,
 ) -> tuple[jax.Array, Any]:
-    """Takes x through stacked layers by `call(layer, x) -> (x, extra)`; the extras come back stacked."""
+    """Takes x through stacked layers by `call(layer, x, own) -> (x, extra)`; the extras come back stacked.
+
+    `given` is a pytree of arrays [length, ...] of which each layer gets its own part.
+    """
     graphdef, params = nnx.split(layers, nnx.Param)
 
-    def body(x, params):
-        return call(nnx.merge(graphdef, params), x)
+    def body(x, layer):
+        params, own = layer
+        return call(nnx.merge(graphdef, params), x, own)
 
     if (policy := REMAT[remat]) is not None:
         # a loop keeps XLA from merging the recomputation with the first run; a loop of one trip is inlined and does not
         body = jax.checkpoint(body, policy=policy, prevent_cse=length == 1)
-    return lax.scan(body, x, params)
+    return lax.scan(body, x, (params, given))

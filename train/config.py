@@ -63,6 +63,18 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class RouterConfig:
+    """How the experts' load is kept level (zigzag_jax/models/balance.py)."""
+
+    aux_loss: Literal["hf", "batch", "sequence"] = "hf"
+    """What one product is taken over: all layers and tokens, a layer's tokens, or a row's tokens in a layer."""
+    aux_coefficient: float | None = None
+    """Weight of the auxiliary loss; default: the model's own; 0: none."""
+    bias_rate: float = 0.0
+    """Step by which a bias of each expert is moved after every batch towards an even load; 0: no bias."""
+
+
+@dataclass(frozen=True)
 class Config:
     """Train a mixture-of-experts language model with its sequence sharded over a zigzag ring."""
 
@@ -107,6 +119,8 @@ class Config:
     """Several processes as one run."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """The optimiser."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """How the experts' load is kept level."""
 
     @property
     def folder(self) -> Path:
@@ -145,6 +159,9 @@ def check(config: Config) -> None:
     for name in ("b1", "b2"):
         if not 0 <= getattr(optim, name) < 1:
             raise UserError(f"optim.{name}", "must be >= 0 and < 1", getattr(optim, name))
+    for name in ("aux_coefficient", "bias_rate"):
+        if (value := getattr(config.router, name)) is not None and not 0 <= value < float("inf"):
+            raise UserError(f"router.{name.replace('_', '-')}", "must be >= 0 and finite", value)
     if config.seed >= 2**32:
         raise UserError("seed", "must be < 2**32", config.seed)
     if not optim.weight_decay >= 0:

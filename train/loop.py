@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack
 
 import jax
+import numpy as np
 from rich.console import Console
 
 from zigzag_jax.models.devices import use_cpu_without_gpu
@@ -83,7 +84,7 @@ def _train(
 ) -> tuple[int, TrainState]:  # fmt: skip
     """Steps up to --steps, or until a stop is asked for; (last finished step, state), saved."""
     config, (step, state) = this.config, begin
-    train_step = jax.jit(make_step(this.task, this.tx), donate_argnums=0)
+    train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate), donate_argnums=0)
     rate = schedule(config.optim, config.steps)
     while step < config.steps:
         started = time.perf_counter()
@@ -96,7 +97,7 @@ def _train(
         losses = result.losses
         log.step(
             step, loss=float(losses.loss), aux_loss=float(losses.aux_loss), grad_norm=float(result.grad_norm),
-            learning_rate=learning_rate, tokens_per_second=speed,
+            learning_rate=learning_rate, tokens_per_second=speed, expert_load=_uneven(losses.load),
         )  # fmt: skip
         display.step(step, float(losses.loss), speed)
         stopping = stop.asked is not None and step < config.steps
@@ -110,6 +111,12 @@ def _train(
             display.say(f"step {step}: held-out loss {loss:.4f}")
     checkpoints.wait()
     return step, state
+
+
+def _uneven(load: np.ndarray) -> float:
+    """The busiest expert's share of its layer's tokens, as a multiple of an even share; 1 without experts."""
+    even = load.mean(axis=1, keepdims=True)
+    return float(np.max(load / np.maximum(even, 1.0), initial=1.0 if load.size == 0 else 0.0))
 
 
 def _check_finite(step: int, result: StepMetrics, saved: int | None) -> None:

@@ -90,6 +90,13 @@ def fit_vocabulary(sizes: ModelConfig, name: str, vocab_size: int) -> ModelConfi
 def maker(config: Config, sizes: ModelConfig, sharding: Sharding) -> Callable[[nnx.Rngs], Decoder]:
     """What builds the model from random keys."""
     options = KernelOptions(strategy=config.strategy)
+    bias = config.router.bias_rate > 0
     return lambda rngs: model_of(sizes)(
-        sizes, sharding, rngs=rngs, dtype=jnp.dtype(config.dtype), remat=config.remat, options=options
+        sizes,
+        sharding,
+        rngs=rngs,
+        dtype=jnp.dtype(config.dtype),
+        remat=config.remat,
+        router_bias=bias,
+        options=options,
     )

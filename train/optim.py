@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from zigzag_jax.models.balance import BIAS
 from zigzag_jax.train.config import OptimConfig
 
 
@@ -29,5 +30,9 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 
 def _decayed(params):
-    # norms are vectors, stacked over layers [L, d]; matrices have at least two dimensions of their own
-    return jax.tree_util.tree_map_with_path(lambda path, x: "norm" not in jax.tree_util.keystr(path).lower(), params)
+    # norms and router biases are vectors, stacked over layers [L, d]; matrices have two dimensions of their own
+    def one(path, _):
+        name = jax.tree_util.keystr(path).lower()
+        return "norm" not in name and BIAS not in name
+
+    return jax.tree_util.tree_map_with_path(one, params)

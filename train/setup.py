@@ -69,7 +69,9 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     make = maker(config, sizes, sharding)
     graphdef, shapes = abstract_state(make)
     tx = optimizer(config.optim, config.steps)
-    task = Task(graphdef, sharding, jnp.dtype(config.dtype), sizes.router_aux_loss_coef)
+    coefficient = config.router.aux_coefficient
+    coefficient = sizes.router_aux_loss_coef if coefficient is None else coefficient
+    task = Task(graphdef, sharding, jnp.dtype(config.dtype), config.router.aux_loss, coefficient)
 
     def init() -> TrainState:
         params = first_parameters(config, sizes, shapes, sharding)
@@ -101,4 +103,7 @@ def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, 
         f"{tokenizer_file(config) or 'trained on the data'} (digest {digest(dataset.tokenizer.to_str())})"
     )
     fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
-    return fixed | {f"optim.{name.replace('_', '-')}": x for name, x in dataclasses.asdict(config.optim).items()}
+    for group in ("optim", "router"):
+        values = dataclasses.asdict(getattr(config, group))
+        fixed |= {f"{group}.{name.replace('_', '-')}": x for name, x in values.items()}
+    return fixed

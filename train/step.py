@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from zigzag_jax.models.balance import move_biases
 from zigzag_jax.models.sharding import Sharding, parameter_shardings
 from zigzag_jax.train.task import Losses, Task
 
@@ -48,14 +49,18 @@ def abstract_train_state(shapes: nnx.State, tx: optax.GradientTransformation, sh
     return jax.tree.map(place, whole, state_shardings(shapes, tx, sharding))
 
 
-def make_step(task: Task, tx: optax.GradientTransformation) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """step(state, batch) -> (state, metrics), not yet jitted."""
+def make_step(
+    task: Task, tx: optax.GradientTransformation, bias_rate: float = 0.0
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """step(state, batch) -> (state, metrics), not yet jitted; `bias_rate` moves the routers' biases (balance.py)."""
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, StepMetrics]:
         (_, losses), grads = jax.value_and_grad(task.objective, has_aux=True)(state.params, batch)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
+            if bias_rate > 0:
+                params = move_biases(params, losses.load, bias_rate)
         return TrainState(params, opt_state), StepMetrics(losses, optax.tree.norm(grads))
 
     return step

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zigzag_jax.models.balance import load_balancing_loss
+from zigzag_jax.models.balance import AuxLoss, load_balancing_loss
 from zigzag_jax.models.sharding import Sharding
 from zigzag_jax.train.loss import cross_entropy_sum, predicted
 
 
 class Losses(NamedTuple):
-    """Float32 scalars of one batch."""
+    """What is said of one batch, float32: scalars but for the last."""
 
     loss: jax.Array
     """Mean cross-entropy of the predicted tokens, in nats."""
@@ -25,6 +25,8 @@ class Losses(NamedTuple):
     """Load-balancing loss of the routers, before its coefficient."""
     tokens: jax.Array
     """Predicted tokens."""
+    load: jax.Array
+    """[MoE layers, E]: how often each expert was chosen."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Task:
     """Where its arrays live."""
     dtype: Any
     """Dtype of the arithmetic."""
+    aux_form: AuxLoss
+    """Which auxiliary loss."""
     aux_coefficient: float
     """Weight of aux_loss in the objective."""
 
@@ -54,7 +58,7 @@ class Task:
                 hidden, model.head_weight, batch["labels"], mesh=self.sharding.mesh, dtype=self.dtype
             )
         tokens = predicted(batch["labels"])
-        return Losses(total / jnp.maximum(tokens, 1.0), load_balancing_loss(*stats), tokens)
+        return Losses(total / jnp.maximum(tokens, 1.0), load_balancing_loss(stats, self.aux_form), tokens, stats.load)
 
     def logits_at(self, params: nnx.State, tokens: jax.Array, positions: jax.Array, place: jax.Array) -> jax.Array:
         """Float32 logits [B, V] after the tokens at `place` (int32 scalar, an index of the zigzag order)."""

@@ -13,10 +13,10 @@ from model_helpers import GOLDEN, drawn, jit, maker, natural, put, sharding
 
 from zigzag_jax.mla import Payload
 from zigzag_jax.models.deepseek_v2 import DeepseekV2Config
-from zigzag_jax.models.moe import GroupLimitedTopK
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import read_config
+from zigzag_jax.models.router import GroupLimitedTopK
 from zigzag_jax.models.sharding import abstract_state, parameter_shardings
 
 NEW = json.loads((GOLDEN / "deepseek_v2_full" / "config.json").read_text())

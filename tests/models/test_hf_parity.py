@@ -36,7 +36,7 @@ def passes(name, cp):
         model = nnx.merge(graphdef, state)
         hidden, stats = model(batch["input_ids"], batch["positions"], real=batch["real"])
         logits = model.logits(hidden)
-        return jnp.sum(logits * batch["cotangent"]), (logits, load_balancing_loss(*stats))
+        return jnp.sum(logits * batch["cotangent"]), (logits, load_balancing_loss(stats))
 
     return jit(jax.grad(forward, has_aux=True))
 

@@ -1,4 +1,4 @@
-"""A mixture of experts against a loop over tokens in float64; what is counted; the load-balancing loss."""
+"""A mixture of experts against a loop over tokens in float64; what is counted; routers that are told what to do."""
 
 import functools
 
@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from model_helpers import draw, jit, natural, put, relative, sharding
 
-from zigzag_jax.models.balance import load_balancing_loss
-from zigzag_jax.models.moe import MoE, SoftmaxTopK
+from zigzag_jax.models.moe import MoE
+from zigzag_jax.models.router import GroupLimitedTopK, SoftmaxTopK, balanced_routes
 from zigzag_jax.models.sharding import abstract_state, parameter_shardings
 
 SIZE, INNER, EXPERTS = 12, 10, 5
@@ -18,8 +18,8 @@ MESHES = {"one": (1, 1, 1), "dp2-fsdp2-cp2": (2, 2, 2), "cp3": (1, 1, 3)}
 
 
 def loop(weights: dict, x: np.ndarray, real: np.ndarray, top_k: int, renormalise: bool):
-    """Token by token, float64: y, counts, probability sums."""
-    y, counts, sums = np.zeros_like(x), np.zeros(EXPERTS), np.zeros(EXPERTS)
+    """Token by token, float64: y and, for each row, counts and probability sums."""
+    y, counts, sums = np.zeros_like(x), np.zeros((len(x), EXPERTS)), np.zeros((len(x), EXPERTS))
     for at in np.ndindex(x.shape[:2]):
         logits = x[at] @ weights["route"]
         probs = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
@@ -29,8 +29,8 @@ def loop(weights: dict, x: np.ndarray, real: np.ndarray, top_k: int, renormalise
             gate, up = x[at] @ weights["gate"][e], x[at] @ weights["up"][e]
             y[at] += probs[e] / scale * ((gate / (1 + np.exp(-gate)) * up) @ weights["down"][e])
         if real[at]:
-            counts[chosen] += 1
-            sums += probs
+            counts[at[0], chosen] += 1
+            sums[at[0]] += probs
     return y, counts, sums
 
 
@@ -39,7 +39,7 @@ def inputs():
     rng = np.random.default_rng(1)
     real = rng.random((4, 24)) < 0.8
     x, cotangent = rng.standard_normal((2, 4, 24, SIZE)).astype(np.float32)
-    return x, real, cotangent, rng.standard_normal(EXPERTS)
+    return x, real, cotangent, rng.standard_normal((4, EXPERTS))
 
 
 @functools.cache
@@ -68,7 +68,10 @@ def test_against_a_loop(mesh, top_k, renormalise):
     def run(state, x):
         def loss(state, x):
             y, stats = nnx.merge(graphdef, state)(x, batch["real"])
-            return jnp.sum(y * batch["cotangent"]) + stats.probs @ jnp.asarray(on_probs, jnp.float32), (y, stats)
+            return jnp.sum(y * batch["cotangent"]) + jnp.sum(stats.probs * jnp.asarray(on_probs, jnp.float32)), (
+                y,
+                stats,
+            )
 
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(state, x)
 
@@ -87,7 +90,7 @@ def test_against_a_loop(mesh, top_k, renormalise):
 def check_gradients(gradients, oracle, at, eps=1e-7):
     def loss(point):
         y, _, sums = oracle(point, point["x"])
-        return np.sum(y * inputs()[2]) + sums @ inputs()[3]
+        return np.sum(y * inputs()[2]) + np.sum(sums * inputs()[3])
 
     rng = np.random.default_rng(2)
     for name, gradient in gradients.items():
@@ -112,16 +115,54 @@ def test_padding_is_not_counted_and_not_in_the_way():
     assert np.sum(stats.counts) == 2 * real.sum()
 
 
-def test_load_balancing_loss_is_one_product_over_all_layers():
-    """Two layers, each favouring its own half of the experts: level together, though neither is level alone."""
-    counts = jnp.array([[4.0, 4, 0, 0], [0, 0, 4, 4]])
-    probs = jnp.array([[2.0, 2, 0, 0], [0, 0, 2, 2]])
-    tokens = jnp.array(4.0)
-    np.testing.assert_allclose(load_balancing_loss(counts, probs, tokens), 2.0)  # k, the least there is
-    np.testing.assert_allclose(load_balancing_loss(counts[:1], probs[:1], tokens), 4.0)
+def test_given_routes_are_used_and_have_gradients():
+    """Replaying a pass's own routes changes nothing; other routes change the experts and not the probabilities."""
+    x, real, cotangent, _ = inputs()
+    where = sharding(cp=2)
+    graphdef, state = build(where)
+    batch = put({"x": x, "real": real, "cotangent": cotangent}, where)
+
+    @jit
+    def run(state, routes):
+        def loss(state):
+            y, stats = nnx.merge(graphdef, state)(batch["x"], batch["real"], routes)
+            return jnp.sum(y * batch["cotangent"]), (y, stats)
+
+        return jax.grad(loss, has_aux=True)(state)
+
+    free, (y, stats) = run(state, None)
+    replayed, (again, _) = run(state, stats.routes)
+    np.testing.assert_array_equal(y, again)
+    jax.tree.map(np.testing.assert_array_equal, free, replayed)
+    even = put(np.asarray(balanced_routes(jnp.arange(24)[None].repeat(4, 0), 1, EXPERTS, 2)[0]), where)
+    forced, (other, level) = run(state, even)
+    assert relative(other, y) > 0.1
+    np.testing.assert_allclose(level.probs, stats.probs, rtol=1e-6)
+    assert np.linalg.norm(forced["route"].get_value()) > 0
+    weights = {name: np.asarray(state[name].get_value(), np.float64) for name in state}
+    at = (1, 7)  # one token by hand
+    logits = x[at].astype(np.float64) @ weights["route"]
+    probs = np.exp(logits) / np.exp(logits).sum()
+    chosen = [(7 * 2) % EXPERTS, (7 * 2 + 1) % EXPERTS]
+    inner = [x[at] @ weights["gate"][e] for e in chosen]
+    outs = [
+        (g / (1 + np.exp(-g)) * (x[at] @ weights["up"][e])) @ weights["down"][e]
+        for e, g in zip(chosen, inner, strict=True)
+    ]
+    want = sum(probs[e] * out for e, out in zip(chosen, outs, strict=True)) / probs[chosen].sum()
+    assert relative(natural(other, where)[at], want) < 1e-5
 
 
-def test_load_balancing_loss_of_nothing_is_zero():
-    nothing = jnp.zeros((0, 4))
-    assert load_balancing_loss(nothing, nothing, jnp.array(4.0)) == 0
-    assert load_balancing_loss(jnp.zeros((2, 4)), jnp.zeros((2, 4)), jnp.array(0.0)) == 0
+@pytest.mark.parametrize("router", [SoftmaxTopK(2, True), GroupLimitedTopK(2, 4, 2, 2.5)])
+def test_a_bias_decides_who_is_chosen_and_not_how_much_they_count(router):
+    logits = jnp.asarray(np.random.default_rng(3).standard_normal((6, 8)), jnp.float32)
+    bias = jnp.zeros(8).at[5].set(10.0).at[4].set(-10.0)
+    plain, routes = router(logits), router(logits, bias=bias)
+    assert np.all(np.any(routes.experts == 5, axis=1))
+    assert not np.any(routes.experts == 4)
+    assert np.any(plain.experts != routes.experts)
+    chosen = np.take_along_axis(np.asarray(plain.probs), np.asarray(routes.experts), axis=1)
+    scale = 1 / chosen.sum(axis=1, keepdims=True) if isinstance(router, SoftmaxTopK) else 2.5
+    np.testing.assert_allclose(routes.weights, chosen * scale, rtol=1e-6)
+    gradient = jax.grad(lambda bias: jnp.sum(router(logits, bias=bias).weights ** 2))(bias)
+    np.testing.assert_array_equal(gradient, 0)

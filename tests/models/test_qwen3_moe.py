@@ -55,7 +55,7 @@ def step(mesh: tuple[int, int, int], remat: str = "none"):
 
     def loss(state, batch):
         hidden, stats = nnx.merge(graphdef, state)(batch["tokens"], batch["positions"], real=batch["real"])
-        return jnp.sum(hidden * batch["cotangent"]) + 100.0 * load_balancing_loss(*stats), (hidden, stats)
+        return jnp.sum(hidden * batch["cotangent"]) + 100.0 * load_balancing_loss(stats), (hidden, stats)
 
     return where, state, jit(jax.grad(loss, has_aux=True))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zigzag_jax.train.config import Config, HostsConfig, MeshConfig, OptimConfig, check
+from zigzag_jax.train.config import Config, HostsConfig, MeshConfig, OptimConfig, RouterConfig, check
 from zigzag_jax.train.errors import UserError
 
 BAD = {
@@ -33,6 +33,8 @@ BAD = {
     "optim.b1": Config(optim=OptimConfig(b1=-0.1)),
     "optim.b2": Config(optim=OptimConfig(b2=1.0)),
     "optim.weight-decay": Config(optim=OptimConfig(weight_decay=-1.0)),
+    "router.bias-rate": Config(router=RouterConfig(bias_rate=float("inf"))),
+    "router.aux-coefficient": Config(router=RouterConfig(aux_coefficient=-1.0)),
     "optim.warmup": Config(optim=OptimConfig(warmup=-1)),
 }
 

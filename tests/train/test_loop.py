@@ -8,14 +8,16 @@ import pytest
 
 from zigzag_jax.train import __main__ as command_line
 from zigzag_jax.train.errors import RunError, UserError
-from zigzag_jax.train.loop import _check_finite
+from zigzag_jax.train.loop import _check_finite, _uneven
 from zigzag_jax.train.report import HeldOut
 from zigzag_jax.train.task import Losses
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(np.nan, 1.0), (1.0, np.inf)])
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: float):
-    result = SimpleNamespace(losses=Losses(*map(jnp.float32, (loss, 0, 1))), grad_norm=np.float32(norm))
+    result = SimpleNamespace(
+        losses=Losses(jnp.float32(loss), jnp.float32(0), jnp.float32(1), jnp.zeros((0, 1))), grad_norm=np.float32(norm)
+    )
     with pytest.raises(RunError, match=r"^step 7: the .* is (nan|inf), .* of step 5"):
         _check_finite(7, result, 5)  # type: ignore[arg-type]
 
@@ -47,3 +49,8 @@ def test_the_held_out_rows_do_not_depend_on_the_mesh():
 
     batches = (Batches(batch=8, seq_len=padded, plan=SimpleNamespace(seq_len=512)) for padded in (512, 516))
     assert [HeldOut(b).count for b in batches] == [8, 8]  # type: ignore[arg-type]
+
+
+def test_how_uneven_the_load_is():
+    assert _uneven(np.array([[2.0, 2], [1, 3]], np.float32)) == 1.5
+    assert _uneven(np.zeros((0, 4), np.float32)) == 1.0
