@@ -9,6 +9,8 @@
     decoder      the transformer that both are
     qwen3_moe, deepseek_v2    their sizes, attention and experts
     registry     model_type -> sizes -> module                    presets    models by name
+    decode       token by token, with what the layers keep       memory     one token's attention over what was kept
+    generate     a command line: hear whether a model speaks
     devices      the CPU where there is no GPU
     hf/          Hugging Face's folders, both ways, and the command line
 

@@ -171,7 +171,11 @@ class Decoder(nnx.Module):
         self.head = None if tied else Linear(shape, ("embed", "vocab"), std=std, rngs=rngs)
 
     def _attention(self, options: KernelOptions, rngs: nnx.Rngs) -> nnx.Module:
-        """Called as attention(x [B, S, d], positions, turn) -> [B, S, d]."""
+        """Called as attention(x [B, S, d], positions, turn) -> [B, S, d].
+
+        For decode.py also: keep(x, turn) -> a tuple of arrays [B, S, heads, size], what it needs of each token; and
+        recall(x [B, 1, d], turn, [(kept, visible [B or 1, n]), ...]) -> [B, 1, d], one token that looks at them.
+        """
         raise NotImplementedError
 
     def _mlp(self, options: KernelOptions, sparse: bool, rngs: nnx.Rngs) -> nnx.Module:
@@ -202,8 +206,7 @@ class Decoder(nnx.Module):
         rope_positions = positions if rope_positions is None else rope_positions
         turn = rotary(rope_positions, self.config.rotary_size, self.config.rope)
         self._check_routes(tokens, routes)
-        with jax.named_scope("embedding"):
-            x = self.sharding.constrain(self.embedding(tokens, self.dtype), "batch", "sequence", "embed")
+        x = self.embed(tokens)
         kept, at = [], 0
         for layers, length in zip(self.groups, self.lengths, strict=True):
             sparse = layers.sparse
@@ -212,6 +215,11 @@ class Decoder(nnx.Module):
             x, stats = scan_layers(layers, length, call, x, self.remat, own)
             kept, at = ([*kept, stats], at + length) if sparse else (kept, at)
         return self.norm(x), self._stats(kept, real)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Tokens [B, S] -> the first hidden states [B, S, d]."""
+        with jax.named_scope("embedding"):
+            return self.sharding.constrain(self.embedding(tokens, self.dtype), "batch", "sequence", "embed")
 
     def _check_routes(self, tokens: jax.Array, routes: jax.Array | None) -> None:
         want = (sum(self.config.sparse_layers), *tokens.shape, self.config.num_experts_per_tok)

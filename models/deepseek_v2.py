@@ -9,6 +9,7 @@ grows by the square of 0.1 mscale_all_dim ln(factor) + 1. The two inner norms ha
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from zigzag_jax.mla import hop_bytes, latent_attention
 from zigzag_jax.models.config import Fields
 from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
 from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
+from zigzag_jax.models.memory import Memory, attend
 from zigzag_jax.models.moe import LayerStats, MoE
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.rope import Rope, Rotary, Yarn, rotate_pairs, stretch
@@ -195,19 +197,13 @@ class Attention(nnx.Module):
         self.o = Linear((c.num_attention_heads * c.v_head_dim, size), ("heads", "embed"), std=std, rngs=rngs)
 
     def __call__(self, x: jax.Array, positions: jax.Array, turn: Rotary) -> jax.Array:
-        c, nope = self.config, self.config.qk_nope_head_dim
-        narrow = x if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x))
-        q = self.q(narrow).reshape(*x.shape[:2], c.num_attention_heads, -1)
-        q = jnp.concatenate([q[..., :nope], rotate_pairs(q[..., nope:], turn)], axis=-1)
-        q = self.sharding.constrain(q, "batch", "sequence", "heads", "head_dim")
-        compressed = self.kv_a(x)
-        latent = self.kv_norm(compressed[..., : c.kv_lora_rank])
-        k_pe = rotate_pairs(compressed[..., None, c.kv_lora_rank :], turn)[:, :, 0]
+        c = self.config
+        q, (latent, k_pe) = self._queries(x, turn), self._latent(x, turn)
         y = latent_attention(
             q,
             latent,
             k_pe,
-            self.kv_b.weight[...].reshape(c.kv_lora_rank, c.num_attention_heads, -1),
+            self._kv_b,
             positions=positions,
             scale=c.softmax_scale,
             mesh=self.sharding.mesh,
@@ -219,6 +215,42 @@ class Attention(nnx.Module):
             grad_dtype=self.options.grad_dtype,
         )
         return self.o(y.reshape(*x.shape[:2], -1))
+
+    def keep(self, x: jax.Array, turn: Rotary) -> tuple[jax.Array]:
+        """The latent and the rotary key side by side, as one head [B, S, 1, R + P]."""
+        kept = jnp.concatenate(self._latent(x, turn), axis=-1)[:, :, None]
+        return (self.sharding.constrain(kept, "batch", "sequence", "kv_heads", "head_dim"),)
+
+    def recall(self, x: jax.Array, turn: Rotary, kept: list[tuple[Any, jax.Array]]) -> jax.Array:
+        """See Decoder._attention. The latent is never expanded: kv_b goes to the query's side and to the output's
+        (arXiv:2405.04434, section 2.1.2), which makes this attention of all heads over one key head.
+        """
+        c, nope = self.config, self.config.qk_nope_head_dim
+        q, kv_b = self._queries(x, turn), self._kv_b.astype(x.dtype)
+        wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        narrow = wide("bshn,rhn->bshr", q[..., :nope], kv_b[..., :nope]).astype(x.dtype)
+        q = jnp.concatenate([narrow, q[..., nope:]], axis=-1)
+        memories = [Memory(k, k[..., : c.kv_lora_rank], visible) for (k,), visible in kept]
+        y = attend(q, memories, c.softmax_scale)
+        y = wide("bshr,rhe->bshe", y, kv_b[..., nope:]).astype(x.dtype)
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+    def _queries(self, x: jax.Array, turn: Rotary) -> jax.Array:
+        nope = self.config.qk_nope_head_dim
+        narrow = x if self.q_a is None or self.q_norm is None else self.q_norm(self.q_a(x))
+        q = self.q(narrow).reshape(*x.shape[:2], self.config.num_attention_heads, -1)
+        q = jnp.concatenate([q[..., :nope], rotate_pairs(q[..., nope:], turn)], axis=-1)
+        return self.sharding.constrain(q, "batch", "sequence", "heads", "head_dim")
+
+    def _latent(self, x: jax.Array, turn: Rotary) -> tuple[jax.Array, jax.Array]:
+        """The latent [B, S, R], normed, and the rotary key [B, S, P], turned."""
+        compressed, rank = self.kv_a(x), self.config.kv_lora_rank
+        return self.kv_norm(compressed[..., :rank]), rotate_pairs(compressed[..., None, rank:], turn)[:, :, 0]
+
+    @property
+    def _kv_b(self) -> jax.Array:
+        """[R, H, N + E]."""
+        return self.kv_b.weight[...].reshape(self.config.kv_lora_rank, self.config.num_attention_heads, -1)
 
 
 class SharedMoE(nnx.Module):

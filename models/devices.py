@@ -22,3 +22,16 @@ def use_cpu_without_gpu() -> None:
 def on_cpu() -> bool:
     """Whether the run was told to use the CPU."""
     return jax.config.jax_platforms == "cpu"
+
+
+def start_ring(cp: int, cpu_devices: int | None) -> None:
+    """Have at least `cp` devices, where this is the CPU by letting it pose as them; before any JAX computation.
+
+    ValueError where there are too few.
+    """
+    if cp < 1:
+        raise ValueError(f"cp: must be >= 1, got {cp}")
+    if on_cpu():
+        jax.config.update("jax_num_cpu_devices", cpu_devices or cp)
+    if cp > jax.device_count():
+        raise ValueError(f"cp: must be at most the {jax.device_count()} devices there are, got {cp}")

@@ -12,6 +12,7 @@ from zigzag_jax import zigzag_attention
 from zigzag_jax.models.config import Fields
 from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
 from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
+from zigzag_jax.models.memory import Memory, attend
 from zigzag_jax.models.moe import MoE
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.rope import Rope, Rotary, rotate_half
@@ -137,13 +138,7 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(width, config.rms_norm_eps)
 
     def __call__(self, x: jax.Array, positions: jax.Array, turn: Rotary) -> jax.Array:
-        def heads(y, name):
-            y = y.reshape(*x.shape[:2], -1, self.width)
-            return self.sharding.constrain(y, "batch", "sequence", name, "head_dim")
-
-        q = rotate_half(self.q_norm(heads(self.q(x), "heads")), turn)
-        k = rotate_half(self.k_norm(heads(self.k(x), "kv_heads")), turn)
-        v = heads(self.v(x), "kv_heads")
+        q, (k, v) = self._queries(x, turn), self.keep(x, turn)
         y = zigzag_attention(
             q,
             k,
@@ -157,6 +152,24 @@ class Attention(nnx.Module):
             grad_dtype=self.options.grad_dtype,
         )
         return self.o(y.reshape(*x.shape[:2], -1))
+
+    def keep(self, x: jax.Array, turn: Rotary) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, S, K, D]."""
+        k = self._heads(self.k(x), "kv_heads")
+        return rotate_half(self.k_norm(k), turn), self._heads(self.v(x), "kv_heads")
+
+    def recall(self, x: jax.Array, turn: Rotary, kept: list[tuple[Any, jax.Array]]) -> jax.Array:
+        """See Decoder._attention."""
+        memories = [Memory(k, v, visible) for (k, v), visible in kept]
+        y = attend(self._queries(x, turn), memories, self.width**-0.5)
+        return self.o(y.reshape(*x.shape[:2], -1))
+
+    def _queries(self, x: jax.Array, turn: Rotary) -> jax.Array:
+        return rotate_half(self.q_norm(self._heads(self.q(x), "heads")), turn)
+
+    def _heads(self, y: jax.Array, name: str) -> jax.Array:
+        y = y.reshape(*y.shape[:2], -1, self.width)
+        return self.sharding.constrain(y, "batch", "sequence", name, "head_dim")
 
 
 class Qwen3Moe(Decoder):

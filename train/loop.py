@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from zigzag_jax.models.decode import write
 from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.train import metrics, report
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
@@ -20,7 +21,6 @@ from zigzag_jax.train.mesh import make_mesh, start_devices
 from zigzag_jax.train.metrics import MetricsLog
 from zigzag_jax.train.models import model_config
 from zigzag_jax.train.optim import schedule
-from zigzag_jax.train.sample import continue_texts
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState, make_step
 from zigzag_jax.train.stop import StopRequest
@@ -133,12 +133,11 @@ def _report(this: Run, step: int, state: TrainState, log: MetricsLog) -> None:
     log.step(step, eval_loss=loss)
     unigram, bigram = this.held_out.baselines(this.dataset)
     say(f"held-out loss {loss:.3f} nats a token; unigram model {unigram:.3f}, bigram model {bigram:.3f}")
-    rows = this.mesh.shape["dp"] * this.mesh.shape["fsdp"]
-    prompts = report.prompts(this.dataset, rows, min(_PROMPT, config.seq_len - 1))
-    texts = continue_texts(this.task, state.params, prompts, _WRITTEN, seed=config.seed, temperature=0.7)
+    prompts = report.prompts(this.dataset, 2, min(_PROMPT, config.seq_len - 1)).tolist()
+    texts = write(this.writer, state.params, prompts, _WRITTEN, seed=config.seed, temperature=0.7)
     decode = this.dataset.tokenizer.decode
-    for prompt, text in list(zip(prompts, texts, strict=True))[:2]:
-        say(f"\n--- given:\n{decode(prompt.tolist())}\n--- the model goes on:\n{decode(text[len(prompt) :].tolist())}")
+    for prompt, text in zip(prompts, texts, strict=True):
+        say(f"\n--- given:\n{decode(prompt)}\n--- the model goes on:\n{decode(text)}")
     picture, numbers = config.folder / "loss.png", config.folder / metrics.FILE
     if jax.process_index() == 0:
         report.draw_loss(numbers, (unigram, bigram), picture)

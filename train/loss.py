@@ -2,8 +2,8 @@
 
 Logits [B, S, V] in float32 are the largest array of a training step: 20 GB at 32k tokens and 152k words. They are never
 made. Inside a shard_map each device walks over its own tokens a chunk at a time, keeps nothing (`jax.checkpoint`: the
-backward makes a chunk's logits again), and returns its sum. A scan over chunks of the global sequence axis would have
-XLA gather the whole sequence's hidden states instead.
+backward makes a chunk's logits again), and returns a number a token. A scan over chunks of the global sequence axis
+would have XLA gather the whole sequence's hidden states instead.
 
 The loss of a step is the sum over all tokens divided **once** by their number: with means per device, padding and
 packing would weigh tokens differently on different meshes.
@@ -21,43 +21,43 @@ from zigzag_jax.train.mesh import ROWS
 IGNORED = -1  # label of a token whose successor is not predicted
 
 
-def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, chunk: int = 1024) -> jax.Array:
-    """Sum over predicted tokens of -log softmax(hidden @ head)[label], in nats: float32 scalar.
+def cross_entropy(hidden, head, labels, *, mesh, dtype, chunk: int = 1024) -> jax.Array:
+    """-log softmax(hidden @ head)[label] of every token, in nats, 0 where nothing is predicted: float32 [B, S].
 
     hidden [B, S, d]; head float32 [d, V]; labels int32 [B, S], -1 where nothing is predicted; all in one order (zigzag)
-    with B over the mesh's (dp, fsdp) and S over cp. The product is taken in `dtype` with float32 sums; the gradient of
-    head is summed in float32. `chunk`: tokens whose logits exist at a time.
+    with B over the mesh's (dp, fsdp) and S over cp, like the result. The product is taken in `dtype` with float32 sums;
+    the gradient of head is summed in float32. `chunk`: tokens whose logits exist at a time.
     """
     rows, sequence = PartitionSpec(ROWS, "cp", None), PartitionSpec(ROWS, "cp")
 
     def local(hidden, head, labels):
-        total = _local_sum(hidden.reshape(-1, hidden.shape[-1]), head, labels.reshape(-1), dtype, chunk)
-        return total.reshape(1, 1)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        return _local(flat, head, labels.reshape(-1), dtype, chunk).reshape(labels.shape)
 
-    # one partial sum a device, summed outside: no collective to differentiate through
     in_specs = (rows, PartitionSpec(), sequence)
-    return jnp.sum(
-        jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sequence, check_vma=False)(hidden, head, labels)
-    )
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sequence, check_vma=False)
+    return run(hidden, head, labels)
 
 
-def _local_sum(hidden, head, labels, dtype, chunk: int):
-    """The sum over one device's tokens, hidden [n, d], labels [n]."""
+def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, chunk: int = 1024) -> jax.Array:
+    """The sum of `cross_entropy` over all tokens of the global batch: float32 scalar."""
+    return jnp.sum(cross_entropy(hidden, head, labels, mesh=mesh, dtype=dtype, chunk=chunk))
+
+
+def _local(hidden, head, labels, dtype, chunk: int):
+    """The losses [n] of one device's tokens, hidden [n, d], labels [n]."""
     count = len(labels)
     pad = -count % min(chunk, count)
     hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, min(chunk, count), hidden.shape[1])
     labels = jnp.pad(labels, (0, pad), constant_values=IGNORED).reshape(hidden.shape[:2])
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def chunk_sum(head, h, label):
+    def of_chunk(head, h, label):
         logits = _project(h.astype(dtype), head)
         own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)[:, 0]
-        return jnp.sum(jnp.where(label >= 0, jax.nn.logsumexp(logits, axis=1) - own, 0.0))
+        return jnp.where(label >= 0, jax.nn.logsumexp(logits, axis=1) - own, 0.0)
 
-    def body(total, x):
-        return total + chunk_sum(head, *x), None
-
-    return lax.scan(body, jnp.zeros((), jnp.float32), (hidden, labels))[0]
+    return lax.scan(lambda _, x: (None, of_chunk(head, *x)), None, (hidden, labels))[1].reshape(-1)[:count]
 
 
 @jax.custom_vjp

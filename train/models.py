@@ -11,7 +11,7 @@ from flax import nnx
 
 from zigzag_jax.models.config import read_json
 from zigzag_jax.models.decoder import Decoder
-from zigzag_jax.models.hf.saved import check_weights, has_weights, read_state
+from zigzag_jax.models.hf.saved import check_weights, has_weights, open_source, read_state
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
@@ -43,7 +43,7 @@ def model_config(config: Config) -> ModelConfig:
     if not has_weights(folder):
         raise UserError("model", "must hold model*.safetensors (or give --random-init for its sizes alone)", name)
     try:
-        check_weights(folder, sizes)
+        check_weights(open_source(folder), sizes)
     except (OSError, ValueError) as error:
         raise UserError("model", f"must hold the weights of its config.json ({error})", name) from None
     return sizes
@@ -75,7 +75,7 @@ def first_parameters(config: Config, sizes: ModelConfig, shapes: nnx.State, shar
     folder = model_folder(config)
     if folder is None or config.random_init:
         return init_state(maker(config, sizes, sharding), sharding, jax.random.key(config.seed))[1]
-    return read_state(folder, sizes, shapes, sharding)
+    return read_state(open_source(folder), sizes, shapes, sharding)
 
 
 def fit_vocabulary(sizes: ModelConfig, name: str, vocab_size: int) -> ModelConfig:

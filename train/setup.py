@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from zigzag_jax.models.decode import Writer
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.config import Config
@@ -53,6 +54,8 @@ class Run:
     """What it trains on."""
     held_out: HeldOut
     """What it is scored on."""
+    writer: Writer
+    """Its model, to be heard."""
     losses: Callable[..., Losses]
     """Jitted losses(params, batch)."""
     say: Callable[[str], None]
@@ -90,7 +93,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         config=config, identity=identity(config, sizes, dataset), config_json=config_json(config, sizes),
         dataset=dataset, mesh=mesh, task=task, tx=tx, abstract=abstract_train_state(shapes, tx, sharding), init=init,
         batches=batches, held_out=HeldOut(held_out),
-        losses=jax.jit(task.losses), say=say,
+        writer=Writer(lambda sharding: maker(config, sizes, sharding), sharding), losses=jax.jit(task.losses), say=say,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from zigzag_jax.models.balance import AuxLoss, load_balancing_loss
 from zigzag_jax.models.sharding import Sharding
-from zigzag_jax.train.loss import cross_entropy_sum, predicted
+from zigzag_jax.train.loss import cross_entropy, cross_entropy_sum, predicted
 
 
 class Losses(NamedTuple):
@@ -60,8 +60,8 @@ class Task:
         tokens = predicted(batch["labels"])
         return Losses(total / jnp.maximum(tokens, 1.0), load_balancing_loss(stats, self.aux_form), tokens, stats.load)
 
-    def logits_at(self, params: nnx.State, tokens: jax.Array, positions: jax.Array, place: jax.Array) -> jax.Array:
-        """Float32 logits [B, V] after the tokens at `place` (int32 scalar, an index of the zigzag order)."""
+    def token_losses(self, params: nnx.State, batch: dict[str, jax.Array]) -> jax.Array:
+        """The cross-entropy of each token of a batch, float32 [B, S] in zigzag order, 0 where nothing is predicted."""
         model = nnx.merge(self.graphdef, params)
-        hidden, _ = model(tokens, positions)
-        return model.logits(jnp.take(hidden, place, axis=1)[:, None])[:, 0].astype(jnp.float32)
+        hidden, _ = model(batch["tokens"], batch["positions"], real=batch["real"])
+        return cross_entropy(hidden, model.head_weight, batch["labels"], mesh=self.sharding.mesh, dtype=self.dtype)

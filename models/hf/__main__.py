@@ -11,11 +11,10 @@ import argparse
 import sys
 import time
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from zigzag_jax.models.devices import on_cpu, use_cpu_without_gpu
+from zigzag_jax.models.devices import start_ring, use_cpu_without_gpu
 from zigzag_jax.models.hf.golden import compare
 from zigzag_jax.models.hf.saved import Wrote, export_model, import_model
 
@@ -29,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     use_cpu_without_gpu()
     try:
         if args.command == "check":
-            _start_devices(args.cp, args.cpu_devices)
+            start_ring(args.cp, args.cpu_devices)
             same = compare(args.folder, args.golden, args.cp, lambda text: print(text, flush=True))  # noqa: T201
             return DONE if same else DIFFERS
         with _Written(args.target) as wrote:
@@ -59,15 +58,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cp", type=int, default=1, help="devices of the ring (1)")
     command.add_argument("--cpu-devices", type=int, help="CPU devices where there is no GPU (as many as --cp)")
     return parser
-
-
-def _start_devices(cp: int, cpu_devices: int | None) -> None:
-    if cp < 1:
-        raise ValueError(f"cp: must be >= 1, got {cp}")
-    if on_cpu():
-        jax.config.update("jax_num_cpu_devices", cpu_devices or cp)
-    if cp > jax.device_count():
-        raise ValueError(f"cp: must be at most the {jax.device_count()} devices there are, got {cp}")
 
 
 class _Written:

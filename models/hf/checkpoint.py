@@ -42,8 +42,7 @@ class Parameters(Mapping[str, Any]):
 
     def __init__(self, step: pathlib.Path):
         self._state = step / STATE
-        with _checkpointer() as reader:
-            tree = reader.metadata(self._state).item_metadata.tree
+        tree = ocp.PyTreeCheckpointHandler().metadata(self._state).tree
         self._found = {".".join(path): leaf for path, leaf in _leaves(tree["params"])}
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -72,8 +71,7 @@ class Parameters(Mapping[str, Any]):
             restore_args=_nested(path, ocp.RestoreArgs(restore_type=np.ndarray)),
             partial_restore=True,
         )
-        with _checkpointer() as reader:
-            tree = reader.restore(self._state, args=args)
+        tree = ocp.PyTreeCheckpointHandler().restore(self._state, args=args)
         for key in path:
             tree = tree[key]
         return tree
@@ -87,10 +85,6 @@ class Parameter:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self._source.read(self._name)[index]
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

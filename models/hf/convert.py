@@ -4,7 +4,7 @@ Three forms of the same numbers, each as a mapping from names to arrays that are
 
     separate    Hugging Face's: a tensor for every matrix of every expert of every layer, [out, in]
     stacked     ours on disk: a tensor for every parameter, named by its path ("groups.0.attention.q.weight")
-    state       ours on a mesh: float32, every device with its piece
+    state       ours on a mesh, every device with its piece; float32 for training
 """
 
 import functools
@@ -32,8 +32,10 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def from_hf(tensors: Arrays, config: ModelConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
-    """A float32 state like `shapes` (see `abstract_state`) on the mesh, from the separate form.
+def from_hf(
+    tensors: Arrays, config: ModelConfig, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32
+) -> nnx.State:
+    """A state like `shapes` (see `abstract_state`) on the mesh, in `dtype`, from the separate form.
 
     Each process reads the slices that its own devices keep and holds one at a time: with `files.Folder`, which maps
     files into memory, no host ever has a whole model. ValueError that lists the tensors that are missing, have another
@@ -42,15 +44,15 @@ def from_hf(tensors: Arrays, config: ModelConfig, shapes: nnx.State, sharding: S
     flat = {path: v.get_value().shape for path, v in nnx.to_flat_state(shapes)}
     parts = _parts(config)
     check_tensors(tensors, _separate_shapes(flat, parts))
-    return _place(shapes, sharding, lambda path: functools.partial(_read, tensors, parts[path], flat[path]))
+    return _place(shapes, sharding, lambda path: functools.partial(_read, tensors, parts[path], flat[path], dtype))
 
 
-def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding) -> nnx.State:
+def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32) -> nnx.State:
     """The same from the stacked form."""
     check_tensors(tensors, {dotted(path): v.get_value().shape for path, v in nnx.to_flat_state(shapes)})
 
     def reader(path: Path):
-        return lambda index: np.asarray(tensors[dotted(path)][index], np.float32)
+        return lambda index: np.asarray(tensors[dotted(path)][index]).astype(dtype)
 
     return _place(shapes, sharding, reader)
 
@@ -157,10 +159,10 @@ def check_tensors(tensors: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> Non
             raise ValueError(f"a saved model {words} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
 
 
-def _read(tensors: Arrays, parts: Parts, shape: tuple[int, ...], index) -> np.ndarray:
-    """The piece `index` (a slice for each dimension of `shape`) of a parameter made of `parts`, float32."""
+def _read(tensors: Arrays, parts: Parts, shape: tuple[int, ...], dtype: Any, index) -> np.ndarray:
+    """The piece `index` (a slice for each dimension of `shape`) of a parameter made of `parts`, in `dtype`."""
     bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-    piece = np.empty([end - begin for begin, end in bounds], np.float32)
+    piece = np.empty([end - begin for begin, end in bounds], dtype)
     lead = len(next(iter(parts)))
     inner = tuple(slice(*b) for b in bounds[lead:])
     for at in itertools.product(*(range(*b) for b in bounds[:lead])):

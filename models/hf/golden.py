@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from zigzag_jax.layout import from_zigzag, to_zigzag
 from zigzag_jax.models.hf.convert import to_hf
-from zigzag_jax.models.hf.saved import read_state
+from zigzag_jax.models.hf.saved import open_source, read_state
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
 
@@ -65,14 +65,14 @@ def compute(
     folder: str | os.PathLike, golden: Arrays, cp: int, say: Callable[[str], None] = lambda text: None
 ) -> Arrays:
     """The golden file's arrays as this code computes them over a ring of `cp` devices: logits and grad.NAME."""
-    config = read_config(folder)
+    config = read_config(open_source(folder).config)
     mesh = jax.make_mesh((cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:cp])
     where = Sharding(mesh)
     graphdef, shapes = abstract_state(
         lambda rngs: model_of(config)(config, where, rngs=rngs, dtype=jnp.float32, remat="none")
     )
     say("reading weights")
-    state = read_state(folder, config, shapes, where)
+    state = read_state(open_source(folder), config, shapes, where)
     say("computing logits and gradients")
     rows, length = golden["input_ids"].shape
     batch = {

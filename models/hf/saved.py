@@ -12,10 +12,11 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from zigzag_jax.models.config import read_json
@@ -33,27 +34,57 @@ Folder = str | os.PathLike
 Wrote = Callable[[int, int], None]  # (bytes written, bytes of all)
 
 
+class Source(NamedTuple):
+    """A folder that holds a model."""
+
+    config: dict[str, Any]
+    """Its config.json."""
+
+    tensors: Mapping[str, Any]
+    """Name -> array that is read when it is sliced."""
+
+    stacked: bool
+    """Which names and shapes these are, see convert.py."""
+
+    trained: bool
+    """Whether it is a training checkpoint."""
+
+    beside: pathlib.Path
+    """The folder where a tokenizer would lie."""
+
+
+def open_source(folder: Folder) -> Source:
+    """Hugging Face's folder, an imported one, or a run (or one of its checkpoints). ValueError for anything else."""
+    path = pathlib.Path(folder)
+    if any(path.glob(f"{IMPORTED}*.safetensors")):
+        return Source(read_json(path), files.Folder(path, IMPORTED), stacked=True, trained=False, beside=path)
+    if any(path.glob("model*.safetensors")):
+        return Source(read_json(path), files.Folder(path), stacked=False, trained=False, beside=path)
+    step = checkpoint.find(path)
+    tensors = checkpoint.Parameters(step)
+    return Source(checkpoint.config(step), tensors, stacked=True, trained=True, beside=step.parent.parent)
+
+
 def has_weights(folder: Folder) -> bool:
     """Whether a folder is a model with its weights, Hugging Face's or imported."""
     return any(any(pathlib.Path(folder).glob(f"{stem}*.safetensors")) for stem in ("model", IMPORTED))
 
 
-def check_weights(folder: Folder, config: ModelConfig) -> None:
-    """ValueError unless a folder, Hugging Face's or imported, holds the tensors of this model; reads headers only."""
-    if _imported(folder):
-        convert.separate(files.Folder(folder, IMPORTED), config)
-    else:
-        convert.stack(files.Folder(folder), config)
+def check_weights(source: Source, config: ModelConfig) -> None:
+    """ValueError unless a folder holds the tensors of this model; reads their shapes only."""
+    (convert.separate if source.stacked else convert.stack)(source.tensors, config)
 
 
-def read_state(folder: Folder, config: ModelConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
-    """The parameters of a folder, Hugging Face's or imported, as a float32 state like `shapes` on the mesh.
+def read_state(
+    source: Source, config: ModelConfig, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32
+) -> nnx.State:
+    """The parameters of a folder as a state like `shapes` on the mesh, in `dtype`.
 
     Each process reads the slices its own devices keep. ValueError for a folder that does not hold this model.
     """
-    if _imported(folder):
-        return convert.from_stacked(files.Folder(folder, IMPORTED), shapes, sharding)
-    return convert.from_hf(files.Folder(folder), config, shapes, sharding)
+    if source.stacked:
+        return convert.from_stacked(source.tensors, shapes, sharding, dtype)
+    return convert.from_hf(source.tensors, config, shapes, sharding, dtype)
 
 
 def import_model(source: Folder, out: Folder, wrote: Wrote = lambda done, total: None) -> None:
@@ -64,8 +95,7 @@ def import_model(source: Folder, out: Folder, wrote: Wrote = lambda done, total:
         values = read_json(source)
         tensors = convert.stack(files.Folder(source), read_config(values))
         _write(made, tensors, IMPORTED, wrote)
-        _write_config(made, values)
-        _copy_extras(pathlib.Path(source), made)
+        _write_rest(made, values, pathlib.Path(source))
 
 
 def export_model(
@@ -77,23 +107,18 @@ def export_model(
     ValueError for a source that is neither, or an `out` that is not empty.
     """
     with _new_folder(out) as made:
-        if _imported(source):
-            values, beside = read_json(source), pathlib.Path(source)
-            stacked = files.Folder(source, IMPORTED)
-        else:
-            step = checkpoint.find(source)
-            values, beside = checkpoint.config(step), step.parent.parent
-            stacked = checkpoint.Parameters(step)
-        tensors = convert.separate(stacked, read_config(values), None if dtype is None else jnp.dtype(dtype))
-        if dtype is not None or not _imported(source):
-            values = _with_dtype(values, str(tensors[0].dtype))
+        found = open_source(source)
+        if not found.stacked:
+            raise ValueError(
+                f"the source must be an imported model, a run or a checkpoint, got Hugging Face's {source}"
+            )
+        tensors = convert.separate(
+            found.tensors, read_config(found.config), None if dtype is None else jnp.dtype(dtype)
+        )
+        changed = dtype is not None or found.trained
+        values = _with_dtype(found.config, str(tensors[0].dtype)) if changed else found.config
         _write(made, tensors, "model", wrote)
-        _write_config(made, values)
-        _copy_extras(beside, made)
-
-
-def _imported(folder: Folder) -> bool:
-    return any(pathlib.Path(folder).glob(f"{IMPORTED}*.safetensors"))
+        _write_rest(made, values, found.beside)
 
 
 def _with_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -112,14 +137,12 @@ def _write(folder: pathlib.Path, tensors: list[files.Tensor], stem: str, wrote: 
     files.write(folder, tensors, stem=stem, wrote=add)
 
 
-def _write_config(folder: pathlib.Path, values: dict[str, Any]) -> None:
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-
-
-def _copy_extras(source: pathlib.Path, folder: pathlib.Path) -> None:
+def _write_rest(folder: pathlib.Path, config: dict[str, Any], beside: pathlib.Path) -> None:
+    """Everything that is no tensor: the config, and the tokenizer's files."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in EXTRAS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        if (beside / name).is_file():
+            shutil.copyfile(beside / name, folder / name)
 
 
 @contextlib.contextmanager

@@ -68,15 +68,18 @@ def test_both_folders_give_one_state_on_a_mesh(source, tmp_path):
     saved.import_model(source, tmp_path / "ours")
     config, where = read_config(source), sharding(fsdp=2, cp=2)
     shapes = abstract_state(maker(config, where))[1]
-    one, other = (flat(saved.read_state(folder, config, shapes, where)) for folder in (source, tmp_path / "ours"))
+    one, other = (
+        flat(saved.read_state(saved.open_source(folder), config, shapes, where))
+        for folder in (source, tmp_path / "ours")
+    )
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
     for folder in (source, tmp_path / "ours"):
         assert saved.has_weights(folder)
-        saved.check_weights(folder, config)
+        saved.check_weights(saved.open_source(folder), config)
         with pytest.raises(ValueError, match="a saved model must"):
-            saved.check_weights(folder, PRESETS["tiny-qwen3-moe"])
+            saved.check_weights(saved.open_source(folder), PRESETS["tiny-qwen3-moe"])
     assert not saved.has_weights(tmp_path)
 
 
@@ -113,6 +116,8 @@ def test_what_cannot_be_imported_or_exported(tmp_path):
     mixed[one] = mixed[one].astype(np.float32)
     with pytest.raises(ValueError, match=r"equal layers must have one dtype, got float16 and float32 for groups.*up"):
         convert.stack(mixed, read_config(MIXED))
+    with pytest.raises(ValueError, match=r"the source must be an imported model, a run or a checkpoint, got .*none"):
+        saved.export_model(LITE, tmp_path / "out")
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("keep me")
@@ -167,7 +172,7 @@ def test_a_spoiled_golden_file_is_named(tmp_path, capsys):
 @pytest.fixture(autouse=True)
 def running_devices(monkeypatch):
     """The devices of this process are chosen already."""
-    monkeypatch.setattr(command_line, "on_cpu", lambda: False)
+    monkeypatch.setattr("zigzag_jax.models.devices.on_cpu", lambda: False)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys):

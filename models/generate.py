@@ -1,0 +1,103 @@
+"""`python -m zigzag_jax.models.generate FOLDER --prompt TEXT`: hear whether a model speaks.
+
+FOLDER is Hugging Face's, an imported one, or a training run (its newest checkpoint), with a tokenizer.json beside the
+weights. The prompt goes through the ring over --cp devices, however long it is; then it is token by token (decode.py).
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from tokenizers import Tokenizer
+
+from zigzag_jax.models.decode import Writer, write
+from zigzag_jax.models.devices import start_ring, use_cpu_without_gpu
+from zigzag_jax.models.hf.saved import open_source, read_state
+from zigzag_jax.models.registry import model_of, read_config
+from zigzag_jax.models.sharding import Sharding, abstract_state
+
+DONE, USER_ERROR = 0, 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = _parser().parse_args(arguments)
+    use_cpu_without_gpu()
+    try:
+        _continue(args)
+    except (ValueError, NotImplementedError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+    return DONE
+
+
+def _continue(args: argparse.Namespace) -> None:
+    start_ring(args.cp, args.cpu_devices)
+    source = open_source(args.folder)
+    config = read_config(source.config)
+    tokenizer = _tokenizer(args.tokenizer or source.beside / "tokenizer.json")
+    text = Path(args.prompt_file).read_text("utf-8") if args.prompt_file else args.prompt
+    prompt = tokenizer.encode(text).ids
+    if prompt and max(prompt) >= config.vocab_size:
+        raise ValueError(f"tokenizer: ids must be under the model's {config.vocab_size}, got {max(prompt)}")
+    mesh = jax.make_mesh((args.cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[: args.cp])
+    where, dtype = Sharding(mesh), jnp.dtype(args.dtype)
+    make = lambda sharding: lambda rngs: model_of(config)(config, sharding, rngs=rngs, dtype=dtype)
+    params = read_state(source, config, abstract_state(make(where))[1], where, dtype)
+    print(text, end="", flush=True)  # noqa: T201
+    shown: list[int] = []
+    told = functools.partial(_tell, tokenizer, shown)
+    end = source.config.get("eos_token_id")
+    ids = write(
+        Writer(make, where), params, [prompt], args.tokens, temperature=args.temperature, top_p=args.top_p,
+        seed=args.seed, end=end if isinstance(end, int) else None, told=told,
+    )  # fmt: skip
+    print(f"\n[{len(prompt)} tokens given, {len(ids[0])} written]")  # noqa: T201
+
+
+def _tell(tokenizer: Tokenizer, shown: list[int], new: np.ndarray) -> None:
+    """Print what the new token adds: a token may be half a character, so the whole is decoded each time."""
+    before = tokenizer.decode(shown)
+    shown.append(int(new[0]))
+    after = tokenizer.decode(shown)
+    if after.startswith(before) and not after.endswith("\ufffd"):
+        print(after[len(before.rstrip("\ufffd")) :], end="", flush=True)  # noqa: T201
+
+
+def _tokenizer(path: str | Path) -> Tokenizer:
+    if not Path(path).is_file():
+        raise ValueError(f"tokenizer: must be a tokenizer.json that exists, got {path}")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
+        raise ValueError(f"tokenizer: must be a tokenizer.json ({error}), got {path}") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m zigzag_jax.models.generate", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "folder", metavar="FOLDER", help="a Hugging Face folder, an imported one, a run or a checkpoint"
+    )
+    text = parser.add_mutually_exclusive_group(required=True)
+    text.add_argument("--prompt", help="text to continue")
+    text.add_argument("--prompt-file", metavar="FILE", help="a file with the text, however long")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the one in FOLDER)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to write (64)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw among the likeliest with this probability (1)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (0)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="of weights and arithmetic"
+    )
+    parser.add_argument("--cp", type=int, default=1, help="devices of the ring (1)")
+    parser.add_argument("--cpu-devices", type=int, help="CPU devices where there is no GPU (as many as --cp)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

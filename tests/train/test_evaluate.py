@@ -1,0 +1,121 @@
+"""Perplexity: every token's loss, in natural order, is what one device makes of the row."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from zigzag_jax.models import generate
+from zigzag_jax.models.decode import write as write_tokens
+from zigzag_jax.models.hf import files
+from zigzag_jax.models.hf.convert import to_hf
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.sharding import Sharding, init_state
+from zigzag_jax.train import evaluate
+from zigzag_jax.train.config import Config, MeshConfig
+from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.models import fit_vocabulary, maker
+from zigzag_jax.train.tokenizer import train_tokenizer
+
+TEXT = [f"Line {n}: a ring comes home after {n % 7} hops.\n" * (n % 5 + 1) for n in range(60)]
+
+
+@pytest.fixture(autouse=True)
+def running_devices(monkeypatch: pytest.MonkeyPatch):
+    """The devices of this process are chosen already."""
+    monkeypatch.setattr("zigzag_jax.train.mesh.on_cpu", lambda: True)
+    monkeypatch.setattr("zigzag_jax.models.devices.on_cpu", lambda: False)
+    monkeypatch.setattr(evaluate, "start_devices", lambda config: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory):
+    """A folder with a tiny random model and its tokenizer, a corpus, and the model on one device."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(TEXT, characters=sum(map(len, TEXT)), vocab_size=300)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    sizes = fit_vocabulary(PRESETS["tiny-qwen3-moe"], "tiny-qwen3-moe", tokenizer.get_vocab_size())
+    where = Sharding(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]))
+    graphdef, state = init_state(maker(Config(), sizes, where), where, jax.random.key(5))
+    files.write(folder, [files.Tensor(k, x.dtype, x.shape, lambda x=x: [x]) for k, x in to_hf(state, sizes).items()])
+    (folder / "config.json").write_text(json.dumps(sizes.to_hf()))
+    data = tmp_path_factory.mktemp("data")
+    (data / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXT))
+    return folder, data, nnx.merge(graphdef, state)
+
+
+def test_losses_in_natural_order(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, data, merged = model
+    monkeypatch.setenv("ZIGZAG_CACHE", str(tmp_path / "cache"))
+    said: list[str] = []
+    config = evaluate.EvaluateConfig(
+        folder, data=data, seq_len=62, batch=2, rows=5, dtype="float32", out=tmp_path / "x.npz", mesh=MeshConfig(cp=3)
+    )
+    mean = evaluate.evaluate(config, said.append)
+    found = np.load(tmp_path / "x.npz")
+    assert found["losses"].shape == (5, 62)
+    assert len(np.unique(found["positions"][:, 0])) >= 1
+    hidden, _ = merged(jnp.asarray(found["tokens"]), jnp.asarray(found["positions"]))
+    logits = np.asarray(merged.logits(hidden), np.float64)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    labels = found["labels"]
+    want = np.where(labels >= 0, -np.take_along_axis(logits, np.maximum(labels, 0)[..., None], 2)[..., 0], 0.0)
+    np.testing.assert_allclose(found["losses"], want, atol=1e-4)
+    np.testing.assert_allclose(mean, want.sum() / (labels >= 0).sum(), rtol=1e-5)
+    assert said[-1].split() == ["all", f"{(labels >= 0).sum():,}", f"{mean:.4f}", f"{np.exp(mean):.2f}"]
+    assert any(line.split()[:3] == ["0", "..", "63"] for line in said)
+
+
+def test_the_whole_text_is_scored_once(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, data, _ = model
+    monkeypatch.setenv("ZIGZAG_CACHE", str(tmp_path / "cache"))
+    counts = {}
+    for part in ("all", "held-out"):
+        said: list[str] = []
+        config = evaluate.EvaluateConfig(folder, data=data, part=part, seq_len=256, batch=2, dtype="float32")
+        evaluate.evaluate(config, said.append)
+        counts[part] = int(said[-1].split()[1].replace(",", ""))
+    tokenizer = generate._tokenizer(folder / "tokenizer.json")
+    # each document predicts all its tokens but the first, and its end
+    assert counts["all"] == sum(len(tokenizer.encode(text).ids) for text in TEXT)
+    assert 0 < counts["held-out"] < counts["all"] / 4
+
+
+def test_mistakes(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, _, _ = model
+    for change, message in (
+        ({"rows": 0}, "rows: must be >= 1, got 0"),
+        ({"out": Path("x.txt")}, "out: must be a file that ends in .npz, got x.txt"),
+        ({"seq_len": 1}, "seq-len: must be >= 2, got 1"),
+        ({"folder": tmp_path}, "folder: must be a model with its weights .*, got"),
+        ({"tokenizer": tmp_path / "no.json"}, "tokenizer: must be a tokenizer.json that exists"),
+    ):
+        values = {"folder": folder} | change
+        with pytest.raises(UserError, match=f"^{message}"):
+            evaluate.evaluate(evaluate.EvaluateConfig(**values), print)  # pyright: ignore[reportArgumentType]
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: folder: must be a model with its weights")
+
+
+def test_generate_prints_the_prompt_and_what_follows(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder, _, _ = model
+    (tmp_path / "prompt.txt").write_text("Line 3: a ring")
+    flags = ["--prompt-file", str(tmp_path / "prompt.txt"), "--tokens", "9", "--cp", "2", "--dtype", "float32"]
+    assert generate.main([str(folder), *flags]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Line 3: a ring")
+    assert printed.endswith(" tokens given, 9 written]\n")
+    for flags, message in (
+        ([str(tmp_path), "--prompt", "x"], "error: the source must be an imported model, a run or a checkpoint"),
+        ([str(folder), "--prompt", ""], "error: every prompt must hold a token, got lengths"),
+        ([str(folder), "--prompt", "x", "--tokenizer", "no"], "error: tokenizer: must be a tokenizer.json that exists"),
+        ([str(folder), "--prompt", "x", "--tokenizer", str(folder / "config.json")], "error: tokenizer: must be a"),
+    ):
+        assert generate.main(flags) == 2
+        assert capsys.readouterr().err.startswith(message)
+    assert write_tokens is generate.write

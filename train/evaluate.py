@@ -1,0 +1,161 @@
+"""`python -m zigzag_jax.train.evaluate FOLDER --data TEXT`: the perplexity of a model on a text, and where it lies.
+
+FOLDER is Hugging Face's, an imported one, or a training run (its newest checkpoint). The text is packed into rows as in
+training and goes through the ring; the losses come back into natural order, and are shown by the token's place in its
+document: does the model use what stands far back? With --out every token's loss is written down.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from zigzag_jax.layout import from_zigzag
+from zigzag_jax.models.devices import use_cpu_without_gpu
+from zigzag_jax.models.hf.saved import Source, open_source, read_state
+from zigzag_jax.models.registry import ModelConfig, model_of, read_config
+from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.train.config import Config, MeshConfig, check
+from zigzag_jax.train.data import BLANK, Batches, Block
+from zigzag_jax.train.errors import DONE, USER_ERROR, UserError
+from zigzag_jax.train.mesh import make_mesh, start_devices
+from zigzag_jax.train.packing import make_plan
+from zigzag_jax.train.store import Dataset, open_dataset
+from zigzag_jax.train.task import Task
+
+_LINE_EVERY = 10.0  # seconds between lines of progress
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Perplexity of a model on a text."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """A Hugging Face folder, an imported one, a run or one of its checkpoints."""
+    data: Path | None = None
+    """A text or JSONL file or a folder of them; default: the source text of Python's own library."""
+    tokenizer: Path | None = None
+    """A tokenizer.json; default: the one in the folder."""
+    part: Literal["all", "held-out"] = "all"
+    """The whole text, or only what the trainer would hold out of it."""
+    seq_len: int = 4096
+    """Tokens in a row: what a token can look back on at most."""
+    batch: int = 2
+    """Rows at a time over the whole mesh."""
+    rows: int | None = None
+    """Stop after so many rows; default: all of them."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of weights and arithmetic; losses are summed in float64."""
+    out: Path | None = None
+    """An .npz file to write: tokens, labels, positions, losses, each [rows, seq-len] in natural order."""
+    cpu_devices: int | None = None
+    """CPU devices where there is no GPU; default: as many as the mesh needs."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """How the devices are used."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    config = tyro.cli(EvaluateConfig, args=arguments, prog="python -m zigzag_jax.train.evaluate")
+    use_cpu_without_gpu()
+    try:
+        evaluate(config, lambda text: print(text, flush=True))  # noqa: T201
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR
+    return DONE
+
+
+def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
+    """Say the table; returns the mean loss in nats a token. UserError for what a person can mend."""
+    trainer = Config(
+        seq_len=config.seq_len, batch=config.batch, mesh=config.mesh, cpu_devices=config.cpu_devices, dtype=config.dtype
+    )
+    check(trainer)
+    if config.rows is not None and config.rows < 1:
+        raise UserError("rows", "must be >= 1", config.rows)
+    if config.out is not None and config.out.suffix != ".npz":
+        raise UserError("out", "must be a file that ends in .npz", config.out)
+    start_devices(trainer)
+    source, sizes = _open(config.folder)
+    sharding = Sharding(make_mesh(trainer))
+    dataset = open_dataset(config.data, config.tokenizer or source.beside / "tokenizer.json", say=say)
+    if dataset.vocab_size > sizes.vocab_size:
+        raise UserError("tokenizer", f"must have at most the model's {sizes.vocab_size} tokens", dataset.vocab_size)
+    make = lambda rngs: model_of(sizes)(sizes, sharding, rngs=rngs, dtype=jnp.dtype(config.dtype))
+    graphdef, shapes = abstract_state(make)
+    say("reading weights")
+    try:
+        params = read_state(source, sizes, shapes, sharding, jnp.dtype(config.dtype))
+    except ValueError as error:
+        raise UserError("folder", f"must hold the weights of its config ({error})", config.folder) from None
+    task = Task(graphdef, sharding, jnp.dtype(config.dtype), "hf", 0.0)
+    blocks = list(_losses(config, dataset, task, params, say))
+    if not any((block["labels"] >= 0).any() for block in blocks):
+        raise UserError("data", f"must hold a token to predict in its part {config.part}", config.data)
+    whole = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    if config.out is not None:
+        np.savez(config.out, **{name: whole[name] for name in ("tokens", "labels", "positions", "losses")})
+        say(f"wrote {config.out}: tokens, labels, positions, losses {whole['losses'].shape}")
+    return _table(whole, say)
+
+
+def _open(folder: Path) -> tuple[Source, ModelConfig]:
+    try:
+        source = open_source(folder)
+        return source, read_config(source.config)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise UserError("folder", f"must be a model with its weights ({error})", folder) from None
+
+
+def _losses(
+    config: EvaluateConfig, dataset: Dataset, task: Task, params: Any, say: Callable[[str], None]
+) -> Iterator[Block]:
+    """The arrays of each batch's rows in natural order, `losses` among them."""
+    mesh, run = task.sharding.mesh, jax.jit(task.token_losses)
+    left, spoken = config.rows, time.monotonic()
+    for store in (dataset.held_out,) if config.part == "held-out" else (dataset.train, dataset.held_out):
+        if not len(store.tokens):
+            continue
+        with Batches(store, make_plan(store.lengths, config.seq_len, seed=0), config.batch, mesh, repeat=False) as all_:
+            for n in range(len(all_)):
+                rows = all_.rows(n)
+                keep = np.flatnonzero(rows != BLANK)[: config.batch if left is None else left]
+                found = np.asarray(run(params, all_.at(n)), np.float64)
+                natural = from_zigzag(found, mesh.shape["cp"])[:, : config.seq_len]
+                yield all_.natural(rows[keep]) | {"losses": natural[keep]}
+                if time.monotonic() - spoken > _LINE_EVERY:
+                    spoken = time.monotonic()
+                    say(f"{n + 1} of {len(all_)} batches")
+                left = None if left is None else left - len(keep)
+                if left == 0:
+                    return
+
+
+def _table(whole: Block, say: Callable[[str], None]) -> float:
+    predicted = whole["labels"] >= 0
+    losses, positions = whole["losses"][predicted], whole["positions"][predicted]
+    say(f"{'place in its document':>24}{'tokens':>12}{'nats':>9}{'perplexity':>13}")
+    edges = [0, *(1 << n for n in range(6, 63)), 1 << 62]
+    for low, high in itertools.pairwise(edges):
+        there = (positions >= low) & (positions < high)
+        if there.any():
+            _row(say, f"{low} .. {high - 1}", losses[there])
+    _row(say, "all", losses)
+    return float(losses.mean())
+
+
+def _row(say: Callable[[str], None], name: str, losses: np.ndarray) -> None:
+    say(f"{name:>24}{losses.size:>12,}{losses.mean():>9.4f}{np.exp(losses.mean()):>13.2f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
