@@ -7,7 +7,7 @@
     stack        equal layers as one scan, rematerialisation
     config       reading config.json without dropping anything
     decoder      the transformer that both are
-    qwen3_moe, deepseek_v2    their sizes, attention and experts
+    qwen3, qwen3_moe, deepseek_v2    their sizes, attention and experts
     registry     model_type -> sizes -> module                    presets    models by name
     decode       token by token, with what the layers keep       memory     one token's attention over what was kept
     generate     a command line: hear whether a model speaks

@@ -47,7 +47,8 @@ def _continue(args: argparse.Namespace) -> None:
         raise ValueError(f"tokenizer: ids must be under the model's {config.vocab_size}, got {max(prompt)}")
     mesh = jax.make_mesh((args.cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[: args.cp])
     where, dtype = Sharding(mesh), jnp.dtype(args.dtype)
-    make = lambda sharding: lambda rngs: model_of(config)(config, sharding, rngs=rngs, dtype=dtype)
+    build = functools.partial(model_of(config), config, dtype=dtype, router_bias=source.router_bias)
+    make = lambda sharding: lambda rngs: build(sharding, rngs=rngs)
     params = read_state(source, config, abstract_state(make(where))[1], where, dtype)
     print(text, end="", flush=True)  # noqa: T201
     shown: list[int] = []

@@ -85,19 +85,8 @@ class Qwen3MoeConfig(DecoderConfig):
         """Read a config.json (its fields, its path, or its folder); what this code does not compute raises."""
         fields = Fields(source)
         fields.refuse_unless("model_type", ("qwen3_moe",))
-        fields.refuse_unless("hidden_act", ("silu",))
-        fields.refuse_unless("attention_bias", (False,))
-        fields.refuse_unless("attention_dropout", (0,))
-        fields.refuse_unless("use_sliding_window", (False,))
-        fields.take("sliding_window", default=None)  # means nothing without use_sliding_window
-        hidden, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
         config = cls(
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            vocab_size=fields.take("vocab_size"),
-            num_hidden_layers=fields.take("num_hidden_layers"),
-            num_key_value_heads=fields.take("num_key_value_heads"),
-            head_dim=fields.take("head_dim", default=hidden // heads),
+            **cls._shared(fields),
             num_experts=fields.take("num_experts", "num_local_experts"),
             num_experts_per_tok=fields.take("num_experts_per_tok"),
             moe_intermediate_size=fields.take("moe_intermediate_size"),
@@ -105,16 +94,34 @@ class Qwen3MoeConfig(DecoderConfig):
             norm_topk_prob=fields.take("norm_topk_prob", default=False),
             decoder_sparse_step=fields.take("decoder_sparse_step", default=1),
             mlp_only_layers=tuple(fields.take("mlp_only_layers", default=())),
-            rope=fields.rope(),
-            rms_norm_eps=fields.take("rms_norm_eps", default=1e-6),
-            initializer_range=fields.take("initializer_range", default=0.02),
-            tie_word_embeddings=fields.take("tie_word_embeddings", default=False),
             router_aux_loss_coef=fields.take("router_aux_loss_coef", default=0.001),
-            max_position_embeddings=fields.take("max_position_embeddings", default=32768),
-            dtype=fields.take("dtype", "torch_dtype", default="float32"),
         )
         fields.finish()
         return config
+
+    @staticmethod
+    def _shared(fields: Fields) -> dict[str, Any]:
+        """What has nothing to do with experts."""
+        fields.refuse_unless("hidden_act", ("silu",))
+        fields.refuse_unless("attention_bias", (False,))
+        fields.refuse_unless("attention_dropout", (0,))
+        fields.refuse_unless("use_sliding_window", (False,))
+        fields.take("sliding_window", default=None)  # means nothing without use_sliding_window
+        hidden, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
+        return {
+            "hidden_size": hidden,
+            "num_attention_heads": heads,
+            "vocab_size": fields.take("vocab_size"),
+            "num_hidden_layers": fields.take("num_hidden_layers"),
+            "num_key_value_heads": fields.take("num_key_value_heads"),
+            "head_dim": fields.take("head_dim", default=hidden // heads),
+            "rope": fields.rope(),
+            "rms_norm_eps": fields.take("rms_norm_eps", default=1e-6),
+            "initializer_range": fields.take("initializer_range", default=0.02),
+            "tie_word_embeddings": fields.take("tie_word_embeddings", default=False),
+            "max_position_embeddings": fields.take("max_position_embeddings", default=32768),
+            "dtype": fields.take("dtype", "torch_dtype", default="float32"),
+        }
 
     def to_hf(self) -> dict[str, Any]:
         """See DecoderConfig."""

@@ -7,12 +7,21 @@ from typing import Any
 from zigzag_jax.models.config import read_json
 from zigzag_jax.models.decoder import Decoder
 from zigzag_jax.models.deepseek_v2 import DeepseekV2, DeepseekV2Config
+from zigzag_jax.models.qwen3 import Qwen3Config
 from zigzag_jax.models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 
 ModelConfig = Qwen3MoeConfig | DeepseekV2Config
 
-CONFIGS: dict[str, type[ModelConfig]] = {"qwen3_moe": Qwen3MoeConfig, "deepseek_v2": DeepseekV2Config}
-MODELS: dict[type, type[Decoder]] = {Qwen3MoeConfig: Qwen3Moe, DeepseekV2Config: DeepseekV2}
+CONFIGS: dict[str, type[ModelConfig]] = {
+    "qwen3": Qwen3Config,
+    "qwen3_moe": Qwen3MoeConfig,
+    "deepseek_v2": DeepseekV2Config,
+}
+MODELS: dict[type, type[Decoder]] = {
+    Qwen3Config: Qwen3Moe,
+    Qwen3MoeConfig: Qwen3Moe,
+    DeepseekV2Config: DeepseekV2,
+}
 
 
 def read_config(source: Mapping[str, Any] | str | os.PathLike) -> ModelConfig:

@@ -90,7 +90,8 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
     dataset = open_dataset(config.data, config.tokenizer or source.beside / "tokenizer.json", say=say)
     if dataset.vocab_size > sizes.vocab_size:
         raise UserError("tokenizer", f"must have at most the model's {sizes.vocab_size} tokens", dataset.vocab_size)
-    make = lambda rngs: model_of(sizes)(sizes, sharding, rngs=rngs, dtype=jnp.dtype(config.dtype))
+    how = {"dtype": jnp.dtype(config.dtype), "router_bias": source.router_bias}
+    make = lambda rngs: model_of(sizes)(sizes, sharding, rngs=rngs, **how)
     graphdef, shapes = abstract_state(make)
     say("reading weights")
     try:

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from zigzag_jax.models.balance import BIAS
 from zigzag_jax.models.hf.files import Tensor
 from zigzag_jax.models.hf.names import Entry, Path, entries
 from zigzag_jax.models.registry import ModelConfig, model_of
@@ -44,17 +45,35 @@ def from_hf(
     flat = {path: v.get_value().shape for path, v in nnx.to_flat_state(shapes)}
     parts = _parts(config)
     check_tensors(tensors, _separate_shapes(flat, parts))
-    return _place(shapes, sharding, lambda path: functools.partial(_read, tensors, parts[path], flat[path], dtype))
+
+    def reader(path: Path):
+        # these models have no router bias in their files: it begins at zero
+        return _zeros(flat[path], dtype) if path[-1] == BIAS else _reader(tensors, parts[path], flat[path], dtype)
+
+    return _place(shapes, sharding, reader)
 
 
 def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32) -> nnx.State:
-    """The same from the stacked form."""
-    check_tensors(tensors, {dotted(path): v.get_value().shape for path, v in nnx.to_flat_state(shapes)})
+    """The same from the stacked form. A router bias that is not there begins at zero."""
+    flat = {dotted(path): v.get_value().shape for path, v in nnx.to_flat_state(shapes)}
+    absent = {name for name in flat if name.endswith(f".{BIAS}") and name not in tensors}
+    check_tensors(tensors, {name: shape for name, shape in flat.items() if name not in absent})
 
     def reader(path: Path):
-        return lambda index: np.asarray(tensors[dotted(path)][index]).astype(dtype)
+        name = dotted(path)
+        if name in absent:
+            return _zeros(flat[name], dtype)
+        return lambda index: np.asarray(tensors[name][index]).astype(dtype)
 
     return _place(shapes, sharding, reader)
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any):
+    return lambda index: np.zeros(shape, dtype)[index]
+
+
+def _reader(tensors: Arrays, parts: Parts, shape: tuple[int, ...], dtype: Any):
+    return functools.partial(_read, tensors, parts, shape, dtype)
 
 
 def _place(shapes: nnx.State, sharding: Sharding, reader: Callable[[Path], Callable[[Any], np.ndarray]]) -> nnx.State:
@@ -96,6 +115,8 @@ def separate(tensors: Arrays, config: ModelConfig, dtype: Any = None) -> list[Te
     Tensors of one parameter stand together: what is slow to read is read once. ValueError that lists the parameters
     that are missing, have another shape, or that this model does not have.
     """
+    if biases := [name for name in tensors if name.endswith(f".{BIAS}")]:
+        raise ValueError(f"a model must have no router bias to be written for transformers, got {', '.join(biases)}")
     shapes = abstract_parameters(config)
     check_tensors(tensors, {dotted(path): shape for path, shape in shapes.items()})
     found = []

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from zigzag_jax.models.balance import BIAS
 from zigzag_jax.models.config import read_json
 from zigzag_jax.models.hf import checkpoint, convert, files
 from zigzag_jax.models.registry import ModelConfig, read_config
@@ -51,6 +52,11 @@ class Source(NamedTuple):
 
     beside: pathlib.Path
     """The folder where a tokenizer would lie."""
+
+    @property
+    def router_bias(self) -> bool:
+        """Whether the routers have a bias (see balance.py)."""
+        return any(name.endswith(f".{BIAS}") for name in self.tensors)
 
 
 def open_source(folder: Folder) -> Source:

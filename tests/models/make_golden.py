@@ -14,7 +14,7 @@ import pathlib
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV2Config, Qwen3Config, Qwen3MoeConfig
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 BATCH, LENGTH = 2, 48
@@ -57,6 +57,14 @@ DEEPSEEK = {
     },
 }  # fmt: skip
 PACKED = ("qwen3_moe_mixed", "deepseek_v2_full")
+DENSE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rope_parameters",
+)
 MODELS = {
     "qwen3_moe": {"num_hidden_layers": 2},
     # a dense layer between two mixtures of experts, weights that are not renormalised, one table for both ends
@@ -90,7 +98,16 @@ MODELS = {
         "topk_group": 2,
         "routed_scaling_factor": 2.5,
     },
+    "qwen3": {"num_hidden_layers": 1},
 }
+
+
+def make_config(name, changes):
+    if name.startswith("deepseek"):
+        return DeepseekV2Config(**DEEPSEEK | changes)
+    if name.startswith("qwen3_moe"):
+        return Qwen3MoeConfig(**SIZES | changes)
+    return Qwen3Config(vocab_size=96, **{key: SIZES[key] for key in DENSE} | changes)
 
 
 def saved_gradients(model):
@@ -157,8 +174,7 @@ def aux_losses(model):
 def main():
     for seed, (name, changes) in enumerate(MODELS.items()):
         torch.manual_seed(seed)
-        deepseek = name.startswith("deepseek")
-        config = DeepseekV2Config(**DEEPSEEK | changes) if deepseek else Qwen3MoeConfig(**SIZES | changes)
+        config = make_config(name, changes)
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         for p in model.parameters():
             p.data.add_(torch.randn_like(p) * 0.15)
@@ -170,7 +186,7 @@ def main():
         save_file(golden(model, packed=name in PACKED), folder / "golden.safetensors")
         if name == "qwen3_moe":
             save_file(golden(model, packed=True), folder / "packed.safetensors")
-        if not deepseek:  # transformers has no auxiliary loss for it
+        if name.startswith("qwen3_moe"):  # transformers has no auxiliary loss for the others
             save_file(aux_losses(model), folder / "aux.safetensors")
 
 

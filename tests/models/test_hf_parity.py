@@ -53,6 +53,7 @@ CASES = [
     ("deepseek_v2_lite", "golden", 4),
     ("deepseek_v2_full", "golden", 1),
     ("deepseek_v2_full", "golden", 4),
+    ("qwen3", "golden", 4),
 ]
 
 

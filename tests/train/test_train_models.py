@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from zigzag_jax.models.hf.convert import to_hf
+from zigzag_jax.models.hf.convert import separate, to_hf
 from zigzag_jax.models.hf.files import Tensor, write
+from zigzag_jax.models.hf.saved import Source, read_state
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
-from zigzag_jax.train.config import Config, MeshConfig
+from zigzag_jax.train.config import Config, MeshConfig, RouterConfig
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.models import config_json, first_parameters, fit_vocabulary, maker, model_config, tokenizer_file
@@ -70,6 +71,29 @@ def test_a_folder_brings_its_weights_to_any_mesh(tmp_path: Path):
     assert any(
         np.any(np.asarray(x) != np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (fresh, want)), strict=True)
     )
+
+
+def test_a_router_bias_begins_at_zero_and_is_not_exported(tmp_path: Path):
+    made, _ = saved_model(tmp_path)
+    config = Config(model=str(made), router=RouterConfig(bias_rate=0.1))
+    sizes = model_config(config)
+    where = Sharding(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]))
+    shapes = abstract_state(maker(config, sizes, where))[1]
+    state = first_parameters(config, sizes, shapes, where)
+    named = {".".join(map(str, path)): np.array(x.get_value()) for path, x in nnx.to_flat_state(state)}
+    np.testing.assert_array_equal(named["groups.1.mlp.routed.bias"], np.zeros((2, 8)))
+    named["groups.1.mlp.routed.bias"] += 1
+    source = Source({}, named, stacked=True, trained=True, beside=tmp_path)
+    assert source.router_bias
+    again = dict(nnx.to_flat_state(read_state(source, sizes, shapes, where)))
+    np.testing.assert_array_equal(again["groups", 1, "mlp", "routed", "bias"].get_value(), 1)
+    with pytest.raises(
+        ValueError, match=r"a model must have no router bias to be written .*, got groups.1.mlp.routed.b"
+    ):
+        separate(named, sizes)
+    named.pop("groups.1.mlp.routed.bias")
+    again = dict(nnx.to_flat_state(read_state(source, sizes, shapes, where)))
+    np.testing.assert_array_equal(again["groups", 1, "mlp", "routed", "bias"].get_value(), 0)
 
 
 def test_a_folder_brings_its_tokenizer(tmp_path: Path):
