@@ -14,7 +14,7 @@ not (`STEP_RULES`).
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,13 @@ class Writer:
     @functools.cached_property
     def _for_steps(self) -> nnx.GraphDef:
         return abstract_state(self.make(Sharding(self.sharding.mesh, STEP_RULES)))[0]
+
+    @functools.cached_property
+    def compiled(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """`prefill` and `step`, jitted; the logits are on every device."""
+        out = (NamedSharding(self.sharding.mesh, P()), None)
+        step = jax.jit(self.step, out_shardings=out, donate_argnames="written")
+        return jax.jit(self.prefill, out_shardings=out), step
 
     def prefill(self, params: nnx.State, tokens, positions, real, last) -> tuple[jax.Array, Kept]:
         """Logits [B, V] float32 after the tokens at `last` [B] (places of the zigzag order), and what is kept.
@@ -117,12 +124,13 @@ def choose(logits: jax.Array, key: jax.Array, temperature: jax.Array, top_p: jax
 
 def write(
     writer: Writer, params: nnx.State, prompts: Sequence[Sequence[int]], count: int, *, temperature: float = 0.0,
-    top_p: float = 1.0, seed: int = 0, end: int | None = None, told: Callable[[np.ndarray], None] = lambda tokens: None,
+    top_p: float = 1.0, seed: int = 0, ends: Collection[int] = (),
+    told: Callable[[np.ndarray], None] = lambda tokens: None,
 ) -> list[list[int]]:  # fmt: skip
     """Continue each prompt (token ids, lengths may differ) by up to `count` tokens; only the new ones are returned.
 
-    A row ends after the token `end`. The same seed draws the same tokens on any mesh. `told` gets each step's tokens,
-    int32 [prompts], as they come.
+    A row ends after one of the tokens `ends`. The same seed draws the same tokens on any mesh. `told` gets each step's
+    tokens, int32 [prompts], as they come.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError(f"every prompt must hold a token, got lengths {[len(prompt) for prompt in prompts]}")
@@ -130,12 +138,9 @@ def write(
         raise ValueError(
             f"count must be >= 1, temperature >= 0 and top_p in (0, 1], got {count}, {temperature} and {top_p}"
         )
-    mesh = writer.sharding.mesh
-    everywhere = NamedSharding(mesh, P())
     batch, last, lengths = _batch(writer.sharding, prompts)
-    prefill = jax.jit(writer.prefill, out_shardings=(everywhere, None))
-    step = jax.jit(writer.step, out_shardings=(everywhere, None), donate_argnames="written")
-    pick = jax.jit(choose, out_shardings=everywhere)
+    prefill, step = writer.compiled
+    pick = jax.jit(choose, out_shardings=NamedSharding(writer.sharding.mesh, P()))
     logits, prompt = prefill(params, **batch, last=last)
     written = jax.tree.map(lambda x: jnp.zeros((*x.shape[:2], count, *x.shape[3:]), x.dtype), prompt)
     found, going = [[] for _ in prompts], np.ones(len(prompts), bool)
@@ -145,7 +150,7 @@ def write(
         told(new)
         for row in np.flatnonzero(going):
             found[row].append(int(new[row]))
-        going &= new != end
+        going &= ~np.isin(new, list(ends))
         if not going.any() or t == count - 1:
             break
         logits, written = step(params, tokens, lengths + t, np.int32(t), batch["real"], prompt=prompt, written=written)

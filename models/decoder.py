@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zigzag_jax.models.balance import RouterStats
+from zigzag_jax.models.balance import AuxLoss, RouterStats
 from zigzag_jax.models.layers import Embedding, Linear, RMSNorm, linear
 from zigzag_jax.models.moe import LayerStats
 from zigzag_jax.models.options import KernelOptions
@@ -67,7 +67,10 @@ class DecoderConfig:
     """The head is the transposed embedding."""
 
     router_aux_loss_coef: float = 0.001
-    """Weight of the load-balancing loss, for the trainer."""
+    """Weight of the load-balancing loss as the file has it; see aux_coefficient."""
+
+    aux_loss: AuxLoss = "hf"
+    """Which load-balancing loss the model was made with, for the trainer (balance.py)."""
 
     max_position_embeddings: int
     """Longest document the weights were trained for; nothing is computed from it."""
@@ -95,10 +98,15 @@ class DecoderConfig:
         """Values a token that travel round the ring in a layer's forward, by what they are."""
         raise NotImplementedError
 
+    @property
+    def aux_coefficient(self) -> float:
+        """Weight of the load-balancing loss, in the scale of balance.py."""
+        return self.router_aux_loss_coef
+
     def to_hf(self) -> dict[str, Any]:
         """The fields of a config.json that say these sizes, to the models here and to `transformers`."""
         values = dataclasses.asdict(self)
-        dtype, rope = values.pop("dtype"), values.pop("rope")
+        dtype, rope, _ = (values.pop(name) for name in ("dtype", "rope", "aux_loss"))
         values |= {"torch_dtype": dtype, "rope_theta": rope["theta"], "rope_scaling": None}
         if self.rope.scaling is not None:
             given = {name: x for name, x in rope["scaling"].items() if x is not None}

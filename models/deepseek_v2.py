@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zigzag_jax.mla import hop_bytes, latent_attention
+from zigzag_jax.models.balance import AuxLoss
 from zigzag_jax.models.config import Fields
 from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
 from zigzag_jax.models.layers import Linear, RMSNorm, SwiGLU
@@ -71,6 +72,7 @@ class DeepseekV2Config(DecoderConfig):
     """Factor of the routed experts' weights."""
 
     rope: Rope = Rope(1e4)  # noqa: RUF009 (frozen)
+    aux_loss: AuxLoss = "sequence"
     max_position_embeddings: int = 163840
 
     def __post_init__(self):
@@ -129,8 +131,8 @@ class DeepseekV2Config(DecoderConfig):
         fields.refuse_unless("scoring_func", ("softmax",))
         fields.refuse_unless("moe_layer_freq", (1,))
         fields.refuse_unless("topk_method", TOPK_METHODS)
-        # norm_topk_prob, pretraining_tp and the form of the auxiliary loss are never read by transformers
-        for ignored in ("norm_topk_prob", "pretraining_tp", "seq_aux", "auto_map", "ep_size"):
+        # never read by transformers
+        for ignored in ("norm_topk_prob", "pretraining_tp", "auto_map", "ep_size"):
             fields.take(ignored, default=None)
         heads, nope, rope = (fields.take(n) for n in ("num_attention_heads", "qk_nope_head_dim", "qk_rope_head_dim"))
         fields.refuse_unless("num_key_value_heads", (heads,))
@@ -162,17 +164,24 @@ class DeepseekV2Config(DecoderConfig):
             initializer_range=fields.take("initializer_range", default=0.02),
             tie_word_embeddings=fields.take("tie_word_embeddings", default=False),
             router_aux_loss_coef=fields.take("router_aux_loss_coef", "aux_loss_alpha", default=0.001),
+            aux_loss="sequence" if fields.take("seq_aux", default=True) else "batch",
             max_position_embeddings=fields.take("max_position_embeddings", default=2048),
             dtype=fields.take("dtype", "torch_dtype", default="float32"),
         )
         fields.finish()
         return config
 
+    @property
+    def aux_coefficient(self) -> float:
+        """DeepSeek's loss is 1 for an even load, where those of balance.py are k."""
+        return self.router_aux_loss_coef / self.num_experts_per_tok
+
     def to_hf(self) -> dict[str, Any]:
         """See DecoderConfig."""
         kind = {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "scoring_func": "softmax"}
         grouped = {"topk_method": TOPK_METHODS[self.n_group > 1], "num_key_value_heads": self.num_attention_heads}
-        return kind | super().to_hf() | grouped | {"norm_topk_prob": False, "moe_layer_freq": 1}
+        rest = {"norm_topk_prob": False, "moe_layer_freq": 1, "seq_aux": self.aux_loss == "sequence"}
+        return kind | super().to_hf() | grouped | rest
 
 
 class Attention(nnx.Module):

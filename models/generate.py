@@ -6,6 +6,7 @@ weights. The prompt goes through the ring over --cp devices, however long it is;
 
 import argparse
 import functools
+import json
 import sys
 from pathlib import Path
 
@@ -37,37 +38,61 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _continue(args: argparse.Namespace) -> None:
+    _check(args)
     start_ring(args.cp, args.cpu_devices)
     source = open_source(args.folder)
     config = read_config(source.config)
     tokenizer = _tokenizer(args.tokenizer or source.beside / "tokenizer.json")
     text = Path(args.prompt_file).read_text("utf-8") if args.prompt_file else args.prompt
-    prompt = tokenizer.encode(text).ids
-    if prompt and max(prompt) >= config.vocab_size:
+    prompt = [*_begin(source.beside, tokenizer), *tokenizer.encode(text).ids]
+    if not prompt:
+        raise ValueError(f"prompt: must hold a token, got {text!r}")
+    if max(prompt) >= config.vocab_size:
         raise ValueError(f"tokenizer: ids must be under the model's {config.vocab_size}, got {max(prompt)}")
     mesh = jax.make_mesh((args.cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[: args.cp])
     where, dtype = Sharding(mesh), jnp.dtype(args.dtype)
     build = functools.partial(model_of(config), config, dtype=dtype, router_bias=source.router_bias)
     make = lambda sharding: lambda rngs: build(sharding, rngs=rngs)
+    sys.stderr.write("reading weights\n")
     params = read_state(source, config, abstract_state(make(where))[1], where, dtype)
     print(text, end="", flush=True)  # noqa: T201
     shown: list[int] = []
     told = functools.partial(_tell, tokenizer, shown)
     end = source.config.get("eos_token_id")
+    ends = end if isinstance(end, list) else [] if end is None else [end]
     ids = write(
         Writer(make, where), params, [prompt], args.tokens, temperature=args.temperature, top_p=args.top_p,
-        seed=args.seed, end=end if isinstance(end, int) else None, told=told,
+        seed=args.seed, ends=ends, told=told,
     )  # fmt: skip
     print(f"\n[{len(prompt)} tokens given, {len(ids[0])} written]")  # noqa: T201
 
 
 def _tell(tokenizer: Tokenizer, shown: list[int], new: np.ndarray) -> None:
     """Print what the new token adds: a token may be half a character, so the whole is decoded each time."""
-    before = tokenizer.decode(shown)
+    whole = lambda: tokenizer.decode(shown).rstrip("\ufffd")
+    before = len(whole())
     shown.append(int(new[0]))
-    after = tokenizer.decode(shown)
-    if after.startswith(before) and not after.endswith("\ufffd"):
-        print(after[len(before.rstrip("\ufffd")) :], end="", flush=True)  # noqa: T201
+    print(whole()[before:], end="", flush=True)  # noqa: T201
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, rule, holds in (
+        ("tokens", "must be >= 1", args.tokens >= 1),
+        ("temperature", "must be >= 0", args.temperature >= 0),
+        ("top-p", "must be > 0 and <= 1", 0 < args.top_p <= 1),
+    ):
+        if not holds:
+            raise ValueError(f"{name}: {rule}, got {vars(args)[name.replace('-', '_')]}")
+
+
+def _begin(folder: Path, tokenizer: Tokenizer) -> list[int]:
+    """The token a text begins with, where tokenizer_config.json asks for one and tokenizer.json does not add it."""
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    token = values.get("bos_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    number = tokenizer.token_to_id(token) if values.get("add_bos_token") and token else None
+    return [] if number is None or number in tokenizer.encode("a").ids else [number]
 
 
 def _tokenizer(path: str | Path) -> Tokenizer:

@@ -106,6 +106,9 @@ class Qwen3MoeConfig(DecoderConfig):
         fields.refuse_unless("attention_bias", (False,))
         fields.refuse_unless("attention_dropout", (0,))
         fields.refuse_unless("use_sliding_window", (False,))
+        fields.refuse_unless("qkv_bias", (False,))  # this and the next two: files of Qwen3-Coder
+        fields.refuse_unless("use_qk_norm", (True,))
+        fields.refuse_unless("shared_expert_intermediate_size", (0,))
         fields.take("sliding_window", default=None)  # means nothing without use_sliding_window
         hidden, heads = fields.take("hidden_size"), fields.take("num_attention_heads")
         return {
@@ -114,7 +117,7 @@ class Qwen3MoeConfig(DecoderConfig):
             "vocab_size": fields.take("vocab_size"),
             "num_hidden_layers": fields.take("num_hidden_layers"),
             "num_key_value_heads": fields.take("num_key_value_heads"),
-            "head_dim": fields.take("head_dim", default=hidden // heads),
+            "head_dim": fields.take("head_dim", default=None) or _quotient(hidden, heads),
             "rope": fields.rope(),
             "rms_norm_eps": fields.take("rms_norm_eps", default=1e-6),
             "initializer_range": fields.take("initializer_range", default=0.02),
@@ -127,6 +130,11 @@ class Qwen3MoeConfig(DecoderConfig):
         """See DecoderConfig."""
         kind = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "use_sliding_window": False}
         return kind | super().to_hf() | {"mlp_only_layers": list(self.mlp_only_layers)}
+
+
+def _quotient(hidden: Any, heads: Any) -> Any:
+    """What head_dim is where it is not given; of numbers that are none the check of the sizes speaks."""
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else hidden
 
 
 class Attention(nnx.Module):

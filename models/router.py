@@ -110,15 +110,18 @@ class GroupLimitedTopK:
         return _best(scores, self.top_k)
 
 
-def balanced_routes(positions: jax.Array, layers: int, experts: int, top_k: int) -> jax.Array:
-    """Experts [layers, B, S, k] int32 in turn, by the tokens' positions [B, S]: every expert has the same work.
+def balanced_routes(places: jax.Array, layers: int, experts: int, top_k: int) -> jax.Array:
+    """Experts [layers, B, S, k] int32 in turn, by the tokens' places in their rows [B, S]: all have the same work.
+
+    Places are 0 .. S - 1 in natural order (to_zigzag of that for a model), not positions, which begin again with each
+    document.
 
     For benchmarks, as the `routes` of a model: what a random model's router would do depends on its seed.
 
     >>> balanced_routes(jnp.arange(3)[None], layers=1, experts=4, top_k=2)[0, 0].tolist()
     [[0, 1], [2, 3], [0, 1]]
     """
-    turn = positions[None, :, :, None] * top_k + jnp.arange(top_k)[None, None, None]
+    turn = places[None, :, :, None] * top_k + jnp.arange(top_k)[None, None, None]
     # another beginning in each layer, or a token would meet the same experts everywhere
     start = jnp.arange(layers)[:, None, None, None]
     return ((turn + start) % experts).astype(jnp.int32)

@@ -66,8 +66,9 @@ class OptimConfig:
 class RouterConfig:
     """How the experts' load is kept level (zigzag_jax/models/balance.py)."""
 
-    aux_loss: Literal["hf", "batch", "sequence"] = "hf"
-    """What one product is taken over: all layers and tokens, a layer's tokens, or a row's tokens in a layer."""
+    aux_loss: Literal["hf", "batch", "sequence"] | None = None
+    """What one product is taken over: all layers and tokens, a layer's tokens, or a row's tokens in a layer; default:
+    the model's own."""
     aux_coefficient: float | None = None
     """Weight of the auxiliary loss; default: the model's own; 0: none."""
     bias_rate: float = 0.0

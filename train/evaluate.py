@@ -1,8 +1,9 @@
 """`python -m zigzag_jax.train.evaluate FOLDER --data TEXT`: the perplexity of a model on a text, and where it lies.
 
 FOLDER is Hugging Face's, an imported one, or a training run (its newest checkpoint). The text is packed into rows as in
-training and goes through the ring; the losses come back into natural order, and are shown by the token's place in its
-document: does the model use what stands far back? With --out every token's loss is written down.
+training (a document longer than a row is cut) and goes through the ring; the losses come back into natural order, and
+are shown by how many tokens of its document a token can look back on: does the model use what stands far back? With
+--out every token's loss is written down.
 """
 
 import itertools
@@ -82,8 +83,8 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
     check(trainer)
     if config.rows is not None and config.rows < 1:
         raise UserError("rows", "must be >= 1", config.rows)
-    if config.out is not None and config.out.suffix != ".npz":
-        raise UserError("out", "must be a file that ends in .npz", config.out)
+    if config.out is not None and (config.out.suffix != ".npz" or not config.out.parent.is_dir()):
+        raise UserError("out", "must be a file that ends in .npz, in a folder that exists", config.out)
     start_devices(trainer)
     source, sizes = _open(config.folder)
     sharding = Sharding(make_mesh(trainer))
@@ -104,7 +105,7 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
         raise UserError("data", f"must hold a token to predict in its part {config.part}", config.data)
     whole = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
     if config.out is not None:
-        np.savez(config.out, **{name: whole[name] for name in ("tokens", "labels", "positions", "losses")})
+        _write(config.out, {name: whole[name] for name in ("tokens", "labels", "positions", "losses")})
         say(f"wrote {config.out}: tokens, labels, positions, losses {whole['losses'].shape}")
     return _table(whole, say)
 
@@ -141,10 +142,17 @@ def _losses(
                     return
 
 
+def _write(file: Path, arrays: Block) -> None:
+    try:
+        np.savez(file, **arrays)
+    except OSError as error:
+        raise UserError("out", f"must be a file that can be written ({error.strerror})", file) from None
+
+
 def _table(whole: Block, say: Callable[[str], None]) -> float:
     predicted = whole["labels"] >= 0
     losses, positions = whole["losses"][predicted], whole["positions"][predicted]
-    say(f"{'place in its document':>24}{'tokens':>12}{'nats':>9}{'perplexity':>13}")
+    say(f"{'tokens to look back on':>24}{'tokens':>12}{'nats':>9}{'perplexity':>13}")
     edges = [0, *(1 << n for n in range(6, 63)), 1 << 62]
     for low, high in itertools.pairwise(edges):
         there = (positions >= low) & (positions < high)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from zigzag_jax.models.decode import write
 from zigzag_jax.models.devices import use_cpu_without_gpu
+from zigzag_jax.models.hf.saved import copy_companions
 from zigzag_jax.train import metrics, report
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.config import Config, check
@@ -19,7 +20,7 @@ from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import DONE, PREEMPTED, RunError, UserError
 from zigzag_jax.train.mesh import make_mesh, start_devices
 from zigzag_jax.train.metrics import MetricsLog
-from zigzag_jax.train.models import model_config
+from zigzag_jax.train.models import model_config, model_folder
 from zigzag_jax.train.optim import schedule
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState, make_step
@@ -32,6 +33,8 @@ def run(config: Config) -> int:
     """Train to --steps and report; returns the exit code. UserError for what a person can mend, else RunError."""
     check(config)
     sizes = model_config(config)
+    if (source := model_folder(config)) is not None and source.resolve() == config.folder.resolve():
+        raise UserError("out", "must be another folder than the model's", config.folder)
     console = Console(soft_wrap=True, quiet=config.hosts.process_id != 0)
     say = lambda text: console.print(text, highlight=False, markup=False)
     use_cpu_without_gpu()
@@ -47,6 +50,8 @@ def run(config: Config) -> int:
     with ExitStack() as stack:
         this = set_up(config, sizes, mesh, stack, say)
         if jax.process_index() == 0:  # beside the checkpoints, for an export
+            if (source := model_folder(config)) is not None:
+                copy_companions(source, config.folder)
             shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
         checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, say)
         stack.callback(checkpoints.close)

@@ -1,12 +1,14 @@
 """From --model to a model: a named one, or a folder with its sizes, weights and tokenizer (see models/hf/saved.py)."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from zigzag_jax.models.config import read_json
@@ -49,10 +51,26 @@ def model_config(config: Config) -> ModelConfig:
     return sizes
 
 
-def config_json(config: Config, sizes: ModelConfig) -> dict[str, Any]:
-    """The config.json to keep beside the weights: the folder's own, or one made of the sizes."""
+def config_json(config: Config, sizes: ModelConfig, end_of_document: int) -> dict[str, Any]:
+    """The config.json to keep beside the weights: the folder's own, or one made of the sizes and the tokenizer."""
+    if (folder := model_folder(config)) is not None:
+        return read_json(folder)
+    return sizes.to_hf() | {"eos_token_id": end_of_document, "bos_token_id": None}
+
+
+def weights_digest(config: Config) -> str:
+    """Where training begins, as a run remembers it: "random", or a digest of the folder's tensors.
+
+    Their names, shapes, dtypes and first bytes: reading all of them would take minutes at every start.
+    """
     folder = model_folder(config)
-    return sizes.to_hf() if folder is None else read_json(folder)
+    if folder is None or config.random_init:
+        return "random"
+    digest = hashlib.sha256()
+    for name, x in sorted(open_source(folder).tensors.items()):
+        first = np.asarray(x[tuple(slice(2) for _ in x.shape)])
+        digest.update(f"{name} {x.shape} {x.dtype}".encode() + first.tobytes())
+    return digest.hexdigest()[:12]
 
 
 def tokenizer_file(config: Config) -> Path | None:

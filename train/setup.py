@@ -17,7 +17,14 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
-from zigzag_jax.train.models import config_json, first_parameters, fit_vocabulary, maker, tokenizer_file
+from zigzag_jax.train.models import (
+    config_json,
+    first_parameters,
+    fit_vocabulary,
+    maker,
+    tokenizer_file,
+    weights_digest,
+)
 from zigzag_jax.train.optim import optimizer
 from zigzag_jax.train.packing import make_plan
 from zigzag_jax.train.report import HeldOut
@@ -73,8 +80,10 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     graphdef, shapes = abstract_state(make)
     tx = optimizer(config.optim, config.steps)
     coefficient = config.router.aux_coefficient
-    coefficient = sizes.router_aux_loss_coef if coefficient is None else coefficient
-    task = Task(graphdef, sharding, jnp.dtype(config.dtype), config.router.aux_loss, coefficient)
+    coefficient = sizes.aux_coefficient if coefficient is None else coefficient
+    task = Task(graphdef, sharding, jnp.dtype(config.dtype), config.router.aux_loss or sizes.aux_loss, coefficient)
+    if config.router.bias_rate > 0:
+        say("router biases: this run's checkpoints cannot be exported for transformers, which has no place for them")
 
     def init() -> TrainState:
         params = first_parameters(config, sizes, shapes, sharding)
@@ -90,18 +99,32 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         f"data: {len(dataset.train.tokens):,} tokens in rows of {config.seq_len}, {train_plan.fill:.1%} full"
     )
     return Run(
-        config=config, identity=identity(config, sizes, dataset), config_json=config_json(config, sizes),
-        dataset=dataset, mesh=mesh, task=task, tx=tx, abstract=abstract_train_state(shapes, tx, sharding), init=init,
-        batches=batches, held_out=HeldOut(held_out),
-        writer=Writer(lambda sharding: maker(config, sizes, sharding), sharding), losses=jax.jit(task.losses), say=say,
-    )  # fmt: skip
+        config=config,
+        identity=identity(config, sizes, dataset),
+        config_json=config_json(config, sizes, dataset.end_of_document),
+        dataset=dataset,
+        mesh=mesh,
+        task=task,
+        tx=tx,
+        abstract=abstract_train_state(shapes, tx, sharding),
+        init=init,
+        batches=batches,
+        held_out=HeldOut(held_out),
+        writer=Writer(lambda sharding: maker(config, sizes, sharding), sharding),
+        losses=jax.jit(task.losses),
+        say=say,
+    )
 
 
 def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, Any]:
     """What may not change when a run is resumed; the mesh, --steps and what is only said or saved may."""
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
     model = f"{config.model} (sizes {digest(repr(dataclasses.asdict(sizes)))})"
-    fixed: dict[str, Any] = {"model": model, "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})"}
+    fixed: dict[str, Any] = {
+        "model": model,
+        "weights": weights_digest(config),
+        "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})",
+    }
     fixed["tokenizer"] = (
         f"{tokenizer_file(config) or 'trained on the data'} (digest {digest(dataset.tokenizer.to_str())})"
     )

@@ -6,6 +6,7 @@ without a mesh: what an export needs.
 """
 
 import json
+import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,16 +18,14 @@ import orbax.checkpoint as ocp
 STATE, CONFIG = "state", "config"
 
 
-def find(path: str | Any) -> pathlib.Path:
-    """The newest checkpoint of a run's folder (or of its folder of checkpoints), or the checkpoint itself."""
+def find(path: str | os.PathLike) -> pathlib.Path | None:
+    """The newest checkpoint of a run's folder (or of its folder of checkpoints), or the checkpoint itself, or None."""
     path = pathlib.Path(path).absolute()
     if (path / STATE).is_dir():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = [p for p in folder.iterdir() if p.name.isdecimal() and (p / STATE).is_dir()] if folder.is_dir() else []
-    if not steps:
-        raise ValueError(f"the source must be an imported model, a run or a checkpoint, got {path}")
-    return max(steps, key=lambda p: int(p.name))
+    return max(steps, key=lambda p: int(p.name), default=None)
 
 
 def config(step: pathlib.Path) -> dict[str, Any]:
@@ -34,7 +33,10 @@ def config(step: pathlib.Path) -> dict[str, Any]:
     file = step / CONFIG / "metadata"
     if not file.is_file():
         raise ValueError(f"a checkpoint must hold its model's config, got {step} without {CONFIG}/metadata")
-    return json.loads(file.read_text())
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise _unreadable(step, error) from None
 
 
 class Parameters(Mapping[str, Any]):
@@ -42,7 +44,10 @@ class Parameters(Mapping[str, Any]):
 
     def __init__(self, step: pathlib.Path):
         self._state = step / STATE
-        tree = ocp.PyTreeCheckpointHandler().metadata(self._state).tree
+        try:
+            tree = ocp.PyTreeCheckpointHandler().metadata(self._state).tree
+        except Exception as error:  # whatever a damaged file raises
+            raise _unreadable(step, error) from None
         self._found = {".".join(path): leaf for path, leaf in _leaves(tree["params"])}
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -71,7 +76,10 @@ class Parameters(Mapping[str, Any]):
             restore_args=_nested(path, ocp.RestoreArgs(restore_type=np.ndarray)),
             partial_restore=True,
         )
-        tree = ocp.PyTreeCheckpointHandler().restore(self._state, args=args)
+        try:
+            tree = ocp.PyTreeCheckpointHandler().restore(self._state, args=args)
+        except Exception as error:  # whatever a damaged file raises
+            raise _unreadable(self._state.parent, error) from None
         for key in path:
             tree = tree[key]
         return tree
@@ -85,6 +93,11 @@ class Parameter:
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return self._source.read(self._name)[index]
+
+
+def _unreadable(step: pathlib.Path, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return ValueError(f"a checkpoint must be one that can be read ({reason}), got {step}")
 
 
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from zigzag_jax.models.balance import BIAS
 from zigzag_jax.models.hf.files import Tensor
-from zigzag_jax.models.hf.names import Entry, Path, entries
+from zigzag_jax.models.hf.names import EMBEDDING, HEAD, Entry, Path, entries
 from zigzag_jax.models.registry import ModelConfig, model_of
 from zigzag_jax.models.sharding import Sharding, abstract_state, parameter_shardings
 
@@ -38,17 +38,18 @@ def from_hf(
 ) -> nnx.State:
     """A state like `shapes` (see `abstract_state`) on the mesh, in `dtype`, from the separate form.
 
-    Each process reads the slices that its own devices keep and holds one at a time: with `files.Folder`, which maps
-    files into memory, no host ever has a whole model. ValueError that lists the tensors that are missing, have another
-    shape, or that nothing here takes.
+    Each process makes the pieces that its own devices keep, one at a time: with `files.Folder`, which maps files into
+    memory, a host holds one device's piece of one parameter beside what is on the devices. ValueError that lists the
+    tensors that are missing, have another shape, or that nothing here takes.
     """
+    tensors = _without_copied_head(tensors, config)
     flat = {path: v.get_value().shape for path, v in nnx.to_flat_state(shapes)}
     parts = _parts(config)
     check_tensors(tensors, _separate_shapes(flat, parts))
 
     def reader(path: Path):
         # these models have no router bias in their files: it begins at zero
-        return _zeros(flat[path], dtype) if path[-1] == BIAS else _reader(tensors, parts[path], flat[path], dtype)
+        return _zeros(flat[path]) if path[-1] == BIAS else _reader(tensors, parts[path], flat[path], dtype)
 
     return _place(shapes, sharding, reader)
 
@@ -62,14 +63,15 @@ def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding, dtype: 
     def reader(path: Path):
         name = dotted(path)
         if name in absent:
-            return _zeros(flat[name], dtype)
-        return lambda index: np.asarray(tensors[name][index]).astype(dtype)
+            return _zeros(flat[name])
+        kept = np.float32 if name.endswith(f".{BIAS}") else dtype  # its steps are smaller than bfloat16 has
+        return lambda index: np.asarray(tensors[name][index]).astype(kept)
 
     return _place(shapes, sharding, reader)
 
 
-def _zeros(shape: tuple[int, ...], dtype: Any):
-    return lambda index: np.zeros(shape, dtype)[index]
+def _zeros(shape: tuple[int, ...]):
+    return lambda index: np.zeros(shape, np.float32)[index]
 
 
 def _reader(tensors: Arrays, parts: Parts, shape: tuple[int, ...], dtype: Any):
@@ -80,16 +82,32 @@ def _place(shapes: nnx.State, sharding: Sharding, reader: Callable[[Path], Calla
     where = dict(nnx.to_flat_state(parameter_shardings(shapes, sharding)))
     placed = []
     for path, variable in nnx.to_flat_state(shapes):
-        shape = variable.get_value().shape
-        array = jax.make_array_from_callback(shape, where[path].get_value(), reader(path))
-        placed.append((path, variable.replace(array)))
+        shape, sharding_of = variable.get_value().shape, where[path].get_value()
+        placed.append((path, variable.replace(_place_one(shape, sharding_of, reader(path)))))
     return nnx.from_flat_state(placed)
+
+
+def _place_one(shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Callable[[Any], np.ndarray]) -> jax.Array:
+    """One array, piece by piece; a piece that several devices keep is read once.
+
+    `jax.make_array_from_callback` would make all of them first.
+    """
+    keepers: dict[str, list[tuple[jax.Device, Any]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        keepers.setdefault(str(index), []).append((device, index))
+    pieces = []
+    for same in keepers.values():
+        piece = read(same[0][1])
+        pieces += [jax.device_put(piece, device) for device, _ in same]
+        jax.block_until_ready(pieces[-len(same) :])
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
 def stack(tensors: Arrays, config: ModelConfig) -> list[Tensor]:
     """The stacked form of the separate one, in the dtype it has; read when it is written. ValueError as `from_hf`, and
     where the tensors of one parameter have several dtypes.
     """
+    tensors = _without_copied_head(tensors, config)
     shapes, parts = abstract_parameters(config), _parts(config)
     check_tensors(tensors, _separate_shapes(shapes, parts))
     return [_stacked(dotted(path), shape, parts[path], tensors) for path, shape in shapes.items()]
@@ -146,6 +164,16 @@ def abstract_parameters(config: ModelConfig) -> dict[Path, tuple[int, ...]]:
     sharding = Sharding(cast(Mesh, mesh))  # shapes need no devices
     _, shapes = abstract_state(lambda rngs: model_of(config)(config, sharding, rngs=rngs, dtype=jnp.float32))
     return {path: variable.get_value().shape for path, variable in nnx.to_flat_state(shapes)}
+
+
+def _without_copied_head(tensors: Arrays, config: ModelConfig) -> Arrays:
+    """Some files of models with tied embeddings hold the head too: it says nothing, unless it is another matrix."""
+    head, table = (tensors.get(name) for name in (HEAD, EMBEDDING))
+    if not config.tie_word_embeddings or head is None or table is None:
+        return tensors
+    if head.dtype != table.dtype or not np.array_equal(head, table):
+        raise ValueError(f"{HEAD} must equal {EMBEDDING} where tie_word_embeddings is true, got another matrix")
+    return {name: x for name, x in tensors.items() if name != HEAD}
 
 
 def _parts(config: ModelConfig) -> dict[Path, Parts]:

@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+META = "__metadata__"  # the one key of a header that is no tensor
 INDEX = ".safetensors.index.json"
 
 
@@ -46,7 +47,13 @@ class Folder(Mapping[str, np.ndarray]):
     def _check_index(self) -> None:
         """A file that is missing shows in the index only."""
         path = self.folder / f"{self.stem}{INDEX}"
-        if path.exists() and (lost := json.loads(path.read_text())["weight_map"].keys() - self.tensors.keys()):
+        if not path.exists():
+            return
+        try:
+            names = json.loads(path.read_text())["weight_map"].keys()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"an index must be JSON with a weight_map ({error!r}), got {path}") from None
+        if lost := names - self.tensors.keys():
             raise ValueError(f"a saved model must hold all tensors of {path.name}, got none for {sorted(lost)[:3]}")
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -65,17 +72,20 @@ def _mapped(file: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
         length = int.from_bytes(f.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"a safetensors file must hold its header of {length} bytes, got {size} bytes in {file}")
-        header = json.loads(f.read(length))
+        try:
+            header = json.loads(f.read(length))
+            entries = [(name, x["dtype"], x["shape"], *x["data_offsets"]) for name, x in header.items() if name != META]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"a safetensors file must have a header as the format says ({error!r}), got {file}"
+            ) from None
     data = np.memmap(file, np.uint8, "r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"weights must be of {', '.join(DTYPES)}, got {name} of {entry['dtype']}")
-        begin, end = entry["data_offsets"]
+    for name, dtype, shape, begin, end in entries:
+        if dtype not in DTYPES:
+            raise ValueError(f"weights must be of {', '.join(DTYPES)}, got {name} of {dtype}")
         if end > len(data):
             raise ValueError(f"a safetensors file must hold the bytes of {name}, got {file} cut short")
-        yield name, data[begin:end].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        yield name, data[begin:end].view(DTYPES[dtype]).reshape(shape)
 
 
 class Tensor(NamedTuple):
@@ -141,7 +151,7 @@ def _shards(tensors: Iterable[Tensor], most: int) -> list[list[Tensor]]:
 
 
 def _write_shard(path: pathlib.Path, tensors: Iterable[Tensor], wrote: Callable[[int], None]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {META: {"format": "pt"}}
     at = 0
     for tensor in tensors:
         place = [at, at + tensor.nbytes]
@@ -157,3 +167,5 @@ def _write_shard(path: pathlib.Path, tensors: Iterable[Tensor], wrote: Callable[
             for piece in tensor.pieces():
                 f.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
                 wrote(piece.nbytes)
+        f.flush()
+        os.fsync(f.fileno())  # the name that follows must not outlive its bytes

@@ -5,7 +5,8 @@ sum(logits * cotangent) for every tensor of the saved model, and optionally posi
 inside its document (absent: one document a row). All in natural order.
 
 The measure is |got - want| / max(|want|, 1e-3 of the median |want| over all tensors) in the L2 norm, for each tensor:
-relative, but a tensor whose gradient is next to nothing is not asked for digits that float32 does not have.
+relative, but a tensor whose gradient is next to nothing is not asked for digits that float32 does not have. Where most
+tensors are experts that no token reached the floor is 0, and so must be what is 0.
 """
 
 import os
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 
 from zigzag_jax.layout import from_zigzag, to_zigzag
 from zigzag_jax.models.hf.convert import to_hf
+from zigzag_jax.models.hf.names import entries
 from zigzag_jax.models.hf.saved import open_source, read_state
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
@@ -57,22 +59,24 @@ def distances(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> 
     """
     norms = {name: float(np.linalg.norm(np.asarray(value, np.float64))) for name, value in want.items()}
     floor = 1e-3 * float(np.median(list(norms.values())))
-    off = lambda name: np.linalg.norm(np.asarray(got[name], np.float64) - np.asarray(want[name], np.float64))
-    return {name: float(off(name)) / max(norms[name], floor) for name in want}
+    off = lambda name: float(np.linalg.norm(np.asarray(got[name], np.float64) - np.asarray(want[name], np.float64)))
+    ratio = lambda a, b: a / b if b else (0.0 if a == 0 else float("inf"))
+    return {name: ratio(off(name), max(norms[name], floor)) for name in want}
 
 
 def compute(
     folder: str | os.PathLike, golden: Arrays, cp: int, say: Callable[[str], None] = lambda text: None
 ) -> Arrays:
     """The golden file's arrays as this code computes them over a ring of `cp` devices: logits and grad.NAME."""
-    config = read_config(open_source(folder).config)
+    source = open_source(folder)
+    config = read_config(source.config)
     mesh = jax.make_mesh((cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:cp])
     where = Sharding(mesh)
     graphdef, shapes = abstract_state(
         lambda rngs: model_of(config)(config, where, rngs=rngs, dtype=jnp.float32, remat="none")
     )
     say("reading weights")
-    state = read_state(open_source(folder), config, shapes, where)
+    state = read_state(source, config, shapes, where)
     say("computing logits and gradients")
     rows, length = golden["input_ids"].shape
     batch = {
@@ -116,9 +120,16 @@ def compare(folder: str | os.PathLike, file: str | os.PathLike, cp: int, say: Ca
     """Say each tensor's distance, the largest last; whether all are within BAR."""
     golden = read_golden(file)
     want = {name: value for name, value in golden.items() if name.startswith("grad.") or name == "logits"}
-    got = compute(folder, golden, cp, say)
-    if unknown := sorted(want.keys() - got.keys()):
+    names = {f"grad.{entry.name}" for entry in entries(read_config(open_source(folder).config))}
+    if unknown := sorted(want.keys() - names - {"logits"}):
         raise ValueError(f"golden: gradients must be of the model's tensors, got {', '.join(unknown[:5])}")
+    if len(want) == 1:
+        raise ValueError(f"golden: must hold gradients (grad.NAME), got {file} without any")
+    if absent := sorted(names - want.keys()):
+        say(
+            f"{len(absent)} tensors have no golden gradient: {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}"
+        )
+    got = compute(folder, golden, cp, say)
     found = distances(got, want)
     for name, distance in sorted(found.items(), key=lambda x: x[1]):
         say(f"{distance:.2e}  {'ok  ' if distance <= BAR else 'FAIL'}  {name.removeprefix('grad.')}")

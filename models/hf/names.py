@@ -13,6 +13,8 @@ from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.stack import equal_groups
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 Path = tuple[Any, ...]  # the keys of a flat nnx.State
 
 
@@ -80,10 +82,10 @@ def _sparse(config: ModelConfig) -> tuple[Path, list[Part]]:
 
 def entries(config: ModelConfig) -> Iterator[Entry]:
     """Every tensor of a saved model."""
-    yield Entry("model.embed_tokens.weight", ("embedding", "table"), (), False)
+    yield Entry(EMBEDDING, ("embedding", "table"), (), False)
     yield Entry("model.norm.weight", ("norm", "weight"), (), False)
     if not config.tie_word_embeddings:
-        yield Entry("lm_head.weight", ("head", "weight"), (), True)
+        yield Entry(HEAD, ("head", "weight"), (), True)
     experts, beside = _sparse(config)
     layer = 0
     for group, (sparse, length) in enumerate(equal_groups(config.sparse_layers)):

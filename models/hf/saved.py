@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ EXTRAS = (
     *("merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json"),
 )
 
-Folder = str | os.PathLike
+Path = str | os.PathLike
 Wrote = Callable[[int, int], None]  # (bytes written, bytes of all)
 
 
@@ -59,7 +60,7 @@ class Source(NamedTuple):
         return any(name.endswith(f".{BIAS}") for name in self.tensors)
 
 
-def open_source(folder: Folder) -> Source:
+def open_source(folder: Path) -> Source:
     """Hugging Face's folder, an imported one, or a run (or one of its checkpoints). ValueError for anything else."""
     path = pathlib.Path(folder)
     if any(path.glob(f"{IMPORTED}*.safetensors")):
@@ -67,11 +68,15 @@ def open_source(folder: Folder) -> Source:
     if any(path.glob("model*.safetensors")):
         return Source(read_json(path), files.Folder(path), stacked=False, trained=False, beside=path)
     step = checkpoint.find(path)
-    tensors = checkpoint.Parameters(step)
-    return Source(checkpoint.config(step), tensors, stacked=True, trained=True, beside=step.parent.parent)
+    if step is None:
+        raise ValueError(
+            f"a model's folder must hold model*.safetensors, {IMPORTED}*.safetensors or a run's checkpoints, got {path}"
+        )
+    config = checkpoint.config(step)
+    return Source(config, checkpoint.Parameters(step), stacked=True, trained=True, beside=step.parent.parent)
 
 
-def has_weights(folder: Folder) -> bool:
+def has_weights(folder: Path) -> bool:
     """Whether a folder is a model with its weights, Hugging Face's or imported."""
     return any(any(pathlib.Path(folder).glob(f"{stem}*.safetensors")) for stem in ("model", IMPORTED))
 
@@ -93,7 +98,7 @@ def read_state(
     return convert.from_hf(source.tensors, config, shapes, sharding, dtype)
 
 
-def import_model(source: Folder, out: Folder, wrote: Wrote = lambda done, total: None) -> None:
+def import_model(source: Path, out: Path, wrote: Wrote = lambda done, total: None) -> None:
     """Hugging Face's folder -> an imported one, tensor by tensor. ValueError for a folder that is no such model, or an
     `out` that is not empty.
     """
@@ -104,9 +109,7 @@ def import_model(source: Folder, out: Folder, wrote: Wrote = lambda done, total:
         _write_rest(made, values, pathlib.Path(source))
 
 
-def export_model(
-    source: Folder, out: Folder, *, dtype: str | None = None, wrote: Wrote = lambda done, total: None
-) -> None:
+def export_model(source: Path, out: Path, *, dtype: str | None = None, wrote: Wrote = lambda done, total: None) -> None:
     """An imported folder or a training checkpoint -> a folder that `transformers` loads.
 
     `dtype` rounds the weights ("bfloat16"); None keeps what they have. The config's dtype is that of the weights.
@@ -146,24 +149,27 @@ def _write(folder: pathlib.Path, tensors: list[files.Tensor], stem: str, wrote: 
 def _write_rest(folder: pathlib.Path, config: dict[str, Any], beside: pathlib.Path) -> None:
     """Everything that is no tensor: the config, and the tokenizer's files."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in EXTRAS:
-        if (beside / name).is_file():
-            shutil.copyfile(beside / name, folder / name)
+    copy_companions(beside, folder)
+
+
+def copy_companions(source: pathlib.Path, folder: pathlib.Path) -> None:
+    """The files that are no weights: the tokenizer's, the generation's, and code that config.json names."""
+    for file in [source / name for name in EXTRAS] + sorted(source.glob("*.py")):
+        if file.is_file():
+            shutil.copyfile(file, folder / file.name)
 
 
 @contextlib.contextmanager
-def _new_folder(path: Folder) -> Iterator[pathlib.Path]:
-    """A folder that has its name only when it is whole."""
-    path = pathlib.Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"the output must be a new or an empty folder, got {path}")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a call that was killed
-    partial.mkdir(parents=True)
+def _new_folder(path: Path) -> Iterator[pathlib.Path]:
+    """A folder that has its name only when it is whole: it is made beside it and renamed."""
+    path = pathlib.Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir()) or path.is_mount()):
+        raise ValueError(f"the output must be a new folder, or an empty one that is no mount point, got {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    made.chmod(0o755)  # mkdtemp's are its maker's alone
     try:
-        yield partial
-        if path.exists():
-            path.rmdir()
-        partial.rename(path)
+        yield made
+        made.replace(path)  # an empty folder may be replaced
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)

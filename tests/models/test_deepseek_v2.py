@@ -119,8 +119,19 @@ def test_a_config_that_cannot_be_computed(change, error, message):
         DeepseekV2Config.from_hf(NEW | change)
 
 
+def test_deepseeks_own_auxiliary_loss():
+    """Its paper's is 1 for an even load, those of balance.py are k: 6 for Lite."""
+    lite = read_config(HUB)
+    assert (lite.aux_loss, lite.router_aux_loss_coef) == ("sequence", 0.001)
+    np.testing.assert_allclose(lite.aux_coefficient, 0.001 / 6)
+    assert read_config(HUB | {"seq_aux": False}).aux_loss == "batch"
+    assert read_config(HUB | {"seq_aux": False}).to_hf()["seq_aux"] is False
+
+
 def test_an_unknown_model_type():
-    with pytest.raises(NotImplementedError, match="model_type must be one of qwen3_moe, deepseek_v2, got 'llama'"):
+    with pytest.raises(
+        NotImplementedError, match="model_type must be one of qwen3, qwen3_moe, deepseek_v2, got 'llama'"
+    ):
         read_config(NEW | {"model_type": "llama"})
 
 

@@ -74,6 +74,14 @@ def test_what_is_no_saved_model(tmp_path):
     file.write_bytes(whole[:20])
     with pytest.raises(ValueError, match="must hold its header of"):
         files.Folder(tmp_path)
+    file.write_bytes((2).to_bytes(8, "little") + b"[]")
+    with pytest.raises(ValueError, match=r"a safetensors file must have a header as the format says .*, got .*model"):
+        files.Folder(tmp_path)
+    save_file(TENSORS, file)
+    (tmp_path / f"model{files.INDEX}").write_text("{}")
+    with pytest.raises(ValueError, match=r"an index must be JSON with a weight_map .*, got .*index.json"):
+        files.Folder(tmp_path)
+    (tmp_path / f"model{files.INDEX}").unlink()
     save_file({"x": np.zeros(3, np.int32)}, file)
     with pytest.raises(ValueError, match="weights must be of F64, F32, F16, BF16, got x of I32"):
         files.Folder(tmp_path)

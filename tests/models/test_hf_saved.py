@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
-from model_helpers import GOLDEN, TINY, drawn, flat, maker, sharding
+from flax import nnx
+from model_helpers import GOLDEN, TINY, drawn, flat, jit, maker, sharding
 from safetensors.numpy import load_file, save_file
 
 from zigzag_jax.models.hf import __main__ as command_line
 from zigzag_jax.models.hf import convert, files, saved
-from zigzag_jax.models.hf.golden import compare, read_golden
+from zigzag_jax.models.hf.golden import compare, distances, read_golden
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import read_config
 from zigzag_jax.models.sharding import abstract_state
@@ -29,7 +32,6 @@ def raw(folder, stem="model"):
 
 def halved(source, folder):
     """A copy of a golden model with bfloat16 weights in several files, spelled as on the hub, with a tokenizer."""
-    import ml_dtypes
 
     folder.mkdir()
     tensors = {name: x.astype(ml_dtypes.bfloat16) for name, x in load_file(source / "model.safetensors").items()}
@@ -105,7 +107,7 @@ def test_a_config_of_transformers_is_written_and_read_again(folder):
 def test_what_cannot_be_imported_or_exported(tmp_path):
     with pytest.raises(ValueError, match=r"a model's folder must hold a config.json, got .*nowhere"):
         saved.import_model(tmp_path / "nowhere", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"the source must be an imported model, a run or a checkpoint, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"a model's folder must hold model\*.safetensors, .* checkpoints, got .*now"):
         saved.export_model(tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "checkpoints" / "3" / "state").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"a checkpoint must hold its model's config, got .*3 without config/metadata"):
@@ -116,16 +118,67 @@ def test_what_cannot_be_imported_or_exported(tmp_path):
     mixed[one] = mixed[one].astype(np.float32)
     with pytest.raises(ValueError, match=r"equal layers must have one dtype, got float16 and float32 for groups.*up"):
         convert.stack(mixed, read_config(MIXED))
-    with pytest.raises(ValueError, match=r"the source must be an imported model, a run or a checkpoint, got .*none"):
+    with pytest.raises(ValueError, match=r"the source must be an imported model, a run or a checkpoint, got Hugging"):
         saved.export_model(LITE, tmp_path / "out")
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("keep me")
     for move in (saved.import_model, saved.export_model):
-        with pytest.raises(ValueError, match=r"the output must be a new or an empty folder, got .*full"):
+        with pytest.raises(ValueError, match=r"the output must be a new folder, or an empty one .*, got .*full"):
             move(LITE, full)
     assert (full / "mine.txt").read_text() == "keep me"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_copies_the_embedding(tmp_path):
+    """Files of tied models may hold it; it is dropped. Another matrix is an error."""
+    tensors = dict(files.Folder(MIXED).items())
+    table = tensors["model.embed_tokens.weight"]
+    names = {x.name for x in convert.stack(tensors | {"lm_head.weight": table}, read_config(MIXED))}
+    assert names == {x.name for x in convert.stack(tensors, read_config(MIXED))}
+    with pytest.raises(ValueError, match=r"lm_head.weight must equal model.embed_tokens.weight where tie_word_embed"):
+        convert.stack(tensors | {"lm_head.weight": table + 1}, read_config(MIXED))
+
+
+def test_the_output_may_be_a_link_to_an_empty_folder_and_neighbours_are_left_alone(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "there.partial").mkdir()
+    (tmp_path / "there.partial" / "mine.txt").write_text("keep me")
+    saved.import_model(LITE, tmp_path / "link")
+    assert saved.has_weights(tmp_path / "there")
+    assert (tmp_path / "there.partial" / "mine.txt").exists()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["link", "there", "there.partial"]
+
+
+class Counted(dict):
+    """Tensors that say how much of them was read."""
+
+    def __init__(self, tensors):
+        super().__init__(tensors)
+        self.read = 0
+
+    def __getitem__(self, name):
+        outer, x = self, super().__getitem__(name)
+
+        class One:
+            shape, dtype = x.shape, x.dtype
+
+            def __getitem__(self, index):
+                outer.read += x[index].nbytes
+                return x[index]
+
+        return One()
+
+
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (2, 1, 2)])
+def test_every_value_is_read_once_for_all_devices_that_keep_it(mesh):
+    tensors, config, where = Counted(files.Folder(LITE)), read_config(LITE), sharding(*mesh)
+    shapes = abstract_state(maker(config, where))[1]
+    state = convert.from_hf(tensors, config, shapes, where)
+    assert tensors.read == sum(x.nbytes for x in files.Folder(LITE).values())
+    kept = dict(nnx.to_flat_state(state))["head", "weight"].get_value()
+    assert len(kept.addressable_shards) == len(kept.sharding.device_set) == 4
 
 
 def test_a_failed_import_leaves_nothing(tmp_path):
@@ -157,7 +210,8 @@ def test_a_golden_file_that_is_none(tmp_path):
         compare(LITE, file, 1, print)
 
 
-def test_a_spoiled_golden_file_is_named(tmp_path, capsys):
+def test_a_spoiled_golden_file_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(jax, "jit", jit)
     golden = load_file(LITE / "golden.safetensors")
     name = "grad.model.layers.1.self_attn.kv_b_proj.weight"
     save_file(golden | {name: golden[name] * 1.0001}, tmp_path / "spoiled.safetensors")
@@ -167,6 +221,18 @@ def test_a_spoiled_golden_file_is_named(tmp_path, capsys):
     save_file(golden | {"grad.model.nothing": np.zeros(1, np.float32)}, tmp_path / "more.safetensors")
     assert command_line.main(["check", str(LITE), "--golden", str(tmp_path / "more.safetensors")]) == 2
     assert "golden: gradients must be of the model's tensors, got grad.model.nothing" in capsys.readouterr().err
+    save_file({name: x for name, x in golden.items() if "grad" not in name}, tmp_path / "none.safetensors")
+    assert command_line.main(["check", str(LITE), "--golden", str(tmp_path / "none.safetensors")]) == 2
+    assert "golden: must hold gradients (grad.NAME), got" in capsys.readouterr().err
+
+
+def test_gradients_that_are_zero():
+    """Most tensors of a real model are experts that a short batch does not reach."""
+    want = {"a": np.zeros(2), "b": np.zeros(2), "c": np.zeros(2), "d": np.ones(2)}
+    got = want | {"b": np.array([0, 1e-9]), "d": np.array([1, 1.1])}
+    found = distances(got, want)
+    assert (found["a"], found["b"], found["c"]) == (0, np.inf, 0)
+    np.testing.assert_allclose(found["d"], 0.1 / 2**0.5)
 
 
 @pytest.fixture(autouse=True)
@@ -178,7 +244,7 @@ def running_devices(monkeypatch):
 def test_mistakes_are_one_line(tmp_path, capsys):
     for arguments, message in (
         (["import", str(tmp_path), str(tmp_path / "out")], "error: a model's folder must hold a config.json"),
-        (["export", str(tmp_path), str(tmp_path / "out")], "error: the source must be an imported model"),
+        (["export", str(tmp_path), str(tmp_path / "out")], "error: a model's folder must hold model*.safetensors"),
         (["check", str(LITE), "--golden", "none", "--cp", "0"], "error: cp: must be >= 1, got 0"),
         (["check", str(LITE), "--golden", "none", "--cp", "99"], "error: cp: must be at most the 8 devices there are"),
     ):

@@ -55,6 +55,22 @@ def test_the_hubs_file_is_the_preset():
     assert Qwen3MoeConfig.from_hf(HUB) == PRESETS["qwen3-30b-a3b"]
 
 
+def test_the_fields_of_qwen3_coder():
+    """Files of this family on the hub say these too; they say nothing new."""
+    more = {"qkv_bias": False, "use_qk_norm": True, "shared_expert_intermediate_size": 0}
+    assert Qwen3MoeConfig.from_hf(HUB | more) == PRESETS["qwen3-30b-a3b"]
+    for name, value in (("qkv_bias", True), ("use_qk_norm", False), ("shared_expert_intermediate_size", 64)):
+        with pytest.raises(NotImplementedError, match=f"config field {name} is not supported with this value"):
+            Qwen3MoeConfig.from_hf(HUB | {name: value})
+
+
+def test_sizes_that_are_none():
+    for name, value in (("hidden_size", "2048"), ("num_attention_heads", 0)):
+        fields = {key: x for key, x in HUB.items() if key != "head_dim"} | {name: value}
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got {value!r}"):
+            Qwen3MoeConfig.from_hf(fields)
+
+
 def test_both_spellings():
     old = dict(NEW)
     old |= {"num_experts": old.pop("num_local_experts"), "torch_dtype": old.pop("dtype"), "rope_scaling": None}

@@ -1,5 +1,6 @@
 """Perplexity: every token's loss, in natural order, is what one device makes of the row."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,11 +12,10 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from zigzag_jax.models import generate
-from zigzag_jax.models.decode import write as write_tokens
 from zigzag_jax.models.hf import files
 from zigzag_jax.models.hf.convert import to_hf
 from zigzag_jax.models.presets import PRESETS
-from zigzag_jax.models.sharding import Sharding, init_state
+from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train import evaluate
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.errors import UserError
@@ -31,6 +31,9 @@ def running_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("zigzag_jax.train.mesh.on_cpu", lambda: True)
     monkeypatch.setattr("zigzag_jax.models.devices.on_cpu", lambda: False)
     monkeypatch.setattr(evaluate, "start_devices", lambda config: None)
+    # compile time is what these tests take
+    quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    monkeypatch.setattr(jax, "jit", quick)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,9 @@ def model(tmp_path_factory: pytest.TempPathFactory):
     tokenizer.save(str(folder / "tokenizer.json"))
     sizes = fit_vocabulary(PRESETS["tiny-qwen3-moe"], "tiny-qwen3-moe", tokenizer.get_vocab_size())
     where = Sharding(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]))
-    graphdef, state = init_state(maker(Config(), sizes, where), where, jax.random.key(5))
+    graphdef, shapes = abstract_state(maker(Config(), sizes, where))
+    rng = np.random.default_rng(5)
+    state = jax.tree.map(lambda x: jnp.asarray(0.05 * rng.standard_normal(x.shape), jnp.float32), shapes)
     files.write(folder, [files.Tensor(k, x.dtype, x.shape, lambda x=x: [x]) for k, x in to_hf(state, sizes).items()])
     (folder / "config.json").write_text(json.dumps(sizes.to_hf()))
     data = tmp_path_factory.mktemp("data")
@@ -59,7 +64,6 @@ def test_losses_in_natural_order(model, tmp_path: Path, monkeypatch: pytest.Monk
     mean = evaluate.evaluate(config, said.append)
     found = np.load(tmp_path / "x.npz")
     assert found["losses"].shape == (5, 62)
-    assert len(np.unique(found["positions"][:, 0])) >= 1
     hidden, _ = merged(jnp.asarray(found["tokens"]), jnp.asarray(found["positions"]))
     logits = np.asarray(merged.logits(hidden), np.float64)
     logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -90,7 +94,8 @@ def test_mistakes(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folder, _, _ = model
     for change, message in (
         ({"rows": 0}, "rows: must be >= 1, got 0"),
-        ({"out": Path("x.txt")}, "out: must be a file that ends in .npz, got x.txt"),
+        ({"out": Path("x.txt")}, "out: must be a file that ends in .npz, in a folder that exists, got x.txt"),
+        ({"out": Path("nowhere/x.npz")}, "out: must be a file that ends in .npz, in a folder that exists, got nowhere"),
         ({"seq_len": 1}, "seq-len: must be >= 2, got 1"),
         ({"folder": tmp_path}, "folder: must be a model with its weights .*, got"),
         ({"tokenizer": tmp_path / "no.json"}, "tokenizer: must be a tokenizer.json that exists"),
@@ -111,11 +116,33 @@ def test_generate_prints_the_prompt_and_what_follows(model, tmp_path: Path, caps
     assert printed.startswith("Line 3: a ring")
     assert printed.endswith(" tokens given, 9 written]\n")
     for flags, message in (
-        ([str(tmp_path), "--prompt", "x"], "error: the source must be an imported model, a run or a checkpoint"),
-        ([str(folder), "--prompt", ""], "error: every prompt must hold a token, got lengths"),
+        ([str(tmp_path), "--prompt", "x"], "error: a model's folder must hold model*.safetensors"),
+        ([str(folder), "--prompt", ""], "error: prompt: must hold a token, got ''"),
+        ([str(folder), "--prompt", "x", "--tokens", "0"], "error: tokens: must be >= 1, got 0"),
+        ([str(folder), "--prompt", "x", "--top-p", "0"], "error: top-p: must be > 0 and <= 1, got 0.0"),
+        ([str(folder), "--prompt", "x", "--temperature", "-1"], "error: temperature: must be >= 0, got -1.0"),
         ([str(folder), "--prompt", "x", "--tokenizer", "no"], "error: tokenizer: must be a tokenizer.json that exists"),
         ([str(folder), "--prompt", "x", "--tokenizer", str(folder / "config.json")], "error: tokenizer: must be a"),
     ):
         assert generate.main(flags) == 2
         assert capsys.readouterr().err.startswith(message)
-    assert write_tokens is generate.write
+
+
+def test_characters_of_several_tokens_are_printed_when_they_are_whole(capsys: pytest.CaptureFixture[str]):
+    tokenizer = train_tokenizer(TEXT, characters=sum(map(len, TEXT)), vocab_size=300)
+    text, shown = "a é 中文 \U0001f600 b", []
+    for token in tokenizer.encode(text).ids:
+        generate._tell(tokenizer, shown, np.array([token]))
+    assert capsys.readouterr().out == text
+
+
+def test_a_text_begins_with_what_the_tokenizer_is_configured_for(tmp_path: Path):
+    tokenizer = train_tokenizer(TEXT, characters=sum(map(len, TEXT)), vocab_size=300)
+    assert generate._begin(tmp_path, tokenizer) == []
+    for token, add, want in (
+        ("<|endoftext|>", True, [0]),
+        ({"content": "<|endoftext|>"}, True, [0]),
+        ("<|endoftext|>", False, []),
+    ):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": add, "bos_token": token}))
+        assert generate._begin(tmp_path, tokenizer) == want

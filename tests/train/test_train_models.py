@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,11 +14,19 @@ from zigzag_jax.models.hf.convert import separate, to_hf
 from zigzag_jax.models.hf.files import Tensor, write
 from zigzag_jax.models.hf.saved import Source, read_state
 from zigzag_jax.models.presets import PRESETS
-from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
+from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.config import Config, MeshConfig, RouterConfig
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.models import config_json, first_parameters, fit_vocabulary, maker, model_config, tokenizer_file
+from zigzag_jax.train.models import (
+    config_json,
+    first_parameters,
+    fit_vocabulary,
+    maker,
+    model_config,
+    tokenizer_file,
+    weights_digest,
+)
 
 HF = {
     "model_type": "qwen3_moe", "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
@@ -50,7 +59,8 @@ def saved_model(tmp_path: Path, vocab_size: int = 300) -> tuple[Path, nnx.State]
     made = tmp_path / "model"
     made.mkdir()
     where = Sharding(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,)))
-    state = init_state(maker(Config(), sizes, where), where, jax.random.key(3))[1]
+    shapes, rng = abstract_state(maker(Config(), sizes, where))[1], np.random.default_rng(3)
+    state = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), shapes)
     tensors = [Tensor(name, x.dtype, x.shape, lambda x=x: [x]) for name, x in to_hf(state, sizes).items()]
     write(made, tensors)
     (made / "config.json").write_text(json.dumps(sizes.to_hf() | {"eos_token_id": 5}))
@@ -61,12 +71,19 @@ def test_a_folder_brings_its_weights_to_any_mesh(tmp_path: Path):
     made, want = saved_model(tmp_path)
     config = Config(model=str(made))
     sizes = model_config(config)
-    assert config_json(config, sizes)["eos_token_id"] == 5
+    assert config_json(config, sizes, 0)["eos_token_id"] == 5
+    assert config_json(Config(), PRESETS["tiny-qwen3-moe"], 0)["eos_token_id"] == 0
+    assert weights_digest(Config()) == weights_digest(Config(model=str(made), random_init=True)) == "random"
+    before = weights_digest(config)
     devices = jax.devices()[:4]
     where = Sharding(jax.make_mesh((2, 2), ("fsdp", "cp"), axis_types=(AxisType.Auto,) * 2, devices=devices))
     shapes = abstract_state(maker(config, sizes, where))[1]
     got = first_parameters(config, sizes, shapes, where)
     jax.tree.map(np.testing.assert_array_equal, got, want)
+    tensors = {name: np.array(x) for name, x in to_hf(want, sizes).items()}
+    tensors["model.norm.weight"][0] += 1
+    write(made, [Tensor(name, x.dtype, x.shape, lambda x=x: [x]) for name, x in tensors.items()])
+    assert weights_digest(config) != before
     fresh = first_parameters(Config(model=str(made), random_init=True), sizes, shapes, where)
     assert any(
         np.any(np.asarray(x) != np.asarray(y)) for x, y in zip(*map(jax.tree.leaves, (fresh, want)), strict=True)
