@@ -49,14 +49,14 @@ def run(config: Config) -> int:
         raise UserError("out", f"must be a folder that can be written ({error.strerror})", config.folder) from None
     with ExitStack() as stack:
         this = set_up(config, sizes, mesh, stack, say)
-        if jax.process_index() == 0:  # beside the checkpoints, for an export
-            if (source := model_folder(config)) is not None:
-                copy_companions(source, config.folder)
-            shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
         checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, say)
         stack.callback(checkpoints.close)
         if (old := checkpoints.identity()) is not None:
             check_identity(old, this.identity)
+        if jax.process_index() == 0:  # beside the checkpoints, for an export; not before this run may write here
+            if source is not None:
+                copy_companions(source, config.folder)
+            shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
         first, state = checkpoints.restore(this.abstract) or (0, this.init())
         _say_where(this, first)
         log = MetricsLog(config.folder if jax.process_index() == 0 else None, first)

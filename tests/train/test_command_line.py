@@ -103,7 +103,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path,
     assert losses(tmp_path) == losses(calm[0])
 
 
-def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path):
+def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
     out, _ = calm
     again = run(out, corpus)
     assert again.returncode == 0
@@ -115,6 +115,13 @@ def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str
     assert "64" in other.stderr
     assert "got 32" in other.stderr
     assert "Traceback" not in other.stderr
+    kept = (out / "tokenizer.json").read_bytes()
+    (tmp_path / "other.json").write_bytes(kept.replace(b'"end_of_word_suffix": null', b'"end_of_word_suffix": "x"'))
+    assert (tmp_path / "other.json").read_bytes() != kept
+    other = run(out, corpus, "--tokenizer", str(tmp_path / "other.json"))
+    assert other.returncode == 2
+    assert other.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert (out / "tokenizer.json").read_bytes() == kept  # a run that is refused writes nothing
 
 
 @pytest.mark.parametrize(
