@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zigzag_jax.layout import to_zigzag, zigzag_indices
+from zigzag_jax.layout import padded, to_zigzag, zigzag_indices
 from zigzag_jax.models.decoder import Decoder
 from zigzag_jax.models.rope import rotary
 from zigzag_jax.models.sharding import RULES, Sharding, abstract_state
@@ -168,7 +168,7 @@ def _batch(sharding: Sharding, prompts: Sequence[Sequence[int]]) -> tuple[dict[s
     ways = np.prod([mesh.shape[axis] for axis in ("dp", "fsdp") if axis in mesh.shape], dtype=int)
     rows = [*prompts, *[prompts[0]] * (-len(prompts) % ways)]
     lengths = np.array([len(row) for row in rows], np.int32)
-    size = -(-int(lengths.max()) // (2 * cp)) * 2 * cp
+    size = padded(int(lengths.max()), cp)
     place = np.arange(size, dtype=np.int32)[None]
     real = place < lengths[:, None]
     tokens = np.zeros(real.shape, np.int32)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.sharding import AxisType, Mesh
 
 
 def has_gpu() -> bool:
@@ -35,3 +36,8 @@ def start_ring(cp: int, cpu_devices: int | None) -> None:
         jax.config.update("jax_num_cpu_devices", cpu_devices or cp)
     if cp > jax.device_count():
         raise ValueError(f"cp: must be at most the {jax.device_count()} devices there are, got {cp}")
+
+
+def ring_mesh(cp: int) -> Mesh:
+    """The first `cp` devices as a mesh of one axis."""
+    return jax.make_mesh((cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:cp])

@@ -10,14 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 from tokenizers import Tokenizer
 
 from zigzag_jax.models.decode import Writer, write
-from zigzag_jax.models.devices import start_ring, use_cpu_without_gpu
+from zigzag_jax.models.devices import ring_mesh, start_ring, use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import open_source, read_state
 from zigzag_jax.models.registry import model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
@@ -49,8 +47,7 @@ def _continue(args: argparse.Namespace) -> None:
         raise ValueError(f"prompt: must hold a token, got {text!r}")
     if max(prompt) >= config.vocab_size:
         raise ValueError(f"tokenizer: ids must be under the model's {config.vocab_size}, got {max(prompt)}")
-    mesh = jax.make_mesh((args.cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[: args.cp])
-    where, dtype = Sharding(mesh), jnp.dtype(args.dtype)
+    where, dtype = Sharding(ring_mesh(args.cp)), jnp.dtype(args.dtype)
     build = functools.partial(model_of(config), config, dtype=dtype, router_bias=source.router_bias)
     make = lambda sharding: lambda rngs: build(sharding, rngs=rngs)
     sys.stderr.write("reading weights\n")

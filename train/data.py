@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zigzag_jax.layout import zigzag_indices
+from zigzag_jax.layout import padded, zigzag_indices
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.packing import Plan
 from zigzag_jax.train.token_file import TokenStore
@@ -128,15 +128,6 @@ class Batches:
                     view = {field: array[i, begin:end] for field, array in block.items()}
                     _read_run(self.store, self.plan, int(row), int(places[begin]), view)
         return block
-
-
-def padded(seq_len: int, cp: int) -> int:
-    """S_pad: the next multiple of 2 * cp.
-
-    >>> padded(256, cp=4), padded(256, cp=3)
-    (256, 258)
-    """
-    return -(-seq_len // (2 * cp)) * 2 * cp
 
 
 def _read_run(store: TokenStore, plan: Plan, row: int, lo: int, out: Block) -> None:

@@ -7,11 +7,11 @@ from typing import cast
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from zigzag_jax.layout import padded
 from zigzag_jax.models.devices import on_cpu
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.config import Config, MeshConfig
-from zigzag_jax.train.data import padded
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
 from zigzag_jax.train.models import maker

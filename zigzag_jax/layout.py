@@ -47,6 +47,15 @@ def check_cp(cp: int) -> None:
         raise ValueError(f"cp must be an int >= 1, got {cp!r}")
 
 
+def padded(seq_len: int, cp: int) -> int:
+    """The next length that zigzag order can cut: a multiple of 2 * cp.
+
+    >>> padded(256, cp=4), padded(256, cp=3)
+    (256, 258)
+    """
+    return -(-seq_len // (2 * cp)) * 2 * cp
+
+
 def chunk_length(seq_len: int, cp: int) -> int:
     """Tokens in one of the 2 * cp chunks. ValueError where they do not come out equal."""
     check_cp(cp)

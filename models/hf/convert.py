@@ -49,7 +49,9 @@ def from_hf(
 
     def reader(path: Path):
         # these models have no router bias in their files: it begins at zero
-        return _zeros(flat[path]) if path[-1] == BIAS else _reader(tensors, parts[path], flat[path], dtype)
+        if path[-1] == BIAS:
+            return _zeros(flat[path])
+        return functools.partial(_read, tensors, parts[path], flat[path], dtype)
 
     return _place(shapes, sharding, reader)
 
@@ -72,10 +74,6 @@ def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding, dtype: 
 
 def _zeros(shape: tuple[int, ...]):
     return lambda index: np.zeros(shape, np.float32)[index]
-
-
-def _reader(tensors: Arrays, parts: Parts, shape: tuple[int, ...], dtype: Any):
-    return functools.partial(_read, tensors, parts, shape, dtype)
 
 
 def _place(shapes: nnx.State, sharding: Sharding, reader: Callable[[Path], Callable[[Any], np.ndarray]]) -> nnx.State:

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from zigzag_jax.layout import from_zigzag, to_zigzag
+from zigzag_jax.layout import from_zigzag, padded, to_zigzag
+from zigzag_jax.models.devices import ring_mesh
 from zigzag_jax.models.hf.convert import to_hf
 from zigzag_jax.models.hf.names import entries
-from zigzag_jax.models.hf.saved import open_source, read_state
+from zigzag_jax.models.hf.saved import Source, open_source, read_state
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
 
@@ -64,14 +64,9 @@ def distances(got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray]) -> 
     return {name: ratio(off(name), max(norms[name], floor)) for name in want}
 
 
-def compute(
-    folder: str | os.PathLike, golden: Arrays, cp: int, say: Callable[[str], None] = lambda text: None
-) -> Arrays:
+def compute(source: Source, config: ModelConfig, golden: Arrays, cp: int, say: Callable[[str], None]) -> Arrays:
     """The golden file's arrays as this code computes them over a ring of `cp` devices: logits and grad.NAME."""
-    source = open_source(folder)
-    config = read_config(source.config)
-    mesh = jax.make_mesh((cp,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:cp])
-    where = Sharding(mesh)
+    where = Sharding(ring_mesh(cp))
     graphdef, shapes = abstract_state(
         lambda rngs: model_of(config)(config, where, rngs=rngs, dtype=jnp.float32, remat="none")
     )
@@ -81,7 +76,7 @@ def compute(
     rows, length = golden["input_ids"].shape
     batch = {
         name: jax.device_put(to_zigzag(x, cp), where.named(("batch", "sequence", "embed")[: x.ndim], x.shape))
-        for name, x in _padded(golden, config, 2 * cp).items()
+        for name, x in _batch(golden, config, cp).items()
     }
 
     def forward(state, batch):
@@ -96,8 +91,8 @@ def compute(
     return found | {"logits": from_zigzag(np.asarray(logits), cp)[:rows, :length]}
 
 
-def _padded(golden: Arrays, config: ModelConfig, parts: int) -> Arrays:
-    """The batch with its length rounded up to a multiple of `parts`; a token of padding is a document of its own."""
+def _batch(golden: Arrays, config: ModelConfig, cp: int) -> Arrays:
+    """A batch, padded to a length that zigzag order can cut; a token of padding is a document of its own."""
     rows, length = golden["input_ids"].shape
     tokens = golden["input_ids"].astype(np.int32)
     if tokens.min() < 0 or tokens.max() >= config.vocab_size or golden["logits"].shape[2] != config.vocab_size:
@@ -112,7 +107,7 @@ def _padded(golden: Arrays, config: ModelConfig, parts: int) -> Arrays:
         "real": np.ones((rows, length), bool),
         "cotangent": golden["cotangent"].astype(np.float32),
     }
-    pad = -length % parts
+    pad = padded(length, cp) - length
     return {name: np.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2))) for name, x in batch.items()}
 
 
@@ -120,21 +115,23 @@ def compare(folder: str | os.PathLike, file: str | os.PathLike, cp: int, say: Ca
     """Say each tensor's distance, the largest last; whether all are within BAR."""
     golden = read_golden(file)
     want = {name: value for name, value in golden.items() if name.startswith("grad.") or name == "logits"}
-    names = {f"grad.{entry.name}" for entry in entries(read_config(open_source(folder).config))}
+    source = open_source(folder)
+    config = read_config(source.config)
+    names = {f"grad.{entry.name}" for entry in entries(config)}
     if unknown := sorted(want.keys() - names - {"logits"}):
         raise ValueError(f"golden: gradients must be of the model's tensors, got {', '.join(unknown[:5])}")
     if len(want) == 1:
         raise ValueError(f"golden: must hold gradients (grad.NAME), got {file} without any")
     if absent := sorted(names - want.keys()):
-        say(
-            f"{len(absent)} tensors have no golden gradient: {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}"
-        )
-    got = compute(folder, golden, cp, say)
+        more = " ..." if len(absent) > 3 else ""
+        say(f"{len(absent)} tensors have no golden gradient: {', '.join(absent[:3])}{more}")
+    got = compute(source, config, golden, cp, say)
     found = distances(got, want)
     for name, distance in sorted(found.items(), key=lambda x: x[1]):
         say(f"{distance:.2e}  {'ok  ' if distance <= BAR else 'FAIL'}  {name.removeprefix('grad.')}")
     failed = [name.removeprefix("grad.") for name, distance in found.items() if not distance <= BAR]
     worst = max(found, key=lambda name: found[name] if np.isfinite(found[name]) else np.inf)
     text = f"{len(found)} tensors, the worst {worst.removeprefix('grad.')}: {found[worst]:.2e}, the bar {BAR:.0e}"
-    say(f"{text}: {f'{len(failed)} FAIL: {", ".join(failed[:5])}' if failed else 'all within it'}")
+    verdict = f"{len(failed)} FAIL: {', '.join(failed[:5])}" if failed else "all within it"
+    say(f"{text}: {verdict}")
     return not failed

@@ -53,25 +53,16 @@ def torch_model(name: str):
 
 
 def torch_pass(model, ids, cotangent, dtype):
-    """Logits and gradients by name, float32 on the host; `make_golden.py` has the same names."""
+    """Logits and gradients by name, float32 on the host."""
     import torch
+    from make_golden import saved_gradients
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(where, dtype)
     model.zero_grad()
     logits = model(torch.tensor(ids, device=where, dtype=torch.long), use_cache=False).logits
     (logits.float() * torch.tensor(cotangent, device=where)).sum().backward()
-    found = {"logits": logits}
-    for name, p in model.named_parameters():
-        stem, _, last = name.rpartition(".")
-        if last == "gate_up_proj":
-            for e, grad in enumerate(p.grad):
-                halves = zip(("gate_proj", "up_proj"), grad.chunk(2), strict=True)
-                found |= {f"{stem}.{e}.{part}.weight": half for part, half in halves}
-        elif last == "down_proj":
-            found |= {f"{stem}.{e}.down_proj.weight": grad for e, grad in enumerate(p.grad)}
-        else:
-            found[name] = p.grad
+    found = {"logits": logits, **dict(saved_gradients(model))}
     return {name: x.detach().float().cpu().numpy() for name, x in found.items()}
 
 

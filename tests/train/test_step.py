@@ -12,11 +12,10 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zigzag_jax.layout import to_zigzag
+from zigzag_jax.layout import padded, to_zigzag
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
 from zigzag_jax.train.config import Config, OptimConfig, RouterConfig
-from zigzag_jax.train.data import padded
 from zigzag_jax.train.models import fit_vocabulary, maker
 from zigzag_jax.train.optim import optimizer
 from zigzag_jax.train.step import TrainState, make_step, state_shardings
