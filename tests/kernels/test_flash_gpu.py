@@ -90,29 +90,33 @@ def test_contract(implementation, case):
     dq0 = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
     options = dict(scale=scale, softcap=softcap, implementation=implementation)
 
-    @functools.partial(jax.jit, static_argnames="deterministic")
-    def run(q, k, v, dout, dlse, keys, dq0, deterministic=False):
-        out, lse = flash_fwd(q, k, v, keys, **options)
+    @jax.jit
+    def forward(q, k, v, keys):
+        whole = flash_fwd(q, k, v, keys, **options)
         narrow, _ = flash_fwd(q, k, v, keys, out_dtype=dtype, **options)
         cut = lambda low, high: KeyRange(*(jnp.clip(x, low, high) for x in keys))
         first = flash_fwd(q, k, v, cut(0, key_rows // 2), **options)
         second = flash_fwd(q, k, v, cut(key_rows // 2, key_rows), carry=first, **options)
         last = flash_fwd(q, k, v, cut(key_rows // 2, key_rows), carry=first, out_dtype=dtype, **options)
+        return whole, second, last, narrow
+
+    @functools.partial(jax.jit, static_argnames="deterministic")
+    def backward(q, k, v, out, lse, dout, dlse, keys, dq0, deterministic=False):
         delta = jnp.einsum("bqhe,bqhe->bhq", dout, out, preferred_element_type=jnp.float32) - dlse
         dq, dk, dv = flash_bwd(q, k, v, lse, delta, dout, keys, dq=dq0, deterministic=deterministic, **options)
-        return dict(out=out, lse=lse, dq=dq - dq0, dk=dk, dv=dv), second, last, narrow
+        return dict(dq=dq - dq0, dk=dk, dv=dv)
 
-    got, second, last, narrow = run(q, k, v, dout, dlse, keys, dq0)
-    for name, x in got.items():
+    (out, lse), second, last, narrow = forward(q, k, v, keys)
+    args = q, k, v, out, lse, dout, dlse, keys, dq0
+    for name, x in dict(out=out, lse=lse, **backward(*args)).items():
         assert x.dtype == jnp.float32
         oracle.check(name, x, getattr(want, name), BARS[dtype][name])
     oracle.check("out in two calls", second[0], want.out, BARS[dtype]["out"])
     oracle.check("lse in two calls", second[1], want.lse, 1e-6)
-    np.testing.assert_array_equal(narrow, got["out"].astype(dtype))  # rounded once, at the end
+    np.testing.assert_array_equal(narrow, out.astype(dtype))  # rounded once, at the end
     np.testing.assert_array_equal(last[0], second[0].astype(dtype))
     np.testing.assert_array_equal(last[1], second[1])
-    one, *_ = run(q, k, v, dout, dlse, keys, dq0, deterministic=True)
-    two, *_ = run(q, k, v, dout, dlse, keys, dq0, deterministic=True)
+    one, two = (backward(*args, deterministic=True) for _ in range(2))
     for name, x in one.items():
         np.testing.assert_array_equal(x, two[name])
         oracle.check(f"{name} deterministic", x, getattr(want, name), BARS[dtype][name])

@@ -119,6 +119,7 @@ def wait_turn(turns, index, value) -> None:
             ld.acquire.gpu.global.b32 seen, [a];
             setp.ne.b32 p, seen, $2;
             @p bra again;
+            bar.warp.sync 0xffffffff;
             fence.proxy.async;
             }""",
             mgpu.utils.memref_ptr(ref), i.registers[()], v.registers[()],

@@ -14,8 +14,11 @@ Ranges are data. A row of tiles is visited in the order: those cut by the right 
 chunk), those cut by the left edge (document, window), then the inside, from right to left and without a mask. Tiles
 that no row sees are not loaded, an item that sees nothing costs one comparison.
 
-A carry (out, lse) is one more "tile" at the end: m = lse, l = 1, a = out. It is read from global memory while the last
-PV runs and, where the result is float32, written back in place: two ring steps are merged without a pass of their own.
+A carry (out, lse) is one more "tile" at the end: m = lse, l = 1, a = out. Where the result is float32 it is written
+back in place: two ring steps are merged without a pass of their own. Such a carry comes and goes by TMA through the
+buffer in shared memory from which results leave; a second warp of the producer fetches it while the item is computed.
+Where there is no room for that buffer (or the result is narrower than the carry) it is read into registers while the
+last PV runs.
 """
 
 # Pallas' annotations do not know refs, layouts and the inline_mgpu decorator; the compile tests check these calls
@@ -68,7 +71,7 @@ class ForwardTuning:
     """Query tiles of one head that are neighbours in the order of items: they share K and V in L2."""
 
     stage_out: bool = True
-    """A 2-byte result leaves through shared memory by TMA, not from the registers."""
+    """The result leaves through shared memory by TMA, not from the registers."""
 
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
@@ -96,8 +99,10 @@ def flash_fwd(
         "k_full": plgpu.Barrier(num_barriers=tuning.stages),
         "v_full": plgpu.Barrier(num_barriers=tuning.stages),
     }
-    if tuning.stage_out and out_dtype == dt:
-        scratch["out_smem"] = smem((CONSUMERS, ROWS, out_dim), dt)
+    if tuning.stage_out:
+        scratch["out_smem"] = smem((CONSUMERS, ROWS, out_dim), out_dtype)
+        if carry is not None and out_dtype == jnp.float32:
+            scratch["carry_full"] = plgpu.Barrier(num_barriers=CONSUMERS)
 
     def run(use: CarryUse, *refs, out_type=()):
         items = _Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
@@ -178,13 +183,13 @@ def _edges(start_ref, stop_ref, bs, q0):
 def _kernel(
     settings: Settings, tuning: ForwardTuning, items: _Items, use: CarryUse,
     q_ref, k_ref, v_ref, start_ref, stop_ref, *refs,
-    q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None,
+    q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
 ):  # fmt: skip
     if use == "read":
         carry_out_ref, carry_lse_ref, out_ref, lse_ref = refs
     else:
         out_ref, lse_ref = carry_out_ref, carry_lse_ref = refs
-    has_carry = use != "none"
+    has_carry, fetched = use != "none", carry_full is not None  # fetched: the carry comes by TMA into out_smem
     heads, (kv_heads, out_dim) = q_ref.shape[2], v_ref.shape[2:]
     shared_ranges = start_ref.shape[0] == 1
     tile, stages, dt = tuning.key_tile, tuning.stages, q_ref.dtype
@@ -197,6 +202,7 @@ def _kernel(
     k_free = NamedBarriers(4, stages, everyone)
     v_free = NamedBarriers(k_free.end, stages, everyone)
     q_free = NamedBarriers(v_free.end, 1, everyone)
+    carry_free = NamedBarriers(q_free.end, CONSUMERS, WARPGROUP + WARP)
     slot = lambda i: lax.rem(i, i32(stages))
 
     def edges_of(j):
@@ -252,6 +258,9 @@ def _kernel(
             p, m, _ = softmax(s, none, i32(0), bounds)
             l = row_sums(p)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)
+            if fetched:  # the last item's result has left by now: its buffer is free for this one's carry
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                carry_free.arrive(wg)
             plgpu.barrier_wait(v_full.at[first])
 
             def step(i, state, cut):
@@ -289,8 +298,9 @@ def _kernel(
             q_free.arrive()
             last = slot(before + tiles.count - 1)
             if has_carry:
-                m_carry = plgpu.load(carry_lse_ref.at[b, h, my_rows], layout=ROW, optimized=False) * LOG2E
-            carry_early = has_carry and out_dim <= 128  # beside acc in registers, loaded while the last PV runs
+                lse_carry = plgpu.load(carry_lse_ref.at[b, h, my_rows], layout=ROW, optimized=False)
+            # beside acc in registers, loaded while the last PV runs
+            carry_early = has_carry and not fetched and out_dim <= 128
 
             def last_pv(refs):
                 acc_ref, *carry_acc = refs
@@ -304,6 +314,7 @@ def _kernel(
 
             l = l.sum(axis=1)
             if has_carry:
+                unseen, m_carry = m == -jnp.inf, lse_carry * LOG2E
                 m_new = jnp.maximum(m, m_carry)
                 m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new)
                 weight, carry_weight = jnp.exp2(m - m_used), jnp.exp2(m_carry - m_used)
@@ -311,7 +322,12 @@ def _kernel(
             empty = l == 0.0
             inverse = jnp.where(empty, 0.0, 1.0 / l)
             lse = jnp.where(empty, -jnp.inf, m * (1 / LOG2E) + jnp.log(l))
-            if carry_early:
+            if has_carry:  # bit for bit what it was, not by way of base 2
+                lse = jnp.where(unseen, lse_carry, lse)
+            if fetched:
+                plgpu.barrier_wait(carry_full.at[wg])
+                carry_acc = [plgpu.load(out_smem.at[wg], layout=ACC)]
+            if fetched or carry_early:
                 out = acc * across(weight * inverse, out_dim) + carry_acc[0] * across(carry_weight * inverse, out_dim)
             elif has_carry:
                 for c in range(0, out_dim, 64):
@@ -398,6 +414,16 @@ def _kernel(
 
         return before + tiles.count
 
+    def fetch_carry(j):
+        b, h, q0 = items.at(sm, j)
+
+        @pl.when(_Tiles(edges_of(j), tile).count > 0)
+        def _():
+            for w in range(CONSUMERS):
+                carry_free.sync(w)
+                carried = carry_out_ref.at[b, pl.ds(q0 + w * ROWS, ROWS), h, :]
+                plgpu.copy_gmem_to_smem(carried, out_smem.at[w], carry_full.at[w])
+
     def producer():
         plgpu.set_max_registers(tuning.registers[1], action="decrease")
 
@@ -406,5 +432,11 @@ def _kernel(
             @pl.when(warp == 0)
             def _():
                 lax.fori_loop(i32(0), item_count, load_item, i32(0))
+
+            if fetched:
+
+                @pl.when(warp == 1)
+                def _():
+                    pl.loop(i32(0), item_count)(fetch_carry)
 
     lax.cond(wg < CONSUMERS, consumer, producer)
