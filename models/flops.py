@@ -1,0 +1,64 @@
+"""How much arithmetic a model is: the FLOPs that model FLOPs utilisation (MFU) counts.
+
+What is counted is what the model *means*, not what an implementation computes: multiplications and additions of the
+matrix products, active experts only, the head, and of the attention's scores the half that a causal mask leaves
+
+    forward, per token     2 * (parameters of the matrices that it meets)  +  layers * 2 * H * (D + E) * S / 2
+    training               three times that: a backward takes two products for each of the forward
+
+(PaLM, arXiv:2204.02311, appendix B, with the causal half as FlashAttention counts it). Recomputation, padding rows,
+norms, softmax, the embedding's lookup and the optimiser count nothing: MFU = these FLOPs / time / what the card can do.
+"""
+
+from zigzag_jax.models.deepseek_v2 import DeepseekV2Config
+from zigzag_jax.models.registry import ModelConfig
+
+H100_FLOPS = 989e12
+"""Dense bfloat16 FLOPs a second of an H100 or H200 SXM by its data sheet: what MFU is measured against."""
+
+
+def _attention_matrices(config: ModelConfig) -> int:
+    """Parameters of one layer's attention that a token is multiplied by."""
+    size, heads = config.hidden_size, config.num_attention_heads
+    if isinstance(config, DeepseekV2Config):
+        nope, rope, out = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        rank, narrow = config.kv_lora_rank, config.q_lora_rank
+        queries = size * narrow + narrow * heads * (nope + rope) if narrow else size * heads * (nope + rope)
+        return queries + size * (rank + rope) + rank * heads * (nope + out) + heads * out * size
+    return 2 * size * (heads + config.num_key_value_heads) * config.head_dim
+
+
+def _score_width(config: ModelConfig) -> int:
+    """H (D + E): the products of one query and key pair, of its score and of its value."""
+    if isinstance(config, DeepseekV2Config):
+        dims = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    else:
+        dims = 2 * config.head_dim
+    return config.num_attention_heads * dims
+
+
+def _block_matrices(config: ModelConfig, sparse: bool) -> int:
+    """Parameters of one layer's feed-forward block that a token is multiplied by: router and active experts, or all."""
+    size = config.hidden_size
+    if not sparse:
+        return 3 * size * config.intermediate_size
+    shared = config.n_shared_experts if isinstance(config, DeepseekV2Config) else 0
+    active = 3 * size * config.moe_intermediate_size * (config.num_experts_per_tok + shared)
+    return active + size * config.expert_count
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that each token is multiplied by: without the embedding and the experts it is not sent to."""
+    layers = sum(_attention_matrices(config) + _block_matrices(config, sparse) for sparse in config.sparse_layers)
+    return layers + config.hidden_size * config.vocab_size
+
+
+def forward_flops(config: ModelConfig, length: int) -> float:
+    """Of one document of `length` tokens."""
+    scores = config.num_hidden_layers * 2 * _score_width(config) * length / 2
+    return length * (2 * active_parameters(config) + scores)
+
+
+def training_flops(config: ModelConfig, length: int) -> float:
+    """Of one document of `length` tokens, forward and backward."""
+    return 3 * forward_flops(config, length)
