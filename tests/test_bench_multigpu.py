@@ -1,4 +1,4 @@
-"""The benchmarks of rings and slices, and the trace reader: they run on CPU devices, count right, notice what is wrong."""
+"""Benchmarks of rings and of slices, and the trace reader: that they run, count right and notice what is wrong."""
 
 import importlib
 import json
