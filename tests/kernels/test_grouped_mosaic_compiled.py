@@ -73,22 +73,22 @@ def test_kernel(shape, which, dtype, out_dtype, capfd, monkeypatch):
 
 
 def test_a_layer_computes_its_schedule_once():
-    """Gate, up and down, forward and backward: XLA merges their nine schedules, and needs no memory for weights."""
+    """Gate, up and down, forward and backward: XLA merges the schedules of their nine kernels."""
     rows, groups, k, n = SHAPES["qwen-gate"]
     x, gate, down = array(rows, k), array(groups, k, n), array(groups, n, k)
     sizes = array(groups, dtype=jnp.int32)
 
-    def layer(x, gate, up, down, sizes):
-        matmul = lambda x, w: grouped_matmul(x, w, sizes, implementation="mosaic")
-        return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
-
     def gradients(x, gate, up, down, sizes, dy):
-        y, vjp = jax.vjp(lambda *args: layer(*args, sizes), x, gate, up, down)
+        def layer(x, gate, up, down):
+            matmul = lambda x, w: grouped_matmul(x, w, sizes, implementation="mosaic")
+            return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
+
+        y, vjp = jax.vjp(layer, x, gate, up, down)
         return y, vjp(dy)
 
-    text = jax.jit(gradients).lower(x, gate, gate, down, sizes, x).compile().as_text()
+    text = jax.jit(gradients).lower(x, gate, gate, down, sizes, x).compile().as_text() or ""
     assert len(re.findall(r"custom-call\(.*mosaic_gpu", text)) == 9
     table = (rows + (groups + 1) * 134) // 128
     once = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes, implementation="mosaic")).lower(x, gate, sizes)
     made = lambda hlo: len(re.findall(rf"= \(?s32\[{table}\]\S* (?:\S+ )*fusion\(", hlo))
-    assert made(text) == made(once.compile().as_text()) > 0
+    assert made(text) == made(once.compile().as_text() or "") > 0
