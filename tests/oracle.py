@@ -1,4 +1,4 @@
-"""The truth: dense attention and its gradients in float64 NumPy, and how far a result may be from it."""
+"""The truth: dense attention, grouped matmuls and their gradients in float64 NumPy, and how far a result may be off."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -90,6 +90,21 @@ def random_documents(rng, batch: int, length: int, cuts: int) -> np.ndarray:
         for cut in np.sort(rng.choice(np.arange(1, length), min(cuts, length - 1), replace=False)):
             row[cut:] = cut
     return (np.arange(length) - start).astype(np.int32)
+
+
+def groups(sizes) -> list[tuple[int, slice]]:
+    """(group, its slice of the rows) for each group."""
+    ends = np.cumsum(sizes)
+    return [(g, slice(end - size, end)) for g, (end, size) in enumerate(zip(ends, sizes, strict=True))]
+
+
+def grouped(x, w, sizes, dy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """y, dx, dw of the grouped matmul."""
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+    for g, rows in groups(sizes):
+        y[rows], dx[rows], dw[g] = x[rows] @ w[g], dy[rows] @ w[g].T, x[rows].T @ dy[rows]
+    return y, dx, dw
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
     flash_fwd, flash_bwd     attention of one block of queries over one block of keys (flash/contract.py)
     grouped_matmul           the matmul of a layer of experts (grouped/contract.py)
 
-`implementation` names an entry of the tables below; None takes `default_implementation()`. An unknown name is a
-ValueError; an implementation that cannot do what is asked raises NotImplementedError: there is no silent way to a
-slower one.
+`implementation` names an entry of the tables below; None takes the best one for the default device and says in the log
+which. An unknown name is a ValueError; an implementation that cannot do what is asked raises NotImplementedError: there
+is no silent way to a slower one.
 """
 
 import functools
@@ -18,6 +18,7 @@ from zigzag_jax.kernels.flash import contract as flash_contract
 from zigzag_jax.kernels.flash import cudnn, mosaic, triton
 from zigzag_jax.kernels.flash import reference as flash_reference
 from zigzag_jax.kernels.grouped import contract as grouped_contract
+from zigzag_jax.kernels.grouped import mosaic as grouped_mosaic
 from zigzag_jax.kernels.grouped import reference as grouped_reference
 from zigzag_jax.ranges import KeyRange
 
@@ -27,7 +28,10 @@ FLASH: dict[str, flash_contract.Implementation] = {
     "cudnn": cudnn.IMPLEMENTATION,
     "reference": flash_reference.IMPLEMENTATION,
 }
-GROUPED: dict[str, grouped_contract.Implementation] = {"reference": grouped_reference.IMPLEMENTATION}
+GROUPED: dict[str, grouped_contract.Implementation] = {
+    "mosaic": grouped_mosaic.IMPLEMENTATION,
+    "reference": grouped_reference.IMPLEMENTATION,
+}
 
 log = logging.getLogger(__name__)
 
@@ -44,18 +48,16 @@ def _preference() -> tuple[str, ...]:
 
 
 @functools.cache
-def default_implementation() -> str:
-    """The implementation of grouped_matmul for the default backend, asked at the first call and never at import."""
-    if (backend := jax.default_backend()) != "cpu":
-        log.warning("zigzag_jax: no grouped_matmul kernel for %s yet, using 'reference' (plain XLA, slow)", backend)
-    return "reference"
+def _grouped_preference() -> tuple[str, ...]:
+    """Grouped implementations for the default device, best first; plain XLA on a GPU is slow, and said to be."""
+    return ("mosaic", "reference") if "mosaic" in _preference() else ("reference",)
 
 
 @functools.cache
-def _say(name: str, heads: str, skipped: str) -> None:
+def _say(what: str, name: str, kind: str, skipped: str) -> None:
     """Which implementation None took, once; a warning where the device has a faster one that cannot."""
     level = logging.WARNING if skipped else logging.INFO
-    log.log(level, "zigzag_jax: flash attention by '%s' for %s%s", name, heads, f" ({skipped})" if skipped else "")
+    log.log(level, "zigzag_jax: %s by '%s' for %s%s", what, name, kind, f" ({skipped})" if skipped else "")
 
 
 def check_implementation(name: str | None, table: dict) -> None:
@@ -78,13 +80,37 @@ def flash_implementation(q, k, v, settings: flash_contract.Settings, name: str |
         if reason is None:
             if not name:
                 skipped = [f"'{n}' needs {r}" for n, r in reasons.items() if r]
-                _say(candidate, f"{jnp.dtype(q.dtype).name}, head_dim {q.shape[3]}/{v.shape[3]}", "; ".join(skipped))
+                kind = f"{jnp.dtype(q.dtype).name}, head_dim {q.shape[3]}/{v.shape[3]}"
+                _say("flash attention", candidate, kind, "; ".join(skipped))
             return candidate
     # cudnn is left out: it takes constant ranges only, and those of a ring are none
     others = [n for n in FLASH if n not in reasons and n != "cudnn"]
     able = [repr(n) for n in others if FLASH[n].limits(q, k, v, settings) is None]
     why = "; ".join(f"{n!r} needs {reason}" for n, reason in reasons.items())
     raise NotImplementedError(f"{why}; got {heads}; implementation={' or '.join(able)} can")
+
+
+def grouped_implementation(x, w, name: str | None = None) -> str:
+    """The name of the grouped_matmul implementation that runs arrays of these shapes and dtypes.
+
+    None takes the best one for the default device and says once in the log which, as a warning where that is plain XLA
+    on a GPU. NotImplementedError where the one that was named cannot take them.
+    """
+    check_implementation(name, GROUPED)
+    kind = f"{jnp.dtype(x.dtype).name}, k {w.shape[1]}, n {w.shape[2]}"
+    reasons = {n: GROUPED[n].limits(x, w) for n in ((name,) if name else _grouped_preference())}
+    for candidate, reason in reasons.items():
+        if reason is None:
+            if not name:
+                skipped = [f"'{n}' needs {r}" for n, r in reasons.items() if r]
+                if candidate == "reference" and (backend := jax.default_backend()) != "cpu":
+                    skipped.append(f"no other kernel for this {backend}: plain XLA, slow")
+                _say("grouped_matmul", candidate, kind, "; ".join(skipped))
+            return candidate
+    able = [repr(n) for n in GROUPED if n not in reasons and GROUPED[n].limits(x, w) is None]
+    why = "; ".join(f"{n!r} needs {reason}" for n, reason in reasons.items())
+    shapes = f"{jnp.dtype(x.dtype).name} x {list(x.shape)}, w {list(w.shape)}"
+    raise NotImplementedError(f"{why}; got {shapes}; implementation={' or '.join(able)} can")
 
 
 def flash_fwd(
@@ -169,10 +195,11 @@ def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) ->
       ValueError: the arguments break the contract. NotImplementedError: this implementation cannot do it.
     """
     grouped_contract.check(x, w, group_sizes)
-    check_implementation(implementation, GROUPED)
-    return grouped_contract.differentiable(
-        GROUPED[implementation or default_implementation()], jnp.dtype(out_dtype or x.dtype), x, w, group_sizes
-    )
+    name = grouped_implementation(x, w, implementation)
+    return grouped_contract.differentiable(GROUPED[name], jnp.dtype(out_dtype or x.dtype), x, w, group_sizes)
 
 
-__all__ = ["FLASH", "GROUPED", "KeyRange", "flash_bwd", "flash_fwd", "flash_implementation", "grouped_matmul"]
+__all__ = [
+    "FLASH", "GROUPED", "KeyRange", "flash_bwd", "flash_fwd", "flash_implementation", "grouped_implementation",
+    "grouped_matmul",
+]  # fmt: skip

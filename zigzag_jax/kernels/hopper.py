@@ -148,6 +148,127 @@ def next_turn(turns, index) -> None:
     signal(turns, index)
 
 
+def draw(counter, box) -> jax.Array:
+    """The next number of a counter in global memory, int32 [1]: the same for all threads of the calling warpgroup.
+
+    box: int32 [1] in shared memory. A barrier of the warpgroup must stand between two draws.
+    """
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()), return_type=result)
+    def take(_, counter, box):
+        box = mgpu.utils.memref_ptr(box)
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p;
+            .reg .b32 t;
+            mov.u32 t, %tid.x;
+            and.b32 t, t, {WARPGROUP - 1};
+            setp.eq.u32 p, t, 0;
+            @p atom.global.add.u32 t, [$0], 1;
+            @p st.shared.b32 [$1], t;
+            }}""",
+            mgpu.utils.memref_ptr(counter), box,
+        )  # fmt: skip
+        mgpu.utils.warpgroup_barrier()
+        i32_type = mgpu.utils.dtype_to_ir_type(jnp.int32)
+        number = mgpu.utils.inline_ptx("ld.shared.b32 $0, [$1];", box, result_types=i32_type, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(number, (), is_signed=True)
+
+    return take(counter, box)
+
+
+def zero_rows(tile, first, end, threads: int) -> None:
+    """Zero the rows of a tile [64, columns] (see smem; 128 byte swizzle) that are not in [first, end).
+
+    The first `threads` threads of the block call it. Stores only, 16 bytes each: a swizzle moves bytes inside a row.
+    """
+    rows, width = tile.shape[0], tile.shape[1] * jnp.dtype(tile.dtype).itemsize
+    lanes, parts = width // 16, width // 128  # a row lies in pieces of 128 bytes, eight rows of a piece together
+    step = threads // lanes
+    if step % 8 or rows % step or width % 128:
+        raise ValueError(f"{threads} threads must zero {rows} rows of {width} bytes by multiples of 8 rows")
+    passes = "".join(
+        f"""
+            setp.lt.s32 p, r, $1;
+            setp.ge.or.s32 p, r, $2, p;
+            @p st.shared.v4.b32 [a + {start // 8 * parts * 1024}], {{z, z, z, z}};
+            add.s32 r, r, {step};"""
+        for start in range(0, rows, step)
+    )
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(_transforms(128, tile.dtype)), *[plgpu.Layout.WG_SPLAT] * 2))
+    def zero(_, tile, first, end):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p;
+            .reg .b32 a, b, r, t, z;
+            mov.b32 z, 0;
+            mov.u32 t, %tid.x;
+            and.b32 t, t, {threads - 1};
+            shr.u32 r, t, {lanes.bit_length() - 1};
+            and.b32 t, t, {lanes - 1};
+            shr.u32 a, r, 3;
+            mad.lo.s32 a, a, {parts * 1024}, $0;
+            and.b32 b, r, 7;
+            mad.lo.s32 a, b, 128, a;
+            shr.u32 b, t, 3;
+            mad.lo.s32 a, b, 1024, a;
+            and.b32 b, t, 7;
+            mad.lo.s32 a, b, 16, a;{passes}
+            }}""",
+            mgpu.utils.memref_ptr(tile), first.registers[()], end.registers[()],
+        )  # fmt: skip
+
+    zero(tile, i32(first), i32(end))
+
+
+def store_rows(tile, ref, row, column, first, end) -> None:
+    """Write a tile [64, columns] of 128 byte rows to ref[row :, column :], of its rows those in [first, end) of ref.
+
+    The warpgroup that calls it has written the tile and passed a barrier. TMA cannot: its boxes are whole.
+    """
+    columns, itemsize = tile.shape[1], jnp.dtype(tile.dtype).itemsize
+    pitch = ref.shape[1] * itemsize
+    if columns * itemsize != 128:
+        raise ValueError(f"a row of the tile must be 128 bytes, got {columns * itemsize}")
+    copies = "".join(
+        f"""
+            setp.ge.s32 p, r, $4;
+            setp.lt.and.s32 p, r, $5, p;
+            @p ld.shared.v4.b32 {{w, x, y, z}}, [s + {at * 128}];
+            @p st.global.v4.b32 [g + {at * pitch}], {{w, x, y, z}};
+            add.s32 r, r, {WARPGROUP // 8};"""
+        for at in range(0, tile.shape[0], WARPGROUP // 8)
+    )
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(_transforms(128, tile.dtype)), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 4)
+    )
+    def write(_, tile, ref, *numbers):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p;
+            .reg .b32 c, r, s, w, x, y, z;
+            .reg .b64 g, o;
+            mov.u32 c, %tid.x;
+            bfe.u32 r, c, 3, 4;
+            and.b32 c, c, 7;
+            xor.b32 s, c, r;
+            and.b32 s, s, 7;
+            mad.lo.s32 s, s, 16, $0;
+            mad.lo.s32 s, r, 128, s;
+            add.s32 r, r, $2;
+            mad.wide.s32 g, r, {pitch}, $1;
+            mad.wide.s32 g, $3, {itemsize}, g;
+            mad.wide.s32 g, c, 16, g;{copies}
+            }}""",
+            mgpu.utils.memref_ptr(tile), mgpu.utils.memref_ptr(ref), *(x.registers[()] for x in numbers),
+        )  # fmt: skip
+
+    write(tile, ref, *(i32(x) for x in (row, column, first, end)))
+
+
 def swizzle(columns: int, dtype) -> int:
     """Widest swizzle in bytes (128, 64 or 32) whose columns divide `columns`."""
     width = columns * jnp.dtype(dtype).itemsize
@@ -163,9 +284,11 @@ def smem(shape: Sequence[int], dtype, columns: int | None = None):
 
     columns: width of the narrowest slice of the last axis that a wgmma reads, default all of it.
     """
-    s = swizzle(columns or shape[-1], dtype)
-    tiling = plgpu.TilingTransform((8, s // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(tuple(shape), dtype, transforms=(tiling, plgpu.SwizzleTransform(s)))
+    return plgpu.SMEM(tuple(shape), dtype, transforms=_transforms(swizzle(columns or shape[-1], dtype), dtype))
+
+
+def _transforms(swizzled: int, dtype):
+    return plgpu.TilingTransform((8, swizzled // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzled)
 
 
 def i32(x) -> jax.Array:

@@ -33,11 +33,26 @@ class OuterProduct(Protocol):
     def __call__(self, left, right, group_sizes, *, out_dtype) -> jax.Array: ...
 
 
+class Limits(Protocol):
+    """Why an implementation cannot take arguments of this kind (shapes and dtypes only), or None where it can."""
+
+    def __call__(self, x, w) -> str | None: ...
+
+
+def no_limits(x, w) -> str | None:
+    """The limits of an implementation that takes whatever the contract allows."""
+    return None
+
+
 class Implementation(NamedTuple):
-    """A value of the table in kernels/__init__.py: the forward and dx are `product`, dw is `outer`."""
+    """A value of the table in kernels/__init__.py: the forward and dx are `product`, dw is `outer`.
+
+    One rule says for all three what is out of reach.
+    """
 
     product: Product
     outer: OuterProduct
+    limits: Limits = no_limits
 
 
 def check(x, w, group_sizes) -> None:

@@ -1,0 +1,232 @@
+"""How fast the experts' grouped matmul is, and that it is right.
+
+    python examples/bench_experts.py                      the experts of Qwen3-30B-A3B and DeepSeek-V2-Lite
+    python examples/bench_experts.py --shapes qwen-gate   one of them
+
+Groups are uneven (multinomial over Dirichlet(4) shares), as a router makes them. Before any time is taken y, dx and dw
+are compared with float32: exit status 1 where one is off. Times are medians of 5 samples of 10 calls, what is compared
+in turn, 0.3 s of rest before each sample, for a card that is kept busy slows down. Everything is inside the jit, the
+kernels' schedule of row tiles too; `both` is a forward whose result is used, and the gradients of x and w.
+
+FLOPs count the rows there are: 2 M k n forward, three times that for both. `dense` is what one matrix for all rows
+would cost, `% of matmul` the rate against a large square matmul in the same turns. torch's grouped_mm, where torch is
+installed beside the GPU, runs in a process of its own right after.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from bench_common import Clock, relative, table
+
+from zigzag_jax.kernels import GROUPED, grouped_implementation, grouped_matmul
+
+BARS = {"float32": 3e-6, "bfloat16": 3e-3, "float16": 5e-4}  # relative L2: the rounding of the result
+
+
+class Shape(NamedTuple):
+    """Sizes of one matmul of a layer of experts: rows [M, k] times [G, k, n]."""
+
+    rows: int
+    groups: int
+    k: int
+    n: int
+
+    def smaller(self) -> "Shape":
+        """Few enough for a CPU."""
+        return Shape(self.rows // 128, self.groups // 16, self.k // 16, self.n // 16)
+
+    def sizes(self) -> np.ndarray:
+        """Uneven group sizes."""
+        rng = np.random.default_rng(0)
+        return rng.multinomial(self.rows, rng.dirichlet(np.full(self.groups, 4.0))).astype(np.int32)
+
+    def flops(self, which: str) -> int:
+        """Of a forward, or of both passes."""
+        return 2 * self.rows * self.k * self.n * (3 if which == "both" else 1)
+
+    def bytes(self, which: str, itemsize: int = 2) -> int:
+        """What must come from memory or go there once: forward x, w, y; backward dy, w, dx and x, dy, dw."""
+        x, w, y = self.rows * self.k, self.groups * self.k * self.n, self.rows * self.n
+        return itemsize * (x + w + y) * (3 if which == "both" else 1)
+
+
+SHAPES = {
+    "qwen-gate": Shape(65536, 128, 2048, 768),
+    "qwen-down": Shape(65536, 128, 768, 2048),
+    "deepseek": Shape(49152, 64, 2048, 1408),
+}
+
+
+class Inputs(NamedTuple):
+    """x [M, k], w [G, k, n], dy [M, n], group_sizes int32 [G]."""
+
+    x: jax.Array
+    w: jax.Array
+    dy: jax.Array
+    sizes: jax.Array
+
+    @classmethod
+    def draw(cls, shape: Shape, dtype) -> "Inputs":
+        """Normal numbers; w such that y is as large as x."""
+        seeds = jax.random.split(jax.random.key(0), 3)
+        wide = (shape.rows, shape.k), (shape.groups, shape.k, shape.n), (shape.rows, shape.n)
+        x, w, dy = (jax.random.normal(seed, size, dtype) for seed, size in zip(seeds, wide, strict=True))
+        return cls(x, w * shape.k**-0.5, dy, jnp.asarray(shape.sizes()))
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def forward(x, w, sizes, name: str):
+    """The product alone."""
+    return grouped_matmul(x, w, sizes, implementation=name)
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def both(x, w, dy, sizes, name: str):
+    """y, dx, dw: returned, or XLA would drop what nobody reads."""
+    y, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, implementation=name), x, w)
+    return y, *vjp(dy)
+
+
+@jax.jit
+def dense(x, w):
+    """One matrix for all rows."""
+    return x @ w
+
+
+@jax.jit
+def dense_both(x, w, dy):
+    """The three matmuls of its forward and backward."""
+    return x @ w, dy @ w.T, x.T @ dy
+
+
+def calls(name: str, x: Inputs) -> dict:
+    """What is timed of an implementation, or of the dense matmul."""
+    if name == "dense":
+        w = x.w[0]
+        return {
+            (name, "forward"): functools.partial(dense, x.x, w),
+            (name, "both"): functools.partial(dense_both, x.x, w, x.dy),
+        }
+    return {
+        (name, "forward"): functools.partial(forward, x.x, x.w, x.sizes, name),
+        (name, "both"): functools.partial(both, *x, name),
+    }
+
+
+def errors(name: str, x: Inputs) -> dict[str, float]:
+    """Relative L2 of y, dx, dw against float32 on the same numbers."""
+    wide = (a.astype(jnp.float32) for a in x[:3])
+    want = both(*wide, x.sizes, "reference")
+    return {what: relative(a, b) for what, a, b in zip(("y", "dx", "dw"), both(*x, name), want, strict=True)}
+
+
+def torch_times(shape: Shape, dtype: str, clock: Clock) -> dict[str, float]:
+    """Milliseconds of torch's grouped_mm; {} where there is no torch or no GPU, or it fails (and says why)."""
+    if jax.default_backend() != "gpu" or not importlib.util.find_spec("torch"):
+        return {}
+    job = {
+        "rows": shape.rows, "k": shape.k, "n": shape.n, "sizes": shape.sizes().tolist(), "dtype": dtype,
+        "samples": clock.samples, "repeats": clock.repeats, "idle": clock.idle,
+    }  # fmt: skip
+    script = Path(__file__).with_name("bench_torch.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(job), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        print(f"torch: {done.stderr.strip().splitlines()[-1]}", flush=True)
+        return {}
+    return json.loads(done.stdout)
+
+
+def check(names: list[str], x: Inputs, bar: float) -> list[dict]:
+    """The errors of every implementation, and which are over the bar."""
+    rows = []
+    for name in names:
+        found = errors(name, x)
+        bad = [what for what, error in found.items() if not error <= bar]
+        figures = {what: f"{error:.1e}" for what, error in found.items()}
+        rows.append({"by": name, **figures, "verdict": " ".join(["FAIL", *bad]) if bad else "ok"})
+    return rows
+
+
+def times(names: list[str], shape: Shape, x: Inputs, clock: Clock) -> list[dict]:
+    """Every implementation, beside the dense matmul and torch."""
+    runs = {key: call for name in [*names, "dense"] for key, call in calls(name, x).items()}
+    matmul, operations = clock.ceiling(x.x.dtype)
+    ms = clock.in_turn({"matmul": matmul, **runs})
+    most = operations / ms.pop("matmul")
+    peer = torch_times(shape, jnp.dtype(x.x.dtype).name, clock)
+    ms |= {("torch", which): peer[which] for which in ("forward", "both") if which in peer}
+    return [
+        {
+            "pass": which, "by": name, "ms": t, "TF/s": shape.flops(which) / t / 1e9,
+            "GB/s": shape.bytes(which, x.x.dtype.itemsize) / t / 1e6, "% of matmul": shape.flops(which) / t / most,
+            "time / dense": t / ms["dense", which], "time / torch": peer.get(which) and t / peer[which],
+        }
+        for (name, which), t in ms.items()
+    ]  # fmt: skip
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = lambda text: text.split(",")
+    parser.add_argument("--implementations", type=names, help="a,b,..; default: what the device picks")
+    parser.add_argument("--shapes", type=names, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--dtype", default="bfloat16", choices=list(BARS))
+    parser.add_argument("--quick", action="store_true", help="small, one sample: does it run at all?")
+    parser.add_argument("--json", type=Path, help="a file for all the numbers")
+    args = parser.parse_args(argv)
+    for option, allowed in (("implementations", GROUPED), ("shapes", SHAPES)):
+        if unknown := [name for name in getattr(args, option) or [] if name not in allowed]:
+            parser.error(f"--{option} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, time, print; 1 where a result falls short of the bar or an implementation cannot."""
+    args = parse(argv)
+    facts = {
+        "command": shlex.join(["python", "examples/bench_experts.py", *(sys.argv[1:] if argv is None else argv)]),
+        "card": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    print(f"    {facts['command']}\n\n{facts['card']}, jax {facts['jax']}, {facts['date']}; {args.dtype}.")
+    clock = Clock(1, 1, 0.0, 256) if args.quick else Clock(5, 10, 0.3, 8192)
+    results, failed = {}, False
+    for title in args.shapes:
+        shape = SHAPES[title].smaller() if args.quick else SHAPES[title]
+        x = Inputs.draw(shape, args.dtype)
+        names = []
+        for name in args.implementations or [None]:
+            try:
+                names.append(grouped_implementation(x.x, x.w, name))
+            except NotImplementedError as error:
+                print(f"\n{title}: {error}", flush=True)
+                failed = True
+        results[f"{title} check"] = checked = check(names, x, BARS[args.dtype])
+        results[f"{title} times"] = timed = times(names, shape, x, clock)
+        print(f"\n{title}: {shape.rows} rows, {shape.groups} groups, {shape.k} -> {shape.n}")
+        for rows in (checked, timed):
+            if rows:
+                print(f"\n{table(rows)}", flush=True)
+        failed |= any(row["verdict"] != "ok" for row in checked)
+    if args.json:
+        args.json.write_text(json.dumps({**facts, "results": results}, indent=1))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""torch's grouped_mm, timed in a process of its own for bench_experts.py: two frameworks do not share a card's memory.
+
+Reads from stdin, as JSON: rows, k, n, sizes, dtype, samples, repeats, idle. Prints the milliseconds of a forward and of
+a forward with its gradients.
+"""
+
+import json
+import statistics
+import sys
+import time
+
+import torch
+
+
+def median_ms(call, samples: int, repeats: int, idle: float) -> float:
+    """As bench_common.Clock takes it."""
+    taken = []
+    for _ in range(samples):
+        time.sleep(idle)
+        call()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+        taken.append((time.perf_counter() - begin) / repeats * 1e3)
+    return statistics.median(taken)
+
+
+def main() -> None:
+    """One shape."""
+    job = json.load(sys.stdin)
+    grouped = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm
+    on = {"device": "cuda", "dtype": getattr(torch, job["dtype"])}
+    x = torch.randn(job["rows"], job["k"], **on).requires_grad_()
+    w = (torch.randn(len(job["sizes"]), job["k"], job["n"], **on) * job["k"] ** -0.5).requires_grad_()
+    dy = torch.randn(job["rows"], job["n"], **on)
+    offsets = torch.tensor(job["sizes"], device="cuda").cumsum(0).to(torch.int32)
+    clock = job["samples"], job["repeats"], job["idle"]
+    with torch.no_grad():
+        forward = median_ms(lambda: grouped(x, w, offs=offsets), *clock)
+    both = median_ms(lambda: torch.autograd.grad(grouped(x, w, offs=offsets), (x, w), dy), *clock)
+    print(json.dumps({"forward": forward, "both": both, "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The Hopper kernels of the grouped matmul, compiled by ptxas for an H100 that is not there.
+
+As in test_flash_mosaic_compiled.py: no warning (of wgmmas that run one after the other, of registers spilled) but a
+harmless one, no stack, and as many waits for wgmma as the kernel asks for.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from h100 import h100s, on
+
+from zigzag_jax.kernels import grouped_matmul
+from zigzag_jax.kernels.grouped import mosaic
+
+pytestmark = pytest.mark.aot
+
+SHAPES = {  # rows, groups, k, n: the experts of Qwen3-30B-A3B and DeepSeek-V2-Lite, and one where nothing fits
+    "qwen-gate": (65536, 128, 2048, 768),
+    "qwen-down": (65536, 128, 768, 2048),
+    "deepseek": (49152, 64, 2048, 1408),
+    "odd": (1537, 24, 128, 320),
+    "one-tile": (8, 2, 64, 64),
+}
+HARMLESS = {"C7519"}  # "warpgroup.arrive is injected": it says how zeros in registers get to the first wgmma
+
+
+def array(*shape, dtype=jnp.bfloat16):
+    return on(h100s(1), shape, dtype)
+
+
+def calls(shape: str, which: str, dtype, out_dtype):
+    """A function and its arguments."""
+    rows, groups, k, n = SHAPES[shape]
+    x, dy, w = (array(*size, dtype=dtype) for size in ((rows, k), (rows, n), (groups, k, n)))
+    sizes = array(groups, dtype=jnp.int32)
+    if which == "dw":
+        return lambda x, dy, sizes: mosaic.outer(x, dy, sizes, out_dtype=out_dtype), x, dy, sizes
+    dx = which == "dx"
+    product = lambda rows, w, sizes: mosaic.product(rows, w, sizes, transposed=dx, out_dtype=out_dtype)
+    return product, dy if dx else x, w, sizes
+
+
+def cases() -> list:
+    """Every shape, matmul, dtype and dtype of the result; a model's own are quick, the rest slow."""
+    dtypes = [(dtype, out) for dtype in (jnp.bfloat16, jnp.float16) for out in (dtype, jnp.float32)]
+    return [
+        pytest.param(
+            *case,
+            id="-".join([*case[:2], *(jnp.dtype(d).name for d in case[2:])]),
+            marks=() if case[0] == "qwen-gate" and case[2:] == (jnp.bfloat16,) * 2 else pytest.mark.slow,
+        )
+        for case in ((shape, which, *d) for shape in SHAPES for which in ("y", "dx", "dw") for d in dtypes)
+    ]
+
+
+@pytest.mark.parametrize(("shape", "which", "dtype", "out_dtype"), cases())
+def test_kernel(shape, which, dtype, out_dtype, capfd, monkeypatch):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+    f, *args = calls(shape, which, dtype, out_dtype)
+    lowered = jax.jit(f).lower(*args)
+    capfd.readouterr()
+    lowered.compile()
+    text = "".join(capfd.readouterr())
+    assert re.findall(r"(\d+) bytes stack frame", text) == ["0"]
+    assert set(re.findall(r"\((C75\d\d)\)", text)) <= HARMLESS
+    # one that leaves the newest wgmma running, at the loop's end one for it, and one before the sums are read
+    assert sorted(re.findall(r"wgmma\.wait_group\S* (\d)", text)) == ["0", "0", "1"]
+    # four wgmma of 16 in a step of 64, all of the widest kind
+    assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n256k16", text)) == 4
+
+
+def test_a_layer_computes_its_schedule_once():
+    """Gate, up and down, forward and backward: XLA merges the schedules of their nine kernels."""
+    rows, groups, k, n = SHAPES["qwen-gate"]
+    x, gate, down = array(rows, k), array(groups, k, n), array(groups, n, k)
+    sizes = array(groups, dtype=jnp.int32)
+
+    def gradients(x, gate, up, down, sizes, dy):
+        def layer(x, gate, up, down):
+            matmul = lambda x, w: grouped_matmul(x, w, sizes, implementation="mosaic")
+            return matmul(jax.nn.silu(matmul(x, gate)) * matmul(x, up), down)
+
+        y, vjp = jax.vjp(layer, x, gate, up, down)
+        return y, vjp(dy)
+
+    text = jax.jit(gradients).lower(x, gate, gate, down, sizes, x).compile().as_text() or ""
+    assert len(re.findall(r"custom-call\(.*mosaic_gpu", text)) == 9
+    table = (rows + (groups + 1) * 134) // 128
+    once = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes, implementation="mosaic")).lower(x, gate, sizes)
+    made = lambda hlo: len(re.findall(rf"= \(?s32\[{table}\]\S* (?:\S+ )*fusion\(", hlo))
+    assert made(text) == made(once.compile().as_text() or "") > 0

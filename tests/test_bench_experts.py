@@ -1,0 +1,106 @@
+"""The experts' benchmark: what it counts, that a quick run works on a CPU, and that a wrong result is noticed."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from zigzag_jax.kernels import GROUPED
+
+pytestmark = pytest.mark.source
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The script's names."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield runpy.run_path(str(EXAMPLES / "bench_experts.py"))
+    sys.modules.pop("bench_common")
+
+
+def run(bench, tmp_path, *arguments) -> tuple[int, dict]:
+    """(exit status, results) of one quick run of one shape."""
+    path = tmp_path / "numbers.json"
+    status = bench["main"](["--quick", "--shapes", "qwen-gate", *arguments, "--json", str(path)])
+    found = json.loads(path.read_text())
+    assert {"command", "card", "jax", "date"} < set(found)
+    return status, found["results"]
+
+
+def test_what_is_counted(bench):
+    gate = bench["SHAPES"]["qwen-gate"]
+    assert gate.flops("forward") == pytest.approx(206e9, rel=0.01)
+    assert gate.flops("both") == 3 * gate.flops("forward")
+    assert gate.bytes("forward") == pytest.approx(771e6, rel=0.01)
+    for shape in bench["SHAPES"].values():
+        sizes = shape.sizes()
+        assert (len(sizes), sizes.sum()) == (shape.groups, shape.rows)
+        assert sizes.std() > 0
+
+
+def test_a_quick_run(bench, tmp_path, capsys):
+    status, results = run(bench, tmp_path, "--dtype", "float32")
+    assert status == 0
+    assert [row["verdict"] for row in results["qwen-gate check"]] == ["ok"]
+    rows = results["qwen-gate times"]
+    assert [(row["by"], row["pass"]) for row in rows] == [
+        ("reference", "forward"), ("reference", "both"), ("dense", "forward"), ("dense", "both"),
+    ]  # fmt: skip
+    assert all(row["ms"] > 0 and row["TF/s"] > 0 and row["% of matmul"] > 0 for row in rows)
+    assert [row["time / dense"] for row in rows[2:]] == [1.0, 1.0]
+    assert "512 rows, 8 groups, 128 -> 48" in capsys.readouterr().out
+
+
+def test_a_result_that_falls_short_is_exit_status_1(bench, tmp_path, monkeypatch):
+    right = GROUPED["reference"]
+    wrong = lambda *args, **kw: (1 + 2**-6) * right.outer(*args, **kw)
+    monkeypatch.setitem(GROUPED, "wrong", right._replace(outer=wrong))
+    status, results = run(bench, tmp_path, "--implementations", "wrong")
+    assert status == 1
+    assert [row["verdict"] for row in results["qwen-gate check"]] == ["FAIL dw"]
+
+
+def test_an_implementation_that_cannot_is_said_so(bench, tmp_path, capsys):
+    status, results = run(bench, tmp_path, "--implementations", "mosaic")
+    assert status == 1
+    assert results["qwen-gate check"] == []
+    assert "'mosaic' needs k and n that are multiples of 64" in capsys.readouterr().out
+
+
+def test_torch_is_asked_in_a_process_of_its_own(bench, monkeypatch):
+    jobs = []
+
+    def process(command, *, input, **_):
+        jobs.append(json.loads(input))
+        assert Path(command[1]).name == "bench_torch.py"
+        assert Path(command[1]).exists()
+        return type("Done", (), {"returncode": 0, "stdout": json.dumps({"forward": 2.0, "both": 4.0})})
+
+    clock, shape = bench["Clock"](1, 1, 0.0, 64), bench["Shape"](64, 2, 16, 16)
+    x = bench["Inputs"].draw(shape, jnp.bfloat16)
+    assert all(row["time / torch"] is None for row in bench["times"](["reference"], shape, x, clock))
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("subprocess.run", process)
+    rows = bench["times"](["reference"], shape, x, clock)
+    assert jobs[0]["sizes"] == shape.sizes().tolist()
+    assert [row["time / torch"] for row in rows if row["by"] == "torch"] == [1.0, 1.0]
+    assert all(row["time / torch"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "gpt"], "--shapes must be of qwen-gate, qwen-down, deepseek, got gpt"),
+        (["--implementations", "magic"], "--implementations must be of mosaic, reference"),
+    ],
+)
+def test_bad_arguments(bench, capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        bench["main"](arguments)
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,54 @@
+"""The grouped contract on Hopper GPUs: which kernels run with which tuning, and what they cannot take.
+
+    product    mosaic_rows.py: forward, and with transposed matrices dx        outer    mosaic_outer.py: dw
+
+Where the number of rows is no multiple of 8 they are padded here, which copies; others cost nothing.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows, mosaic_tuning
+from zigzag_jax.kernels.grouped.contract import Implementation
+
+ROWS = 8  # TMA reads them by eights
+COLUMNS = 64  # a tile of shared memory has rows of 128 bytes
+
+
+def limits(x, w) -> str | None:
+    """See contract.Limits."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return "bfloat16 or float16"
+    if 0 in (*x.shape, *w.shape):
+        return "arrays that are not empty"
+    if w.shape[1] % COLUMNS or w.shape[2] % COLUMNS:
+        return f"k and n that are multiples of {COLUMNS}"
+    return None
+
+
+# under jit, so that calls outside of any, as in a notebook, compile a kernel once
+@functools.partial(jax.jit, static_argnames=("transposed", "out_dtype"), inline=True)
+def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
+    """See contract.Product."""
+    padded = _pad(rows)
+    schedule = mosaic_rows.schedule(group_sizes, padded.shape[0])
+    tuning = mosaic_tuning.rows(rows.shape[1])
+    return mosaic_rows.product(padded, matrices, schedule, transposed, out_dtype, tuning)[: rows.shape[0]]
+
+
+@functools.partial(jax.jit, static_argnames="out_dtype", inline=True)
+def outer(left, right, group_sizes, *, out_dtype):
+    """See contract.OuterProduct."""
+    ends = mosaic_rows.running_sum(group_sizes, group_sizes.shape[0])
+    return mosaic_outer.outer(_pad(left), _pad(right), ends, out_dtype, mosaic_tuning.OUTER)
+
+
+def _pad(x):
+    """Rows up to a multiple of 8; x itself where it is one."""
+    extra = -x.shape[0] % ROWS
+    return jnp.pad(x, ((0, extra), (0, 0))) if extra else x
+
+
+IMPLEMENTATION = Implementation(product, outer, limits)
