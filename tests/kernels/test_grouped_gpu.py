@@ -22,8 +22,8 @@ HOPPER = GPU and jax.devices()[0].compute_capability == "9.0"
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")]
 
-# one rounding of the result; float32 results keep what the tensor cores sum
-BARS = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.5e-4, jnp.float32: 2e-5}
+# one rounding of the result; a float32 result shows that tensor cores truncate each of up to 256 additions
+BARS = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.5e-4, jnp.float32: 5e-5}
 ODD = [0, 1, 7, 64, 128, 129, 63, 300, 0, 513, 2, 65, 127, 255, 0, 0, 8, 72, 1000, 3, 0, 191, 1, 0]
 
 

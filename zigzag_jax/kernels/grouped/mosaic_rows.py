@@ -3,9 +3,9 @@
 A *row tile* is up to 128 rows of one group; an item is a row tile and 256 columns. A group may begin at any row, and
 TMA reads rows by eights, so a group's first tile begins at its first row **rounded down to 8**:
 
-    rows          0 ...     13 ...                         141 ...      two groups, rows 13 to 150 and 151 on
-    tiles of 1    |      8 [13 ............... 135][136 ... 150]        loads take what is there,
-    tiles of 2    |                                  144 [151 ...       stores are exact
+    rows      ...  8   13               136      144   151              two groups: rows 13 to 150, and 151 on
+    first          |    [13 ........ 135][136 ........ 150]             loads take whole tiles from 8, 136 | 144,
+    second                                        |    [151 ...         stores only what stands in brackets
 
 What a tile reads of its neighbours' rows reaches only rows of the tile that are not stored, nan too. A warpgroup whose
 64 rows are all the group's stores by TMA, the others row by row.
