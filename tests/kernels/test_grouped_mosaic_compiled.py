@@ -12,7 +12,8 @@ import pytest
 from h100 import h100s, on
 
 from zigzag_jax.kernels import grouped_matmul
-from zigzag_jax.kernels.grouped import mosaic
+from zigzag_jax.kernels.grouped import mosaic, mosaic_tuning
+from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
 
 pytestmark = pytest.mark.aot
 
@@ -55,21 +56,45 @@ def cases() -> list:
     ]
 
 
-@pytest.mark.parametrize(("shape", "which", "dtype", "out_dtype"), cases())
-def test_kernel(shape, which, dtype, out_dtype, capfd, monkeypatch):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-    f, *args = calls(shape, which, dtype, out_dtype)
-    lowered = jax.jit(f).lower(*args)
-    capfd.readouterr()
-    lowered.compile()
-    text = "".join(capfd.readouterr())
+def check(text: str) -> None:
+    """What ptxas said, and the PTX."""
     assert re.findall(r"(\d+) bytes stack frame", text) == ["0"]
     assert set(re.findall(r"\((C75\d\d)\)", text)) <= HARMLESS
     # one that leaves the newest wgmma running, at the loop's end one for it, and one before the sums are read
     assert sorted(re.findall(r"wgmma\.wait_group\S* (\d)", text)) == ["0", "0", "1"]
     # four wgmma of 16 in a step of 64, all of the widest kind
     assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n256k16", text)) == 4
+
+
+@pytest.fixture
+def compiled(capfd, monkeypatch):
+    """A function that compiles and returns what the compiler said."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
+
+    def run(f, *args) -> str:
+        lowered = jax.jit(f).lower(*args)
+        capfd.readouterr()
+        lowered.compile()
+        return "".join(capfd.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize(("shape", "which", "dtype", "out_dtype"), cases())
+def test_kernel(compiled, shape, which, dtype, out_dtype):
+    check(compiled(*calls(shape, which, dtype, out_dtype)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["y", "dx"])
+@pytest.mark.parametrize("drawn", [False, True], ids=["fixed", "drawn"])
+def test_short_loads(compiled, which, drawn, monkeypatch):
+    tuning = GroupedTuning(drawn=drawn, short_loads=True)
+    monkeypatch.setattr(mosaic_tuning, "rows", lambda contraction: tuning)
+    jax.clear_caches()  # the tuning is no argument of what was traced before
+    check(compiled(*calls("qwen-gate", which, jnp.bfloat16, jnp.bfloat16)))
+    jax.clear_caches()
 
 
 def test_a_layer_computes_its_schedule_once():

@@ -56,6 +56,9 @@ class GroupedTuning:
     drawn: bool = True
     """Blocks draw their items from a counter, instead of fixed shares."""
 
+    short_loads: bool = False
+    """Rows times matrices: of an empty second half of a row tile eight rows are loaded, not 64. Not timed yet."""
+
     registers: tuple[int, int] = (232, 40)
     """Registers a thread of consumers and producer."""
 
@@ -78,16 +81,18 @@ class Items(Protocol):
         ...
 
 
-def run(body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tuning: GroupedTuning, name: str) -> Any:
+def run(
+    body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tuning: GroupedTuning, name: str, loads=2
+) -> Any:
     """Launch `body(*refs, out_ref, out_smem, full, records, **tiles)` where `tiles` are a slot's two operands.
 
-    With `tuning.drawn` the last ref before the result is the counter.
+    With `tuning.drawn` the last ref before the result is the counter. `loads` are a step's copies by TMA.
     """
     dt, width = arrays[0].dtype, 128 // jnp.dtype(out_type.dtype).itemsize
     scratch = {key: smem((tuning.stages, *shape), dt, 64) for key, shape in tiles.items()}
     scratch |= {
         "out_smem": smem((CONSUMERS, 2, ROWS, width), out_type.dtype),
-        "full": plgpu.Barrier(num_arrivals=len(tiles), num_barriers=tuning.stages),
+        "full": plgpu.Barrier(num_arrivals=loads, num_barriers=tuning.stages),
     }
     if tuning.drawn:
         scratch["records"] = plgpu.SMEM((_RECORDS * _FIELDS + _FIELDS,), jnp.int32)
@@ -101,8 +106,9 @@ def run(body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tu
 class Pipeline:
     """A block's items and slots, in the same order for producer and consumers."""
 
-    def __init__(self, tuning: GroupedTuning, items: Items, full, counter, records) -> None:
+    def __init__(self, tuning: GroupedTuning, items: Items, full, counter, records, loads=2) -> None:
         self.tuning, self.items, self.full, self.counter, self.records = tuning, items, full, counter, records
+        self.loads = loads
         producer = WARPGROUP if tuning.drawn else WARP
         self.free = NamedBarriers(4, tuning.stages, CONSUMERS * WARPGROUP + producer)
 
@@ -183,7 +189,7 @@ class Pipeline:
         _, _, slot, at = lax.while_loop(lambda state: state[0] < self.items.count, one, state)
         self.records[at * _FIELDS] = i32(_END)
         self.free.sync(slot)
-        for _ in range(2):  # in the place of the two tiles
+        for _ in range(self.loads):  # in their place
             plgpu.barrier_arrive(self.full.at[slot])
 
     # ------------------------------------------------------------------------------------------------ slots

@@ -3,9 +3,9 @@
 A *row tile* is up to 128 rows of one group; an item is a row tile and 256 columns. A group may begin at any row, and
 TMA reads rows by eights, so a group's first tile begins at its first row **rounded down to 8**:
 
-    rows          0 ...     13 ...                         141 ...      two groups, rows 13 to 150 and 151 on
-    tiles of 1    |      8 [13 ............... 135][136 ... 150]        loads take what is there,
-    tiles of 2    |                                  144 [151 ...       stores are exact
+    rows      ...  8   13               136      144   151              two groups: rows 13 to 150, and 151 on
+    first          |    [13 ........ 135][136 ........ 150]             loads take whole tiles from 8, 136 | 144,
+    second                                        |    [151 ...         stores only what stands in brackets
 
 What a tile reads of its neighbours' rows reaches only rows of the tile that are not stored, nan too. A warpgroup whose
 64 rows are all the group's stores by TMA, the others row by row.
@@ -100,7 +100,12 @@ def product(rows, matrices, schedule: Schedule, transposed: bool, out_dtype, tun
         functools.partial(_kernel, transposed, tuning, contraction // STEP), rows, matrices, *schedule,
         out_type=jax.ShapeDtypeStruct((count, columns), out_dtype), tuning=tuning,
         tiles={"rows_smem": (TILE, STEP), "matrix_smem": matrix_tile}, name="grouped_dx" if transposed else "grouped",
+        loads=_loads(tuning),
     )  # fmt: skip
+
+
+def _loads(tuning: GroupedTuning) -> int:
+    return 3 if tuning.short_loads else 2
 
 
 class _Items:
@@ -127,7 +132,7 @@ def _kernel(
     schedule, (*counter, out_ref) = Schedule(*refs[:5]), refs[5:]
     wg, width, dt = lax.axis_index("wg"), tuning.columns, out_ref.dtype
     items = _Items(schedule, -(-out_ref.shape[1] // width), steps)
-    pipeline = Pipeline(tuning, items, full, counter[0] if counter else None, records)
+    pipeline = Pipeline(tuning, items, full, counter[0] if counter else None, records, _loads(tuning))
     piece = out_smem.shape[-1]
     pieces = width // piece
 
@@ -171,11 +176,20 @@ def _kernel(
         lax.cond(mine, lambda: lax.cond(group < 0, zeros, live), nothing)
 
     def load(slot, record, step):
-        group, eighth, _, _, column_tile = record
+        group, eighth, _, end, column_tile = record
         group, inner = lax.max(group, i32(0)), pl.ds(step * STEP, STEP)
         outer = pl.ds(column_tile * width, width)
         matrix = matrices_ref.at[group, outer, inner] if transposed else matrices_ref.at[group, inner, outer]
         plgpu.copy_gmem_to_smem(matrix, matrix_smem.at[slot], full.at[slot])
-        plgpu.copy_gmem_to_smem(rows_ref.at[pl.ds(eighth * 8, TILE), inner], rows_smem.at[slot], full.at[slot])
+
+        def load_rows(first: int, count: int):
+            source = rows_ref.at[pl.ds((eighth + first // 8) * 8, count), inner]
+            plgpu.copy_gmem_to_smem(source, rows_smem.at[slot, pl.ds(first, count)], full.at[slot])
+
+        if not tuning.short_loads:
+            load_rows(0, TILE)
+            return
+        load_rows(0, ROWS)  # a tile's first half has always a row, the second consumer skips where its half has none
+        lax.cond(end > eighth * 8 + ROWS, lambda: load_rows(ROWS, ROWS), lambda: load_rows(ROWS, 8))
 
     pipeline.roles(work, load)
