@@ -227,7 +227,8 @@ def compare(call: Call, dtype):
     assert not np.asarray(dk)[:, hidden].any()
     assert not np.asarray(dv)[:, hidden].any()
     own, _, _ = flash_bwd(q, k, v, lse, delta, dout, call.keys, scale=scale, implementation="cudnn")
-    np.testing.assert_allclose(own, dq - first[0], atol=1e-5)
+    # cuDNN sums dq in no fixed order, and its dq has the inputs' dtype: some values round the other way
+    oracle.check("dq on its own", own, np.asarray(dq - first[0], np.float64), 1e-3, floor=floor)
 
 
 @pytest.mark.parametrize(

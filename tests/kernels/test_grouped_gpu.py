@@ -52,6 +52,7 @@ CASES = {
     "seven-rows-each": Case([7] * 150, 1200, 64, 64),
     "eight-rows": Case([3, 0, 5], 8, 64, 64),
     "one-row": Case([1], 1, 64, 64),
+    "one-piece-wide": Case([64, 200, 0, 128], 400, 64, 64),  # narrower than a tile: what is stored past the end
     "rows-not-by-eights": Case([*uneven(9, 1000), 13], 1037),
     "rows-past-the-sum": Case(uneven(24, 1000), 1536),
     "float16": Case(ODD, 4096, 256, 320, jnp.float16),

@@ -8,6 +8,7 @@ What they compute is tested on a GPU (test_grouped_gpu.py), how they compile in 
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -175,6 +176,26 @@ def test_preference_by_device(flash, preference, monkeypatch):
     monkeypatch.setattr(kernels, "_preference", lambda: flash)
     assert kernels._grouped_preference.__wrapped__() == preference
     assert set(preference) <= set(GROUPED)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scan_over_layers_is_traced(remat):
+    """With the counter of drawn items: a differentiated scan moves what does not depend on its turn out of its loop."""
+    sizes = jnp.asarray([100, 28], jnp.int32)
+
+    def layer(x, weights):
+        up, down = weights
+        matmul = lambda x, w: grouped_matmul(x, w, sizes, implementation="mosaic")
+        return x + matmul(matmul(x, up), down), None
+
+    step = jax.checkpoint(layer) if remat else layer
+    gradient = jax.grad(lambda x, w: jnp.sum(jax.lax.scan(step, x, w)[0].astype(jnp.float32)), argnums=(0, 1))
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.bfloat16)
+    x, weights = shape(128, 64), (shape(3, 2, 64, 128), shape(3, 2, 128, 64))
+    assert jax.tree.map(lambda a: a.shape, jax.eval_shape(gradient, x, weights)) == (
+        (128, 64),
+        ((3, 2, 64, 128), (3, 2, 128, 64)),
+    )
 
 
 def test_tuning():

@@ -108,6 +108,9 @@ def _kernel(
         rows = pl.ds((row_tile * CONSUMERS + wg) * ROWS, ROWS)
 
         def put(p, buffer):  # what lies past the end of the matrix drops
+            if p * piece >= b:  # but TMA knows no place past the end of a matrix that is one piece wide
+                plgpu.commit_smem_to_gmem_group()
+                return
             columns = pl.ds((column_tile * pieces + p) * piece, piece)
             plgpu.copy_smem_to_gmem(buffer, out_ref.at[group, rows, columns])
 

@@ -96,7 +96,10 @@ def run(
     }
     if tuning.drawn:
         scratch["records"] = plgpu.SMEM((_RECORDS * _FIELDS + _FIELDS,), jnp.int32)
-        arrays = (*arrays, jax.new_ref(jnp.zeros(1, jnp.int32)))
+        # A scan that is differentiated moves what does not depend on its turn out of the loop, also a counter that
+        # begins at 0, and then refuses to hand a reference in: so it depends on all that the kernel reads.
+        zero, *arrays = lax.optimization_barrier((jnp.zeros(1, jnp.int32), *arrays))
+        arrays = (*arrays, jax.new_ref(zero))
     return launch(
         body, *arrays, out_type=out_type, scratch_types=scratch, grid=(sm_count(),), grid_names=("sm",),
         warpgroups=CONSUMERS + 1, name=name,
