@@ -1,9 +1,13 @@
 """Cross-entropy in chunks, every device on its own tokens.
 
 Logits [B, S, V] in float32 are the largest array of a training step: 20 GB at 32k tokens and 152k words. They are never
-made. Inside a shard_map each device walks over its own tokens a chunk at a time, keeps nothing (`jax.checkpoint`: the
-backward makes a chunk's logits again), and returns a number a token. A scan over chunks of the global sequence axis
-would have XLA gather the whole sequence's hidden states instead.
+made. Inside a shard_map each device walks over its own tokens a chunk at a time, and where a gradient is asked for the
+walk makes it too, while a chunk's logits are there: the loss of a step is one sum, so what comes back is one number, a
+factor of what was kept. Making the logits again for the backward would be a fourth product of [n, d] by [d, V]. A scan
+over chunks of the global sequence axis would have XLA gather the whole sequence's hidden states instead.
+
+    forward alone          logits = h W          loss = lse(logits) - logits[label]
+    with the gradient      + G = softmax(logits) - onehot(label)        dh = G W^T        dW += h^T G
 
 The loss of a step is the sum over all tokens divided **once** by their number: with means per device, padding and
 packing would weigh tokens differently on different meshes.
@@ -19,64 +23,108 @@ from jax.sharding import PartitionSpec
 from zigzag_jax.train.mesh import ROWS
 
 IGNORED = -1  # label of a token whose successor is not predicted
+CHUNK = 4096
+"""Tokens whose logits exist at a time on a device: 2.5 GB at 152k words. Each chunk reads and writes all of dW."""
+
+_HIDDEN, _TOKENS = PartitionSpec(ROWS, "cp", None), PartitionSpec(ROWS, "cp")
 
 
-def cross_entropy(hidden, head, labels, *, mesh, dtype, chunk: int = 1024) -> jax.Array:
+def cross_entropy(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) -> jax.Array:
     """-log softmax(hidden @ head)[label] of every token, in nats, 0 where nothing is predicted: float32 [B, S].
 
     hidden [B, S, d]; head float32 [d, V]; labels int32 [B, S], -1 where nothing is predicted; all in one order (zigzag)
-    with B over the mesh's (dp, fsdp) and S over cp, like the result. The product is taken in `dtype` with float32 sums;
-    the gradient of head is summed in float32. `chunk`: tokens whose logits exist at a time.
+    with B over the mesh's (dp, fsdp) and S over cp, like the result. The product is taken in `dtype` with float32 sums.
+    For evaluation: a gradient of it would keep all logits (cross_entropy_sum does not).
     """
-    rows, sequence = PartitionSpec(ROWS, "cp", None), PartitionSpec(ROWS, "cp")
 
     def local(hidden, head, labels):
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return _local(flat, head, labels.reshape(-1), dtype, chunk).reshape(labels.shape)
+        head = head.astype(dtype)
+        one = lambda _, x: (None, _losses(_logits(x[0], head), x[1]))
+        chunks = _chunks(hidden, labels, dtype, chunk)
+        return lax.scan(one, None, chunks)[1].reshape(-1)[: labels.size].reshape(labels.shape)
 
-    in_specs = (rows, PartitionSpec(), sequence)
-    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=sequence, check_vma=False)
-    return run(hidden, head, labels)
-
-
-def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, chunk: int = 1024) -> jax.Array:
-    """The sum of `cross_entropy` over all tokens of the global batch: float32 scalar."""
-    return jnp.sum(cross_entropy(hidden, head, labels, mesh=mesh, dtype=dtype, chunk=chunk))
+    in_specs = (_HIDDEN, PartitionSpec(), _TOKENS)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=_TOKENS, check_vma=False)(hidden, head, labels)
 
 
-def _local(hidden, head, labels, dtype, chunk: int):
-    """The losses [n] of one device's tokens, hidden [n, d], labels [n]."""
-    count = len(labels)
-    pad = -count % min(chunk, count)
-    hidden = jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, min(chunk, count), hidden.shape[1])
-    labels = jnp.pad(labels, (0, pad), constant_values=IGNORED).reshape(hidden.shape[:2])
+def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) -> jax.Array:
+    """The sum of `cross_entropy` over all tokens of the global batch: float32 scalar.
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.nothing_saveable)
-    def of_chunk(head, h, label):
-        logits = _project(h.astype(dtype), head)
-        own = jnp.take_along_axis(logits, jnp.maximum(label, 0)[:, None], axis=1)[:, 0]
-        return jnp.where(label >= 0, jax.nn.logsumexp(logits, axis=1) - own, 0.0)
-
-    return lax.scan(lambda _, x: (None, of_chunk(head, *x)), None, (hidden, labels))[1].reshape(-1)[:count]
-
-
-@jax.custom_vjp
-def _project(h, head):
-    """Logits float32 [n, V] of h [n, d] and a float32 head, multiplied in h's dtype.
-
-    A plain cast of the head would round its gradient to that dtype for every chunk.
+    Its gradient is made with it. That of head is summed in float32 over chunks and devices.
     """
-    return jnp.matmul(h, head.astype(h.dtype), preferred_element_type=jnp.float32)
+
+    def local(hidden, head, labels):
+        return _sum(jnp.dtype(dtype), chunk, hidden, head, labels)[None, None]
+
+    # a sum from each device, added by the outer sum: its transpose hands each device the factor of its own
+    in_specs = (_HIDDEN, PartitionSpec(), _TOKENS)
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=_TOKENS, check_vma=False)
+    return jnp.sum(run(hidden, head, labels))
 
 
-def _project_bwd(residuals, dlogits):
-    h, head = residuals
-    dlogits = dlogits.astype(h.dtype)
-    dh = jnp.matmul(dlogits, head.astype(h.dtype).T)
-    return dh, jnp.matmul(h.T, dlogits, preferred_element_type=jnp.float32)
+def _chunks(hidden, labels, dtype, chunk: int):
+    """Hidden [N, n, d] in dtype and labels [N, n] of one device's tokens, the last chunk padded."""
+    count = labels.size
+    size = min(chunk, count)
+    pad = -count % size
+    hidden = jnp.pad(hidden.reshape(count, -1).astype(dtype), ((0, pad), (0, 0)))
+    labels = jnp.pad(labels.reshape(count), (0, pad), constant_values=IGNORED)
+    return hidden.reshape(-1, size, hidden.shape[-1]), labels.reshape(-1, size)
 
 
-_project.defvjp(lambda h, head: (_project(h, head), (h, head)), _project_bwd)
+def _logits(h, head):
+    """Float32 [n, V]."""
+    return jnp.matmul(h, head, preferred_element_type=jnp.float32)
+
+
+def _is_label(logits, labels):
+    return jnp.arange(logits.shape[1])[None] == labels[:, None]
+
+
+def _losses(logits, labels):
+    """The losses [n]."""
+    # a masked sum is part of the pass over the logits that the log-sum-exp makes, a gather would be another
+    own = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), axis=1)
+    return jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=1) - own, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum(dtype, chunk: int, hidden, head, labels):
+    """The sum over one device's tokens."""
+    head = head.astype(dtype)
+    add = lambda total, x: (total + jnp.sum(_losses(_logits(x[0], head), x[1])), None)
+    return lax.scan(add, jnp.float32(0), _chunks(hidden, labels, dtype, chunk))[0]
+
+
+def _sum_fwd(dtype, chunk: int, hidden, head, labels):
+    narrow = head.astype(dtype)
+
+    def one(state, x):
+        total, dhead = state
+        h, labels = x
+        logits = _logits(h, narrow)
+        lse, real = jax.nn.logsumexp(logits, axis=1), labels >= 0
+        own = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), axis=1)
+        p = jnp.exp(logits - lse[:, None]) - _is_label(logits, labels)
+        grad = jnp.where(real[:, None], p, 0.0).astype(dtype)
+        dh = jnp.matmul(grad, narrow.T, preferred_element_type=jnp.float32)
+        dhead = dhead + jnp.matmul(h.T, grad, preferred_element_type=jnp.float32)
+        return (total + jnp.sum(jnp.where(real, lse - own, 0.0)), dhead), dh
+
+    start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
+    (total, dhead), dh = lax.scan(one, start, _chunks(hidden, labels, dtype, chunk))
+    dh = dh.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
+    # float32 until it is multiplied by the factor: rounded once
+    return total, (dh, dhead, jnp.zeros((), hidden.dtype), jnp.zeros((), head.dtype))
+
+
+def _sum_bwd(dtype, chunk: int, residuals, factor):
+    del dtype, chunk
+    dh, dhead, like_hidden, like_head = residuals
+    return (factor * dh).astype(like_hidden.dtype), (factor * dhead).astype(like_head.dtype), None
+
+
+_sum.defvjp(_sum_fwd, _sum_bwd)
 
 
 def predicted(labels) -> jax.Array:
