@@ -39,7 +39,11 @@ def cross_entropy(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) -> j
 
     def local(hidden, head, labels):
         head = head.astype(dtype)
-        one = lambda _, x: (None, _losses(_logits(x[0], head), x[1]))
+
+        def one(_, x):
+            logits = _logits(x[0], head)
+            return None, _losses(logits, x[1], _lse(logits))
+
         chunks = _chunks(hidden, labels, dtype, chunk)
         return lax.scan(one, None, chunks)[1].reshape(-1)[: labels.size].reshape(labels.shape)
 
@@ -77,22 +81,25 @@ def _logits(h, head):
     return jnp.matmul(h, head, preferred_element_type=jnp.float32)
 
 
-def _is_label(logits, labels):
-    return jnp.arange(logits.shape[1])[None] == labels[:, None]
-
-
-def _losses(logits, labels):
+def _losses(logits, labels, lse):
     """The losses [n]."""
-    # a masked sum is part of the pass over the logits that the log-sum-exp makes, a gather would be another
-    own = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), axis=1)
-    return jnp.where(labels >= 0, jax.nn.logsumexp(logits, axis=1) - own, 0.0)
+    own = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(labels >= 0, lse - own, 0.0)
+
+
+def _lse(logits):
+    return jax.nn.logsumexp(logits, axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _sum(dtype, chunk: int, hidden, head, labels):
     """The sum over one device's tokens."""
     head = head.astype(dtype)
-    add = lambda total, x: (total + jnp.sum(_losses(_logits(x[0], head), x[1])), None)
+
+    def add(total, x):
+        logits = _logits(x[0], head)
+        return total + jnp.sum(_losses(logits, x[1], _lse(logits))), None
+
     return lax.scan(add, jnp.float32(0), _chunks(hidden, labels, dtype, chunk))[0]
 
 
@@ -103,13 +110,13 @@ def _sum_fwd(dtype, chunk: int, hidden, head, labels):
         total, dhead = state
         h, labels = x
         logits = _logits(h, narrow)
-        lse, real = jax.nn.logsumexp(logits, axis=1), labels >= 0
-        own = jnp.sum(jnp.where(_is_label(logits, labels), logits, 0.0), axis=1)
-        p = jnp.exp(logits - lse[:, None]) - _is_label(logits, labels)
-        grad = jnp.where(real[:, None], p, 0.0).astype(dtype)
+        lse = _lse(logits)
+        # a comparison, not a scatter: it is part of the one pass that reads logits and writes grad
+        own = jnp.arange(logits.shape[1])[None] == labels[:, None]
+        grad = jnp.where((labels >= 0)[:, None], jnp.exp(logits - lse[:, None]) - own, 0.0).astype(dtype)
         dh = jnp.matmul(grad, narrow.T, preferred_element_type=jnp.float32)
         dhead = dhead + jnp.matmul(h.T, grad, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(jnp.where(real, lse - own, 0.0)), dhead), dh
+        return (total + jnp.sum(_losses(logits, labels, lse)), dhead), dh
 
     start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
     (total, dhead), dh = lax.scan(one, start, _chunks(hidden, labels, dtype, chunk))

@@ -170,8 +170,8 @@ def test_scan_and_remat_do_not_change_the_gradient(implementation, deterministic
         for p, r in zip(plain, again, strict=True):  # XLA rounds what is around the kernel in other places
             oracle.check("remat", r, np.asarray(p, np.float64), 4e-3)
         if deterministic:
-            for x, y in zip(again, gradient(implementation, remat), strict=True):
-                np.testing.assert_array_equal(x, y)
+            for first, second in zip(again, gradient(implementation, remat), strict=True):
+                np.testing.assert_array_equal(first, second)
 
 
 def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing(implementation):
