@@ -17,6 +17,10 @@ class KernelOptions:
     payload: Literal["latent", "expanded"] | None = None
     """What of DeepSeek's keys and values travels; None lets a cost rule choose (zigzag_jax/mla.py)."""
 
+    exchange_rows: int | None = None
+    """Rows that a device sends to each other one in a round of the experts' exchange (exchange.py); None: a quarter
+    more than an even share. Fewer take less memory and more rounds."""
+
     deterministic: bool = False
     """Gradient sums in a fixed order, so that two runs agree bit for bit."""
 
