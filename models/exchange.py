@@ -27,7 +27,7 @@ Nothing is dropped and nothing has a capacity that a token could fall out of; ro
 never memory. What a device sends for a layer, of b bytes a value, all rounds together R:
 
     forward     R (n - 1) C * 2 d b             rows there, results back
-    backward    R (n - 1) C * (3 d b + 8)       rows and cotangents there, gradients back; weight there, its gradient back
+    backward    R (n - 1) C * (3 d b + 8)       rows, cotangents and weights there, gradients of rows and weights back
 
 Not chosen: gathering the tokens on every device of the group, each adding up the parts of its own experts. It moves
 (n - 1) d b a token and way, against SLACK k (n - 1) / n d b here: less where n < SLACK k, more beyond, and it needs
@@ -63,7 +63,7 @@ def block_rows(pairs: int, devices: int) -> int:
     """C: rows that a device with so many (token, choice) pairs sends to each device of the group in a round.
 
     >>> block_rows(65536, 8), block_rows(100, 2)
-    (10240, 100)
+    (10240, 64)
     """
     return min(pairs, -(-math.ceil(SLACK * pairs / devices) // _ALIGN) * _ALIGN)
 
@@ -212,7 +212,7 @@ def _gathered(specs: Experts, matrices: Experts, dtype) -> Experts:
 
 
 def _block(plan: Exchange, routing: _Routing, r, x: jax.Array) -> jax.Array:
-    """What is sent in round r, [n C, d]: rows of tokens [T, d] or of pairs [N, d]. Past the end of a range: anything."""
+    """What is sent in round r, [n C, d]: rows of tokens [T, d] or of pairs [N, d]; past a range's end, anything."""
     at = routing.begin[:, None] + r * plan.rows + jnp.arange(plan.rows)[None]
     pair = routing.pair[jnp.minimum(at.reshape(-1), routing.pair.size - 1)]
     return x[pair // (routing.pair.size // x.shape[0])]
@@ -239,14 +239,19 @@ def _returned(plan: Exchange, routing: _Routing, r, back: jax.Array) -> jax.Arra
 
 
 def _through_bwd(plan: Exchange, own: Experts, sizes, rows, cotangents, scale):
-    """Rows and their results' cotangents, before the weights `scale` [n C, 1]: gradients of rows, scale and matrices."""
+    """The experts' transpose: gradients of the rows, of their weights `scale` [n C, 1] and of the matrices.
+
+    `cotangents` are those of the tokens: of a result times its weight.
+    """
     gate, up = (_product(plan, rows, w, sizes) for w in (own.gate, own.up))
     inner, vjp = jax.vjp(_swiglu, gate, up)
     wide = lambda a: a.astype(jnp.float32)
     dinner = wide(_product(plan, cotangents, own.down, sizes, transposed=True))
     dscale = jnp.sum(wide(inner) * dinner, axis=1, keepdims=True)
     dgate, dup = vjp((dinner * scale).astype(rows.dtype))
-    drows = _product(plan, dgate, own.gate, sizes, transposed=True) + _product(plan, dup, own.up, sizes, transposed=True)
+    drows = _product(plan, dgate, own.gate, sizes, transposed=True) + _product(
+        plan, dup, own.up, sizes, transposed=True
+    )
     scaled = (wide(inner) * scale).astype(rows.dtype)
     pairs = Experts((rows, dgate), (rows, dup), (scaled, cotangents))
     parts = (_outer(plan, *both, w, sizes) for both, w in zip(pairs, own, strict=True))

@@ -1,18 +1,20 @@
 """Experts on several devices are the same function as experts on every device, whatever the routing."""
 
-import dataclasses
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
 from jax.sharding import PartitionSpec as P
-from model_helpers import TINY, build, draw, flat, jit, natural, put, relative, sharding
+from model_helpers import TINY, draw, flat, jit, maker, natural, put, relative, sharding
 
 from zigzag_jax.models import exchange
-from zigzag_jax.models.decode import Writer, write
+from zigzag_jax.models.decode import step_rules
 from zigzag_jax.models.exchange import Exchange, block_rows, sent_bytes
 from zigzag_jax.models.moe import MoE
 from zigzag_jax.models.options import KernelOptions
@@ -20,6 +22,7 @@ from zigzag_jax.models.router import SoftmaxTopK
 from zigzag_jax.models.sharding import Sharding, abstract_state, expert_axes, expert_rules, parameter_shardings
 
 SIZE, INNER, EXPERTS, TOP_K, B, S = 12, 10, 12, 2, 4, 24
+BAR = 1e-5  # 2e-7 is usual; the router's gradient cancels where both choices are one expert
 MESHES = {  # (dp, fsdp, cp), the axes of the experts, rows of a block
     "dp2-cp2-over-cp": ((2, 1, 2), ("cp",), 7),
     "fsdp2-cp2-over-cp": ((1, 2, 2), ("cp",), 5),
@@ -110,7 +113,7 @@ def test_every_routing_is_that_of_one_device(mesh):
     run = runner(over(shape, axes), rows)
     for name, routes in routings().items():
         errors = apart(run(routes), one_device(name))
-        assert max(errors.values()) < 2e-6, (name, errors)
+        assert max(errors.values()) < BAR, (name, errors)
 
 
 def test_the_routers_own_choice():
@@ -118,7 +121,7 @@ def test_the_routers_own_choice():
     got, want = runner(over((1, 2, 2), ("fsdp", "cp")))(None), on_one_device()(None)
     np.testing.assert_array_equal(got["routes"], want["routes"])
     errors = apart(got, want)
-    assert max(errors.values()) < 2e-6, errors
+    assert max(errors.values()) < BAR, errors
 
 
 def test_a_capacity_would_be_seen(monkeypatch):
@@ -126,9 +129,10 @@ def test_a_capacity_would_be_seen(monkeypatch):
     route = exchange._route
     monkeypatch.setattr(exchange, "_route", lambda *args: route(*args)._replace(rounds=jnp.int32(1)))
     run = runner(over((1, 1, 2), ("cp",)), 48)
-    assert max(apart(run(routings()["even"]), one_device("even")).values()) > 1e-2  # a few pairs more than 48
+    errors = apart(run(routings()["even"]), one_device("even"))  # a few pairs more than 48
+    assert errors["d route"] > 1e-2, errors
     errors = apart(run(routings()["every token to one expert"]), one_device("every token to one expert"))
-    assert all(errors[name] > 0.1 for name in ("y", "d x", "d gate", "d up", "d down", "d route")), errors
+    assert all(errors[name] > 0.1 for name in ("y", "d x", "d gate", "d up", "d down")), errors
 
 
 @pytest.mark.parametrize("routing", ["even", "every token to one expert"])
@@ -176,57 +180,55 @@ def test_gradients_of_matrices_are_sums_in_float32():
         assert not rounded(many[name])
 
 
-# ---------------------------------------------------------------- models
+def test_tokens_that_are_on_every_device():
+    """A step of decode.py: each device sends all the tokens, and gets all of them back."""
+    where = Sharding(sharding(1, 2, 2).mesh, step_rules(expert_rules(("fsdp", "cp"))))
+    graphdef, shapes = abstract_state(make(where))
+    state = jax.device_put(drawn(), parameter_shardings(shapes, where))
+    x = inputs()["x"][:, :1]
+    y, _ = jit(nnx.merge(graphdef, state))(x, np.ones((B, 1), bool))
+    assert state["gate"].get_value().sharding.shard_shape((EXPERTS, SIZE, INNER)) == (3, SIZE, INNER)
+    assert relative(y, on_one_device()(None)["y"][:, :1]) < 1e-6
 
 
 @functools.cache
-def one_pass(mesh, axes, remat: str = "attention"):
-    """Hidden states, the sum of what the routers count, gradients of a tiny model; and the compiled program."""
-    where = over(mesh, axes)
-    graphdef, state = build(TINY, where, remat=remat, options=KernelOptions(exchange_rows=9))
-    rng = np.random.default_rng(5)
-    tokens, positions = rng.integers(0, 64, (B, S)).astype(np.int32), np.tile(np.arange(S, dtype=np.int32), (B, 1))
-    cotangent = rng.standard_normal((B, S, TINY.hidden_size)).astype(np.float32)
-    tokens, positions, cotangent = put((tokens, positions % 10, cotangent), where)
+def compiled_layers() -> str:
+    """The gradient of two layers under jax.checkpoint, as HLO."""
+    where = over((1, 1, 3), ("cp",))
+    graphdef, state = abstract_state(make(where, rows=9))
+    batch = put(inputs(), where)
 
-    def loss(state):
-        hidden, stats = nnx.merge(graphdef, state)(tokens, positions)
-        return jnp.sum(hidden * cotangent) + jnp.sum(stats.probs[:, :, 1]), (hidden, stats.counts)
+    def loss(state, x):
+        body = lambda x, _: (x + nnx.merge(graphdef, state)(x, batch["real"])[0], None)
+        return jnp.sum(lax.scan(jax.checkpoint(body), x, None, length=2)[0] * batch["cotangent"])
 
-    compiled = jit(jax.grad(loss, has_aux=True)).lower(state).compile()
-    grads, (hidden, counts) = compiled(state)
-    return flat(grads) | {"hidden": natural(hidden, where), "counts": np.asarray(counts)}, compiled.as_text()
+    return jit(jax.grad(loss)).lower(state, batch["x"]).compile().as_text() or ""
 
 
-@pytest.mark.parametrize(("mesh", "axes"), [((1, 2, 2), ("fsdp",)), ((1, 1, 3), ("cp",))])
-def test_a_model(mesh, axes):
-    got, want = one_pass(mesh, axes)[0], one_pass((1, 1, 1), ())[0]
-    errors = apart(got, want)
-    assert max(errors.values()) < 2e-5, errors
+def exchanges() -> list[tuple[int, ...]]:
+    """The shapes of the blocks in each all-to-all, which takes and gives one for each device."""
+    return [
+        tuple(map(int, shape.split(",")))
+        for shape in re.findall(r"= \(f32\[([\d,]+)\].* all-to-all\(", compiled_layers())
+    ]
 
 
 def test_rematerialisation_does_not_send_again():
     """There and back; then rows, cotangents and weights there, two gradients back: as many as without it."""
-    text = one_pass((1, 1, 3), ("cp",))[1]
-    assert text.count(" all-to-all(") == 2 + 5
+    assert len(exchanges()) == compiled_layers().count(" all-to-all(") == 2 + 5
 
 
-def test_a_model_writes_the_same():
-    """A prompt is cut over the mesh; a step's tokens are on every device, and the experts still are not."""
-    prompts = [[3, 1, 4, 1, 5, 9, 2], [2, 7]]
-    said = {}
-    for axes in ((), ("fsdp", "cp")):
-        where = over((1, 1, 3), axes)
-        make = lambda where: lambda rngs: build_model(where, rngs)
-        said[axes] = write(Writer(make, where), build(TINY, where)[1], prompts, 8)
-    assert said[()] == said["fsdp", "cp"]
-    assert len({*said[()][0]}) > 1
-
-
-def build_model(where, rngs):
-    from zigzag_jax.models.registry import model_of
-
-    return model_of(TINY)(TINY, where, rngs=rngs)
+def test_bytes_are_those_of_the_blocks():
+    """The formula against the shapes in the compiled program, of which a device sends all blocks but its own."""
+    pairs, size, devices = 4096, 64, 4
+    rows = block_rows(pairs, devices)
+    assert rows == 1280  # a quarter more than 1024
+    assert sent_bytes(pairs, size, devices, 2) == (3 * rows * 2 * size * 2, 3 * rows * (3 * size * 2 + 8))
+    assert sent_bytes(pairs, size, devices, 4, rounds=4).forward == 4 * 3 * rows * 2 * size * 4
+    assert sent_bytes(pairs, size, 1, 4) == (0, 0)
+    assert block_rows(40, 8) == 40  # no more than there are
+    small = sent_bytes(9, SIZE, 3, 4)  # blocks of 9 rows, as compiled above
+    assert sum(2 * 4 * math.prod(shape) for shape in exchanges()) == small.forward + small.backward
 
 
 # ---------------------------------------------------------------- where things are, and what is said of it
@@ -253,20 +255,6 @@ def test_a_degree_is_whole_axes():
 
 def test_a_model_whose_experts_do_not_divide():
     where = over((1, 2, 2), ("fsdp", "cp"))
+    _, shapes = abstract_state(maker(TINY, where))
     with pytest.raises(ValueError, match=r"the experts must be divisible by fsdp \* cp = 4, got 6"):
-        build(dataclasses.replace(TINY, num_experts=6), where)
-
-
-def test_bytes_are_those_of_the_blocks():
-    """The formula against the shapes in the compiled program: one device sends all but its own of every block."""
-    pairs, size, devices = 4096, 64, 4
-    rows = block_rows(pairs, devices)
-    assert rows == 1280  # a quarter more than 1024
-    assert sent_bytes(pairs, size, devices, 2) == (3 * rows * 2 * size * 2, 3 * rows * (3 * size * 2 + 8))
-    assert sent_bytes(pairs, size, devices, 4, rounds=4).forward == 4 * 3 * rows * 2 * size * 4
-    assert sent_bytes(pairs, size, 1, 4) == (0, 0)
-    assert block_rows(40, 8) == 40  # no more than there are
-    _, text = one_pass((1, 1, 3), ("cp",))
-    sizes = [line.split(" all-to-all(")[0].split("= ")[1] for line in text.splitlines() if " all-to-all(" in line]
-    values = sorted("f32[27,1]" in s or "f32[3,9,1]" in s or "f32[1,9,1]" in s for s in sizes)
-    assert values == [False] * 5 + [True] * 2, sizes
+        parameter_shardings(shapes, where)
