@@ -26,3 +26,7 @@ class KernelOptions:
 
     grad_dtype: str | None = None
     """Number format in which the gradients of keys and values travel: float32 (None) or bfloat16."""
+
+    def __post_init__(self):
+        if self.exchange_rows is not None and self.exchange_rows < 1:
+            raise ValueError(f"exchange_rows must be None or at least 1, got {self.exchange_rows}")

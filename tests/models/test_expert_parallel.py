@@ -246,6 +246,11 @@ def test_experts_lie_on_their_axes_and_nowhere_else():
         spec(("fsdp", "cp"))
 
 
+def test_a_block_of_no_rows():
+    with pytest.raises(ValueError, match="exchange_rows must be None or at least 1, got 0"):
+        KernelOptions(exchange_rows=0)
+
+
 def test_a_degree_is_whole_axes():
     assert [expert_axes(ep, fsdp=2, cp=4) for ep in (1, 2, 4, 8)] == [(), ("fsdp",), ("cp",), ("fsdp", "cp")]
     assert expert_axes(3, fsdp=1, cp=3) == ("cp",)

@@ -66,7 +66,7 @@ def on_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def program(axes: tuple[int, int, int], ep: int = 1) -> SimpleNamespace:
+def program(axes: tuple[int, int, int], ep: int) -> SimpleNamespace:
     """A compiled step on a mesh, where it begins, and its state as shapes with shardings."""
     mesh = make_mesh(*axes)
     config = Config(mesh=MeshConfig(*axes[:2], ep, axes[2]))
@@ -93,7 +93,7 @@ def flat(tree) -> list[np.ndarray]:
 
 
 @functools.cache
-def train(axes: tuple[int, int, int], ep: int = 1) -> dict[bool, SimpleNamespace]:
+def train(axes: tuple[int, int, int], ep: int) -> dict[bool, SimpleNamespace]:
     """Five steps, of unpacked and of packed rows, by one compiled program."""
     made = program(axes, ep)
 
@@ -115,7 +115,7 @@ MESHES = [((1, 1, 4), 1), ((1, 1, 3), 1), ((2, 1, 2), 1), ((2, 2, 2), 1), ((2, 2
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
 @pytest.mark.parametrize(("axes", "ep"), MESHES, ids=["dp{}-fsdp{}-cp{}-ep{}".format(*axes, ep) for axes, ep in MESHES])
 def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, packed: bool):
-    one, other = train((1, 1, 1))[packed], train(axes, ep)[packed]
+    one, other = train((1, 1, 1), 1)[packed], train(axes, ep)[packed]
     for a, b in zip(one.losses, other.losses, strict=True):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), b, a)
     for a, b in zip(one.grads, other.grads, strict=True):
@@ -128,7 +128,7 @@ def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, packed: b
 
 def test_a_run_resumes_with_another_ep(tmp_path: Path):
     """Two steps with the experts over four devices, saved, and the rest on one: the run that never moved."""
-    apart, whole, want = program((2, 2, 2), 4), program((1, 1, 1)), train((1, 1, 1))[False]
+    apart, whole, want = program((2, 2, 2), 4), program((1, 1, 1), 1), train((1, 1, 1), 1)[False]
     state = apart.first
     for n in range(2):
         state, _ = apart.run(state, n, False)
@@ -148,6 +148,6 @@ def test_a_run_resumes_with_another_ep(tmp_path: Path):
 
 
 def test_a_batch_seen_again_costs_less():
-    run = train((1, 1, 4))[False]
+    run = train((1, 1, 4), 1)[False]
     assert all(np.any(w != b) for w, b in zip(run.weights, run.before, strict=True))
     assert run.losses[-1].losses.loss < run.losses[0].losses.loss
