@@ -9,7 +9,7 @@ kept of a token is its key and value heads (Qwen), or its latent and the rotary 
 Speed is not the point: in a step every device works on all rows.
 
 The two are one model with one set of parameters, built for two shardings: a prompt is cut over the mesh, one token is
-not (`STEP_RULES`).
+not (`step_rules`).
 """
 
 import dataclasses
@@ -28,13 +28,16 @@ from jax.sharding import PartitionSpec as P
 from zigzag_jax.layout import padded, to_zigzag, zigzag_indices
 from zigzag_jax.models.decoder import Decoder
 from zigzag_jax.models.rope import rotary
-from zigzag_jax.models.sharding import RULES, Sharding, abstract_state
+from zigzag_jax.models.sharding import Rules, Sharding, abstract_state
 from zigzag_jax.models.stack import scan_layers
-
-STEP_RULES = tuple((name, () if name in ("batch", "sequence") else axes) for name, axes in RULES)
 
 Kept = Any  # for each group of layers a tuple of arrays [layers, B, tokens, heads, size]
 Make = Callable[[Sharding], Callable[[nnx.Rngs], Decoder]]
+
+
+def step_rules(rules: Rules) -> Rules:
+    """The same, for tokens that are on every device."""
+    return tuple((name, () if name in ("batch", "sequence") else axes) for name, axes in rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Writer:
 
     @functools.cached_property
     def _for_steps(self) -> nnx.GraphDef:
-        return abstract_state(self.make(Sharding(self.sharding.mesh, STEP_RULES)))[0]
+        return abstract_state(self.make(Sharding(self.sharding.mesh, step_rules(self.sharding.rules))))[0]
 
     @functools.cached_property
     def compiled(self) -> tuple[Callable[..., Any], Callable[..., Any]]:

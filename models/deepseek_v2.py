@@ -287,7 +287,6 @@ class DeepseekV2(Decoder):
             return SwiGLU(c.hidden_size, c.intermediate_size, std=std, rngs=rngs)
         router = GroupLimitedTopK(c.num_experts_per_tok, c.n_group, c.topk_group, c.routed_scaling_factor)
         sizes = (c.hidden_size, c.moe_intermediate_size, c.n_routed_experts)
-        how = {"implementation": options.implementation, "bias": self.router_bias}
-        routed = MoE(*sizes, router, self.sharding, std=std, rngs=rngs, **how)
+        routed = MoE(*sizes, router, self.sharding, std=std, rngs=rngs, options=options, bias=self.router_bias)
         inner = c.moe_intermediate_size * c.n_shared_experts
         return SharedMoE(routed, SwiGLU(c.hidden_size, inner, std=std, rngs=rngs))

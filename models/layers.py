@@ -4,7 +4,8 @@ Two rules of number formats hold for all of them. Parameters are float32 (the ma
 they are cast to the dtype of the activations where they are used. Whatever is a *sum over many tokens*, the gradient
 of a weight above all, is accumulated and summed over devices in float32: a weight gradient rounded to bfloat16 on
 every device before it is added is the error that grows with the number of devices. (The experts' matrices are the
-exception: grouped_matmul gives their gradient in the dtype it computes in, rounded once a device, summed in float32.)
+exception where every device has all of them: grouped_matmul gives their gradient in the dtype it computes in, rounded
+once a device, summed in float32. With expert parallelism it is float32 throughout.)
 """
 
 import jax

@@ -6,8 +6,9 @@
     combine     back into token order, weighted, added
 
 All of it runs inside one `shard_map`: every device routes and computes its own tokens with all the experts, whose
-weights it gathers. Tokens never travel, nothing has a capacity, no token is dropped, and a token's result does not
-depend on how the batch or the sequence is cut.
+weights it gathers. Or, with expert parallelism, the experts stay where they are and the rows travel to them between
+dispatch and combine: exchange.py. Either way nothing has a capacity, no token is dropped, and a token's result does not
+depend on how the batch, the sequence or the experts are cut.
 
 Sorting is a permutation, and a permutation's transpose is its inverse. `_dispatch` and `_combine` say so by hand: the
 gradient is a gather too, where automatic differentiation would scatter-add in the dtype of the activations.
@@ -17,6 +18,7 @@ their "experts" axis.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -26,8 +28,10 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.kernels import grouped_matmul
+from zigzag_jax.models.exchange import Exchange, Experts, block_rows, exchanged_experts
 from zigzag_jax.models.layers import linear, normal
-from zigzag_jax.models.router import Router
+from zigzag_jax.models.options import KernelOptions
+from zigzag_jax.models.router import Router, Routes
 from zigzag_jax.models.sharding import Sharding, gather, param, spec_axes
 
 
@@ -56,11 +60,11 @@ class MoE(nnx.Module):
         sharding: Sharding,
         *,
         std: float,
-        implementation: str | None = None,
+        options: KernelOptions = KernelOptions(),  # noqa: B008 (frozen)
         bias: bool = False,
         rngs: nnx.Rngs,
     ):
-        self.implementation = implementation
+        self.options = options
         self.router = router
         self.sharding = sharding
         self.route = param(normal(rngs, (size, experts), std), "embed", "experts")
@@ -94,7 +98,7 @@ class MoE(nnx.Module):
             functools.partial(
                 _local_moe,
                 router=self.router,
-                matmul=functools.partial(grouped_matmul, implementation=self.implementation),
+                experts=self._experts(specs, real.shape),
                 specs=specs,
                 axes=spec_axes(P(rows[1])),
             ),
@@ -105,9 +109,23 @@ class MoE(nnx.Module):
         )
         return run(x, real, weights, extras)
 
+    def _experts(self, specs, tokens: tuple[int, ...]):
+        """What a device does with its tokens [T, d], Routes and pieces of the matrices."""
+        sharding, implementation = self.sharding, self.options.implementation
+        pieces = Experts(*specs[1:])
+        if not (axes := sharding.expert_axes):
+            matmul = functools.partial(grouped_matmul, implementation=implementation)
+            return functools.partial(_all_experts, matmul, pieces)
+        devices = math.prod(sharding.mesh.shape[axis] for axis in axes)
+        cut = spec_axes(sharding.spec(("batch", "sequence"), tokens))
+        own = math.prod(tokens) // math.prod(sharding.mesh.shape[axis] for axis in cut)
+        rows = self.options.exchange_rows or block_rows(own * self.router.top_k, devices)
+        plan = Exchange(axes, sharding.mesh.axis_names, devices, rows, implementation)
+        return lambda x, routes, matrices: exchanged_experts(plan, pieces, x, routes.experts, routes.weights, matrices)
 
-def _local_moe(x, real, weights, extras, *, router: Router, matmul, specs, axes) -> tuple[jax.Array, LayerStats]:
-    """One device's tokens x [b, s, d] through all experts."""
+
+def _local_moe(x, real, weights, extras, *, router: Router, experts, specs, axes) -> tuple[jax.Array, LayerStats]:
+    """One device's tokens x [b, s, d]: routed, counted, and through their experts."""
     shape, x = x.shape, x.reshape(-1, x.shape[-1])
     # the router keeps its float32 weight until the product: its gradient is a sum over every token there is
     route = gather(weights[0], specs[0], jnp.float32)
@@ -121,16 +139,22 @@ def _local_moe(x, real, weights, extras, *, router: Router, matmul, specs, axes)
         probs = jnp.sum(jnp.where(real[:, :, None], routes.probs.reshape(*shape[:2], -1), 0.0), axis=1)
         counts, probs = lax.psum((counts.astype(jnp.float32), probs), axes)
         stats = LayerStats(counts, probs, routes.experts.reshape(*shape[:2], -1))
-    gate, up, down = (gather(w, spec, x.dtype) for w, spec in zip(weights[1:], specs[1:], strict=True))
-    sizes = jnp.sum(taken, axis=0, dtype=jnp.int32)
     with jax.named_scope("experts"):
-        order = jnp.argsort(routes.experts.reshape(-1), stable=True)
-        inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-        rows = _dispatch(x, order, inverse)
-        inner = jax.nn.silu(matmul(rows, gate, sizes)) * matmul(rows, up, sizes)
-        pairs = _combine(matmul(inner, down, sizes), order, inverse)
-        y = _weighted_sum(pairs, routes.weights)
+        y = experts(x, routes, Experts(*weights[1:]))
     return y.reshape(shape), stats
+
+
+def _all_experts(matmul, specs: Experts, x: jax.Array, routes: Routes, matrices: Experts) -> jax.Array:
+    """Tokens [T, d] through their experts, all of which are gathered here."""
+    gate, up, down = (gather(w, spec, x.dtype) for w, spec in zip(matrices, specs, strict=True))
+    choice = routes.experts.reshape(-1)
+    sizes = jnp.sum(choice[:, None] == jnp.arange(gate.shape[0])[None], axis=0, dtype=jnp.int32)
+    order = jnp.argsort(choice, stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    rows = _dispatch(x, order, inverse)
+    inner = jax.nn.silu(matmul(rows, gate, sizes)) * matmul(rows, up, sizes)
+    pairs = _combine(matmul(inner, down, sizes), order, inverse)
+    return _weighted_sum(pairs, routes.weights)
 
 
 @jax.custom_vjp

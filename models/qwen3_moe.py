@@ -201,5 +201,4 @@ class Qwen3Moe(Decoder):
             return SwiGLU(c.hidden_size, c.intermediate_size, std=std, rngs=rngs)
         router = SoftmaxTopK(c.num_experts_per_tok, c.norm_topk_prob)
         sizes = (c.hidden_size, c.moe_intermediate_size, c.num_experts)
-        how = {"implementation": options.implementation, "bias": self.router_bias}
-        return MoE(*sizes, router, self.sharding, std=std, rngs=rngs, **how)
+        return MoE(*sizes, router, self.sharding, std=std, rngs=rngs, options=options, bias=self.router_bias)

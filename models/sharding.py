@@ -13,14 +13,16 @@ Three things make one table enough:
   first and take fsdp and cp, so the same "embed" that is cut in a weight stays whole in an activation.
 - **A parameter that does not divide stays whole.** Of the axes of a rule the longest prefix that divides the dimension
   is used (hidden 128 on cp = 3: replicated). A tiny model runs on any mesh; a big one loses nothing, its sizes divide.
-- **A batch or a sequence that does not divide is an error**: every device would silently do all the work.
+- **A batch, a sequence or experts that do not divide are an error**: every device would silently do all the work.
 
 Parameters are cut over fsdp *and* cp: the ranks of a context-parallel group hold the same weights otherwise, and the
 weights are what fills the memory. The price is the usual one of FSDP: weights are gathered where they are used,
 gradients are summed and cut. `gather` is both, for code inside a `shard_map`; elsewhere XLA does it from the specs.
 
-Expert parallelism is another entry for "experts" in the rules (and a dispatch in moe.py that sends tokens to the
-experts).
+Expert parallelism is another entry for "experts" in the rules, `expert_rules`, and then the tokens travel to the
+experts (exchange.py): over cp = 2 of fsdp = 4 and cp = 2,
+
+    the experts' weights  ("layers", "experts", "embed", "mlp")     ->  P(None, "cp", "fsdp", None)
 """
 
 import dataclasses
@@ -52,7 +54,24 @@ RULES: Rules = (
     ("vocab", ()),
     ("layers", ()),
 )
-MUST_DIVIDE = ("batch", "sequence")
+MUST_DIVIDE = ("batch", "sequence", "experts")
+
+
+def expert_axes(ep: int, fsdp: int, cp: int) -> tuple[str, ...]:
+    """The mesh axes that the experts are cut over where `ep` devices share them: whole axes, cp before fsdp.
+
+    >>> expert_axes(8, fsdp=4, cp=2), expert_axes(2, fsdp=2, cp=2), expert_axes(1, fsdp=4, cp=2)
+    (('fsdp', 'cp'), ('cp',), ())
+    """
+    for axes, size in (((), 1), (("cp",), cp), (("fsdp",), fsdp), (("fsdp", "cp"), fsdp * cp)):
+        if ep == size:
+            return axes
+    raise ValueError(f"ep must be 1, cp, fsdp or fsdp * cp = 1, {cp}, {fsdp} or {fsdp * cp}, got {ep}")
+
+
+def expert_rules(axes: tuple[str, ...]) -> Rules:
+    """RULES with the experts cut over these mesh axes, fsdp and cp among them."""
+    return tuple((name, axes if name == "experts" else own) for name, own in RULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +104,11 @@ class Sharding:
             taken.update(axes)
             entries.append(axes if len(axes) > 1 else axes[0] if axes else None)
         return P(*entries)
+
+    @property
+    def expert_axes(self) -> tuple[str, ...]:
+        """The mesh axes of more than one device that the experts are cut over."""
+        return tuple(axis for axis in dict(self.rules)["experts"] if self.mesh.shape.get(axis, 1) > 1)
 
     def named(self, names: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         """`spec` on this mesh."""
@@ -130,11 +154,15 @@ def _gather(spec: P, dtype: jnp.dtype, w: jax.Array) -> jax.Array:
 
 def _gather_bwd(spec, dtype, _, grad):
     del dtype
-    grad = grad.astype(jnp.float32)
+    return (scatter(grad.astype(jnp.float32), spec),)
+
+
+def scatter(x: jax.Array, spec: P) -> jax.Array:
+    """The transpose of gather: the sum over the devices of a whole array's parts, cut to this device's piece."""
     for axis, entry in enumerate(spec):
         if entry is not None:
-            grad = lax.psum_scatter(grad, entry, scatter_dimension=axis, tiled=True)
-    return (grad,)
+            x = lax.psum_scatter(x, entry, scatter_dimension=axis, tiled=True)
+    return x
 
 
 _gather.defvjp(lambda spec, dtype, w: (_gather(spec, dtype, w), None), _gather_bwd)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from zigzag_jax.models import sharding
 from zigzag_jax.train.errors import UserError
 
 
@@ -21,7 +22,7 @@ class MeshConfig:
     fsdp: int | None = None
     """Shards of the parameters that also cut the rows."""
     ep: int | None = None
-    """Expert parallelism; only 1 in this version."""
+    """Expert parallelism: devices that share the experts, 1, cp, fsdp or fsdp * cp of those there are; no factor."""
     cp: int | None = None
     """Context parallelism: each sequence lies over this many devices, in zigzag order."""
 
@@ -129,6 +130,15 @@ class Config:
         return self.out if self.out is not None else Path("runs") / Path(self.model).name
 
 
+def expert_axes(mesh: MeshConfig) -> tuple[str, ...]:
+    """The mesh axes that the experts are cut over. UserError for an ep that is none of the four."""
+    try:
+        return sharding.expert_axes(mesh.ep or 1, mesh.fsdp or 1, mesh.cp or 1)
+    except ValueError as error:
+        rule, _ = str(error).removeprefix("ep ").split(", got ")
+        raise UserError("mesh.ep", rule, mesh.ep) from None
+
+
 def _at_least(least: int, **values: int | None) -> None:
     for name, value in values.items():
         if value is not None and value < least:
@@ -144,8 +154,8 @@ def check(config: Config) -> None:
     _at_least(1, keep=config.keep, cpu_devices=config.cpu_devices, hosts__num_processes=hosts.num_processes)
     _at_least(1, hosts__timeout=hosts.timeout)
     _at_least(0, seed=config.seed, optim__warmup=optim.warmup)
-    if mesh.ep not in (None, 1):
-        raise UserError("mesh.ep", "must be 1 (experts over several devices are not there yet)", mesh.ep)
+    if not mesh.dp is mesh.fsdp is mesh.cp is None:  # else it is the number of devices that says
+        expert_axes(mesh)
     if not 0 <= hosts.process_id < hosts.num_processes:
         raise UserError("hosts.process-id", f"must be in 0 .. {hosts.num_processes - 1}", hosts.process_id)
     if hosts.num_processes == 1 and hosts.coordinator is not None:

@@ -9,11 +9,12 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from zigzag_jax.layout import padded
 from zigzag_jax.models.devices import on_cpu
+from zigzag_jax.models.exchange import SLACK, block_rows, sent_bytes
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
+from zigzag_jax.train.mesh import AXES, check_batch, make_sharding, mesh_shape
 from zigzag_jax.train.models import maker
 from zigzag_jax.train.optim import optimizer
 from zigzag_jax.train.step import abstract_train_state
@@ -27,15 +28,15 @@ def bytes_a_device(tree) -> int:
 
 
 def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> None:
-    """Say the mesh, the bytes of parameters and optimiser a device, and the hops of the ring. UserError without a
-    mesh.
+    """Say the mesh, the bytes of parameters and optimiser a device, the hops of the ring and what travels to the
+    experts. UserError without a mesh.
     """
     if not on_cpu() and config.mesh == MeshConfig():
         raise UserError("mesh", "must be given with --dry-run, which does not ask how many GPUs there are", None)
     shape = mesh_shape(config.mesh)
     check_batch(config, shape)
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    sharding = Sharding(cast(Mesh, mesh))  # shapes need no devices
+    sharding = make_sharding(config, sizes, cast(Mesh, mesh))  # shapes need no devices
     _, shapes = abstract_state(maker(config, sizes, sharding))
     state = abstract_train_state(shapes, optimizer(config.optim, config.steps), sharding)
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
@@ -51,3 +52,22 @@ def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> 
         count = rows * length * values
         say(f"ring          {cp - 1} hops of {count * itemsize / 2**20:.2f} MiB ({what}) a layer forward")
         say(f"              {cp - 1} of the same and {cp - 1} of {count * 4 / 2**20:.2f} MiB (their gradient) backward")
+    if axes := sharding.expert_axes:
+        _describe_exchange(config.mesh.ep or 1, axes, sizes, rows * length, itemsize, say)
+
+
+def _describe_exchange(
+    ep: int, axes: tuple[str, ...], sizes: ModelConfig, tokens: int, itemsize: int, say: Callable[[str], None]
+) -> None:
+    """What `tokens` a device send to their experts (models/exchange.py)."""
+    pairs, layers = tokens * sizes.num_experts_per_tok, sum(sizes.sparse_layers)
+    rows, sent = block_rows(pairs, ep), sent_bytes(pairs, sizes.hidden_size, ep, itemsize)
+    mib, total = [f"{x / 2**20:.2f} MiB" for x in sent], layers * sum(sent) / _GIB
+    say(f"experts       {sizes.expert_count // ep} of {sizes.expert_count} a device (ep {ep} over {', '.join(axes)})")
+    say(f"exchange      {pairs} routed rows a device, in rounds of {rows} rows to each of the {ep - 1} others")
+    say(
+        f"              {mib[0]} leave a device a layer forward (rows there, results back), {mib[1]} backward (rows and"
+    )
+    say("              their cotangents there, gradients back)")
+    say(f"              {total:.3f} GiB a step for {layers} layers where one round does: up to {SLACK} of an even load")
+    say(f"              {-(-pairs // rows)} rounds of as many bytes, in the same memory, where all go to one device")

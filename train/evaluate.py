@@ -23,11 +23,11 @@ from zigzag_jax.layout import from_zigzag
 from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import Source, open_source, read_state
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
-from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config, MeshConfig, check
 from zigzag_jax.train.data import BLANK, Batches, Block
 from zigzag_jax.train.errors import DONE, USER_ERROR, UserError
-from zigzag_jax.train.mesh import make_mesh, start_devices
+from zigzag_jax.train.mesh import make_mesh, make_sharding, start_devices
 from zigzag_jax.train.packing import make_plan
 from zigzag_jax.train.store import Dataset, open_dataset
 from zigzag_jax.train.task import Task
@@ -87,7 +87,7 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
         raise UserError("out", "must be a file that ends in .npz, in a folder that exists", config.out)
     start_devices(trainer)
     source, sizes = _open(config.folder)
-    sharding = Sharding(make_mesh(trainer))
+    sharding = make_sharding(trainer, sizes, make_mesh(trainer))
     dataset = open_dataset(config.data, config.tokenizer or source.beside / "tokenizer.json", say=say)
     if dataset.vocab_size > sizes.vocab_size:
         raise UserError("tokenizer", f"must have at most the model's {sizes.vocab_size} tokens", dataset.vocab_size)

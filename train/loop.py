@@ -76,6 +76,7 @@ def run(config: Config) -> int:
 def _say_where(this: Run, first: int) -> None:
     config, shape = this.config, " * ".join(f"{axis} {size}" for axis, size in this.mesh.shape.items())
     kind = this.mesh.devices.flat[0].device_kind
+    shape += f" (ep {config.mesh.ep} over {', '.join(axes)})" if (axes := this.task.sharding.expert_axes) else ""
     this.say(f"mesh {shape} on {this.mesh.size} {kind} devices; run in {config.folder}")
     if first >= config.steps:
         this.say(f"resumed at step {first}: finished")

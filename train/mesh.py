@@ -1,6 +1,7 @@
 """The devices of a run: how many, of which kind, and the mesh (dp, fsdp, cp) they make.
 
-Rows of a batch are cut over (dp, fsdp), each sequence over cp; parameters over (fsdp, cp). On a machine without a GPU
+Rows of a batch are cut over (dp, fsdp), each sequence over cp; parameters over (fsdp, cp), and with ep the experts over
+cp, fsdp or both, as whole experts. On a machine without a GPU
 the CPU poses as as many devices as the mesh asks for, so that every mesh can be tried on a laptop.
 """
 
@@ -11,7 +12,9 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 from zigzag_jax.models.devices import on_cpu
-from zigzag_jax.train.config import Config, HostsConfig, MeshConfig
+from zigzag_jax.models.registry import ModelConfig
+from zigzag_jax.models.sharding import Sharding, expert_rules
+from zigzag_jax.train.config import Config, HostsConfig, MeshConfig, expert_axes
 from zigzag_jax.train.errors import UserError
 
 AXES = ("dp", "fsdp", "cp")
@@ -64,6 +67,17 @@ def make_mesh(config: Config) -> Mesh:
         raise UserError("mesh", f"{text} must be the {there} devices of all processes", f"{size} = {shape}")
     check_batch(config, shape)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:size])
+
+
+def make_sharding(config: Config, sizes: ModelConfig, mesh: Mesh) -> Sharding:
+    """Where the model's arrays live. UserError for an ep that does not fit the mesh or the model."""
+    ep, shape = config.mesh.ep or 1, mesh.shape
+    axes = expert_axes(MeshConfig(fsdp=shape["fsdp"], cp=shape["cp"], ep=ep))
+    if ep > 1 and not any(sizes.sparse_layers):
+        raise UserError("mesh.ep", "must be 1 for a model without experts", ep)
+    if sizes.expert_count % ep:
+        raise UserError("mesh.ep", f"must divide the model's {sizes.expert_count} experts", ep)
+    return Sharding(mesh, expert_rules(axes))
 
 
 def check_batch(config: Config, shape: tuple[int, int, int]) -> None:

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 
 from zigzag_jax.models.decode import Writer
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
+from zigzag_jax.train.mesh import make_sharding
 from zigzag_jax.train.models import (
     config_json,
     first_parameters,
@@ -75,7 +76,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     """
     dataset = open_dataset(config.data, tokenizer_file(config), process_index=jax.process_index(), say=say)
     sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
-    sharding = Sharding(mesh)
+    sharding = make_sharding(config, sizes, mesh)
     make = maker(config, sizes, sharding)
     graphdef, shapes = abstract_state(make)
     tx = optimizer(config.optim, config.steps)

@@ -57,6 +57,32 @@ def test_random_sizes():
             oracle.check(name, a, b)
 
 
+RUNS = {
+    "uneven": [[3, 20, 0, 1, 16], [0, 0, 40, 0, 0], [9, 1, 1, 20, 2], [0, 0, 0, 0, 0], [1, 2, 3, 4, 5]],
+    "full": [[0, 0, 100, 0, 0], [64, 1, 0, 0, 35]],
+    "one": [[3, 90, 1, 64, 30]],
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_runs(case):
+    """Each run is a grouped matmul of its own rows; dw is their sum. What lies between them may hold nan."""
+    (x, w, dy), sizes = draw(), RUNS[case]
+    stride = M // len(sizes)
+    between = np.concatenate([np.arange(stride) >= sum(own) for own in sizes])
+    got = run(x.at[between].set(jnp.nan), w, jnp.asarray(sizes, jnp.int32), dy.at[between].set(jnp.nan))
+    parts = [
+        oracle.grouped(x[at : at + stride], w, own, dy[at : at + stride])
+        for at, own in zip(range(0, M, stride), sizes, strict=True)
+    ]
+    y, dx, dw = zip(*parts, strict=True)
+    want = np.concatenate(y), np.concatenate(dx), sum(dw)
+    for name, a, b in zip(("y", "dx", "dw"), got, want, strict=True):
+        oracle.check(name, a, b)
+    assert not np.asarray(got[0])[between].any()
+    assert not np.asarray(got[1])[between].any()
+
+
 def test_rows_past_the_sum_may_hold_nan():
     x, w, dy = draw()
     sizes = SIZES["rows-past-the-sum"]
@@ -110,7 +136,7 @@ def test_cost_does_not_depend_on_the_number_of_experts():
         assert [[v.aval.shape for v in eqn.invars] for eqn in dots] == [[(reference.BLOCK, 8), (8, 16)]]
         # and at most one part-empty block for each expert that has rows at all
         for sizes in ([rows // experts] * experts, [rows] + [0] * (experts - 1), [rows // 2 + 1] * 1 + [0] * experts):
-            blocks = int(reference._Blocks(jnp.asarray(sizes, jnp.int32)).count)
+            blocks = int(reference._Blocks(jnp.asarray(sizes, jnp.int32), rows).count)
             assert blocks <= sum(sizes) // reference.BLOCK + np.count_nonzero(sizes)
             assert blocks == sum(-(-size // reference.BLOCK) for size in sizes)
 
@@ -122,10 +148,12 @@ def call(x=(6, 4), w=(3, 4, 5), sizes=(3,), x_dtype=jnp.float32, w_dtype=jnp.flo
 ERRORS = {
     "rank": (
         {"x": (2, 6, 4)},
-        "x, w and group_sizes must be [M, k], [G, k, n] and [G], got shapes [2, 6, 4], [3, 4, 5] and [3]",
+        "x, w and group_sizes must be [M, k], [G, k, n] and [G] or [R, G], got shapes [2, 6, 4], [3, 4, 5] and [3]",
     ),
     "inner": ({"w": (3, 7, 5)}, "x [M, k] and w [G, k, n] must agree in k, got 4 and 7"),
     "groups": ({"sizes": (2,)}, "w and group_sizes must agree in G, got 3 and 2"),
+    "runs": ({"sizes": (4, 3)}, "the runs of group_sizes [R, G] must divide M = 6, got R = 4"),
+    "groups-of-runs": ({"sizes": (3, 2)}, "w and group_sizes must agree in G, got 3 and 2"),
     "size-dtype": ({"size_dtype": jnp.float32}, "group_sizes must be int32, got float32"),
     "dtypes-differ": (
         {"w_dtype": jnp.bfloat16},

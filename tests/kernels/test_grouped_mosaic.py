@@ -36,9 +36,9 @@ CASES = [(1024, draw_sizes(seed, 1024, 12)) for seed in range(8)] + [
 ]  # fmt: skip
 
 
-def row_tiles(sizes, rows: int):
+def row_tiles(sizes, rows: int, stride: int | None = None):
     """(group, first row of the tile, first and end of its own rows) of every row tile."""
-    schedule = mosaic_rows.schedule(jnp.asarray(sizes, jnp.int32), rows)
+    schedule = mosaic_rows.schedule(jnp.asarray(sizes, jnp.int32), rows, stride)
     count = int(schedule.upto[-1])
     assert count <= schedule.group.shape[0], "the table is too short"
     assert len({len(part) for part in schedule[:4]}) == 1
@@ -52,6 +52,23 @@ def test_every_row_is_in_one_tile_of_its_group(rows, sizes):
         owner[own] = g
     seen = np.zeros(rows, int)
     for group, row, first, end in row_tiles(sizes, rows):
+        assert row <= first < end <= row + TILE
+        assert (owner[first:end] == group).all()
+        seen[first:end] += 1
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("runs", [1, 2, 5])
+@pytest.mark.parametrize("stride", [1000, 1001])
+def test_every_row_of_every_run_is_in_one_tile_of_its_group(runs, stride):
+    rows = -(-runs * stride // 8) * 8  # as padded for TMA
+    sizes = [draw_sizes(seed, stride, 12) for seed in range(runs)]
+    owner = np.full(rows, -1)
+    for r, own_sizes in enumerate(sizes):
+        for g, own in oracle.groups(own_sizes):
+            owner[r * stride + own.start : r * stride + own.stop] = g
+    seen = np.zeros(rows, int)
+    for group, row, first, end in row_tiles(sizes, rows, stride):
         assert row <= first < end <= row + TILE
         assert (owner[first:end] == group).all()
         seen[first:end] += 1
@@ -84,8 +101,7 @@ def test_items_of_rows(rows, sizes):
 
 @pytest.mark.parametrize(("rows", "sizes"), CASES)
 def test_steps_of_the_outer_product_hold_every_row(rows, sizes):
-    ends = np.cumsum(sizes)
-    items = mosaic_outer._Items(Refs(ends), len(sizes), 1, 2)
+    items = mosaic_outer._Items(Refs(mosaic_rows.bounds(jnp.asarray(sizes, jnp.int32), 0)), len(sizes), 1, 2)
     assert int(items.count) == 2 * len(sizes)
     for g, own in itertools.islice(oracle.groups(sizes), 20):
         group, _, column_tile, first, end = (int(x) for x in items.at(jnp.int32(2 * g + 1)))

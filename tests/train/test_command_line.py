@@ -129,6 +129,7 @@ def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str
     [
         (("--steps", "-1"), "error: steps: must be >= 1, got -1"),
         (("--model", "none"), "error: model: must be one of"),
+        (("--mesh.ep", "4"), "error: mesh.ep: must be 1, cp, fsdp or fsdp * cp = 1, 2, 1 or 2, got 4"),
         (("--no-such-flag", "1"), "--no-such-flag"),
         (("--out", "/proc/zigzag"), "error: out: must be a folder that can be written"),
     ],

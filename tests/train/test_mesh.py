@@ -3,9 +3,16 @@
 import jax
 import pytest
 
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.qwen3 import Qwen3Config
 from zigzag_jax.train.config import Config, HostsConfig, MeshConfig
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.mesh import check_batch, make_mesh, mesh_shape, start_devices
+from zigzag_jax.train.mesh import check_batch, make_mesh, make_sharding, mesh_shape, start_devices
+
+DENSE = Qwen3Config(
+    vocab_size=64, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=4,
+    intermediate_size=8,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -34,6 +41,31 @@ def test_mesh_takes_the_first_devices_with_auto_axes():
 def test_too_few_devices():
     with pytest.raises(UserError, match=r"^mesh: dp \* fsdp \* cp must be at most the 8 devices there are, got 16"):
         make_mesh(Config(mesh=MeshConfig(cp=16)))
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize(
+    ("ep", "spec"), [(None, ()), (1, ()), (2, ("cp",)), (4, ("fsdp", "cp"))], ids=["none", "1", "cp", "both"]
+)
+def test_experts_over_whole_axes(ep: int | None, spec: tuple[str, ...]):
+    config = Config(mesh=MeshConfig(fsdp=2, cp=2, ep=ep))
+    assert make_sharding(config, PRESETS["tiny-qwen3-moe"], make_mesh(config)).expert_axes == spec
+
+
+@pytest.mark.usefixtures("cpu")
+@pytest.mark.parametrize(
+    ("mesh", "sizes", "message"),
+    [
+        (MeshConfig(cp=3, ep=3), PRESETS["tiny-qwen3-moe"], "must divide the model's 8 experts, got 3"),
+        (MeshConfig(cp=2, ep=2), DENSE, "must be 1 for a model without experts, got 2"),
+        (MeshConfig(ep=4), PRESETS["tiny-qwen3-moe"], r"must be 1, cp, fsdp or fsdp \* cp = 1, 2, 1 or 2, got 4"),
+    ],
+    ids=["not-a-divisor", "dense", "no-axis"],
+)
+def test_experts_that_cannot_be_cut_so(mesh: MeshConfig, sizes, message: str):
+    config = Config(mesh=mesh)
+    with pytest.raises(UserError, match=rf"^mesh.ep: {message}"):
+        make_sharding(config, sizes, make_mesh(config))
 
 
 def test_rows_that_do_not_come_out_even():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -14,11 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.layout import padded, to_zigzag
 from zigzag_jax.models.presets import PRESETS
-from zigzag_jax.models.sharding import Sharding, abstract_state, init_state
-from zigzag_jax.train.config import Config, OptimConfig, RouterConfig
+from zigzag_jax.models.sharding import abstract_state, init_state
+from zigzag_jax.train.checkpoint import Checkpoints
+from zigzag_jax.train.config import Config, MeshConfig, OptimConfig, RouterConfig
+from zigzag_jax.train.mesh import make_sharding
 from zigzag_jax.train.models import fit_vocabulary, maker
 from zigzag_jax.train.optim import optimizer
-from zigzag_jax.train.step import TrainState, make_step, state_shardings
+from zigzag_jax.train.step import TrainState, abstract_train_state, make_step, state_shardings
 from zigzag_jax.train.task import Task
 
 RATE = 1e-3  # of the routers' biases
@@ -63,10 +66,11 @@ def on_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def train(axes: tuple[int, int, int]) -> dict[bool, SimpleNamespace]:
-    """Five steps, of unpacked and of packed rows, by one compiled program."""
+def program(axes: tuple[int, int, int], ep: int) -> SimpleNamespace:
+    """A compiled step on a mesh, where it begins, and its state as shapes with shardings."""
     mesh = make_mesh(*axes)
-    sharding = Sharding(mesh)
+    config = Config(mesh=MeshConfig(*axes[:2], ep, axes[2]))
+    sharding = make_sharding(config, SIZES, mesh)
     make = maker(Config(router=RouterConfig(bias_rate=RATE)), SIZES, sharding)
     graphdef, shapes = abstract_state(make)
     task = Task(graphdef, sharding, jnp.dtype("float32"), "sequence", aux_coefficient=0.1)  # large: an error must show
@@ -74,29 +78,44 @@ def train(axes: tuple[int, int, int]) -> dict[bool, SimpleNamespace]:
     params = init_state(make, sharding, jax.random.key(3))[1]
     opt_state = jax.jit(tx.init, out_shardings=state_shardings(shapes, tx, sharding).opt_state)(params)
     step = jax.jit(make_step(task, tx, RATE), compiler_options=QUICK)
-    flat = lambda tree: [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+    def run(state: TrainState, n: int, packed: bool):
+        batch = natural_batch(packed, n % (STEPS - 1))  # the last sees the first's batch
+        state, result = step(state, on_mesh(batch, mesh))
+        return state, jax.device_get(result)
+
+    first, abstract = TrainState(params, opt_state), abstract_train_state(shapes, tx, sharding)
+    return SimpleNamespace(run=run, first=first, abstract=abstract)
+
+
+def flat(tree) -> list[np.ndarray]:
+    return [np.asarray(x) for x in jax.tree.leaves(tree)]
+
+
+@functools.cache
+def train(axes: tuple[int, int, int], ep: int) -> dict[bool, SimpleNamespace]:
+    """Five steps, of unpacked and of packed rows, by one compiled program."""
+    made = program(axes, ep)
 
     def run(packed: bool) -> SimpleNamespace:
-        state, losses, grads = TrainState(params, opt_state), [], []
+        state, losses, grads = made.first, [], []
         for n in range(STEPS):
-            state, result = step(
-                state, on_mesh(natural_batch(packed, n % (STEPS - 1)), mesh)
-            )  # the last sees the first's batch
-            losses.append(jax.device_get(result))
+            state, result = made.run(state, n, packed)
+            losses.append(result)
             # after one step the first moment is the gradient, but for the factor (1 - b1) and the clipping
             grads = grads or flat(optax.tree.get(state.opt_state, "mu"))
-        return SimpleNamespace(losses=losses, grads=grads, weights=flat(state.params), before=flat(params))
+        return SimpleNamespace(losses=losses, grads=grads, weights=flat(state.params), before=flat(made.first.params))
 
     return {packed: run(packed) for packed in (False, True)}
 
 
-MESHES = [(1, 1, 4), (1, 1, 3), (2, 1, 2), (2, 2, 2)]
+MESHES = [((1, 1, 4), 1), ((1, 1, 3), 1), ((2, 1, 2), 1), ((2, 2, 2), 1), ((2, 2, 2), 4)]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
-@pytest.mark.parametrize("axes", MESHES, ids=lambda a: "dp{}-fsdp{}-cp{}".format(*a))
-def test_every_mesh_is_one_device(axes: tuple[int, int, int], packed: bool):
-    one, other = train((1, 1, 1))[packed], train(axes)[packed]
+@pytest.mark.parametrize(("axes", "ep"), MESHES, ids=["dp{}-fsdp{}-cp{}-ep{}".format(*axes, ep) for axes, ep in MESHES])
+def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, packed: bool):
+    one, other = train((1, 1, 1), 1)[packed], train(axes, ep)[packed]
     for a, b in zip(one.losses, other.losses, strict=True):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), b, a)
     for a, b in zip(one.grads, other.grads, strict=True):
@@ -107,7 +126,28 @@ def test_every_mesh_is_one_device(axes: tuple[int, int, int], packed: bool):
     assert apart <= 1e-2 * moved
 
 
+def test_a_run_resumes_with_another_ep(tmp_path: Path):
+    """Two steps with the experts over four devices, saved, and the rest on one: the run that never moved."""
+    apart, whole, want = program((2, 2, 2), 4), program((1, 1, 1), 1), train((1, 1, 1), 1)[False]
+    state = apart.first
+    for n in range(2):
+        state, _ = apart.run(state, n, False)
+    checkpoints = Checkpoints(tmp_path, keep=1, say=print)
+    try:
+        checkpoints.save(2, state, {}, {})
+        checkpoints.wait()
+        for made, devices in ((whole, 1), (apart, 8)):  # to one device, and back to the experts' owners
+            step, read = checkpoints.restore(made.abstract) or pytest.fail("nothing restored")
+            for a, b in zip(flat(state), flat(read), strict=True):
+                np.testing.assert_array_equal(a, b)
+            assert {len(x.sharding.device_set) for x in jax.tree.leaves(read.params)} == {devices}
+            _, result = made.run(read, step, False)
+            np.testing.assert_allclose(result.losses.loss, want.losses[2].losses.loss, rtol=2e-5)
+    finally:
+        checkpoints.close()
+
+
 def test_a_batch_seen_again_costs_less():
-    run = train((1, 1, 4))[False]
+    run = train((1, 1, 4), 1)[False]
     assert all(np.any(w != b) for w, b in zip(run.weights, run.before, strict=True))
     assert run.losses[-1].losses.loss < run.losses[0].losses.loss

@@ -175,3 +175,19 @@ def test_dry_run_counts_parameters_and_hops():
     # 30.532e9 * 4 bytes / 8 devices; the moments are twice the parameters
     assert "parameters    14.2" in text
     assert "optimiser     28.4" in text
+    assert "exchange" not in text
+
+
+def test_dry_run_says_what_travels_to_the_experts():
+    said: list[str] = []
+    config = Config(mesh=MeshConfig(fsdp=2, cp=4, ep=8), seq_len=32768, batch=2, dtype="bfloat16")
+    describe(config, PRESETS["qwen3-30b-a3b"], said.append)
+    text = "\n".join(said)
+    assert "16 of 128 a device (ep 8 over fsdp, cp)" in text
+    assert "65536 routed rows a device, in rounds of 10240 rows to each of the 7 others" in text
+    # 7 * 10240 rows of 2048 values of 2 bytes, there and back
+    assert "560.00 MiB leave a device a layer forward" in text
+    assert "840.55 MiB backward" in text  # one and a half times that, and two float32 a row
+    assert f"{48 * (560 + 840.55) / 1024:.3f}"[:5] in text
+    assert "7 rounds" in text  # 65536 rows to one device
+    assert "parameters    14.2" in text  # whole experts or pieces of all: as many bytes

@@ -184,12 +184,12 @@ def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) ->
     Args:
       x: [M, k] bfloat16, float16 or float32, the rows of group 0 first, then those of group 1, ...
       w: [G, k, n] in x's dtype.
-      group_sizes: int32 [G], non-negative, sum <= M.
+      group_sizes: int32 [G], non-negative, sum <= M; or [R, G], a row for each of R runs of M / R rows.
       out_dtype: dtype of the result, default x's.
       implementation: a key of GROUPED or None.
 
     Returns:
-      [M, n], summed in float32; rows past the sum of group_sizes are zero.
+      [M, n], summed in float32; rows past the sum of their run's group_sizes are zero.
 
     Raises:
       ValueError: the arguments break the contract. NotImplementedError: this implementation cannot do it.

@@ -10,6 +10,14 @@ x and w have one dtype (bfloat16, float16 or float32); sums are float32, y has `
 
 Rows past the sum may hold anything, nan too, and reach no result. A nan in one group's rows or matrix reaches that
 group only.
+
+**Runs.** Rows that arrive from R devices, M / R from each and each lot sorted by expert, are used where they lie, with
+group_sizes int32 [R, G]:
+
+    rows   0 ............... M/R ............... 2M/R ......
+           | g0 | g1 g1 | -  | g0 g0 | g1 | -  - |           -  past the sum of its run: as above
+
+Run r begins at row r M / R; group g of every run meets matrix g, and dw[g] is one sum over all of them, in float32.
 """
 
 import functools
@@ -22,13 +30,16 @@ DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 class Product(Protocol):
-    """Rows [M, a] times matrices [G, a, b] (or [G, b, a] with `transposed`), group by group: [M, b] in out_dtype."""
+    """Rows [M, a] times matrices [G, a, b] (or [G, b, a] with `transposed`), group by group: [M, b] in out_dtype.
+
+    group_sizes is [G], or [R, G] for runs.
+    """
 
     def __call__(self, rows, matrices, group_sizes, *, transposed: bool, out_dtype) -> jax.Array: ...
 
 
 class OuterProduct(Protocol):
-    """left [M, a] and right [M, b], summed over each group's rows: [G, a, b] in out_dtype."""
+    """left [M, a] and right [M, b], summed over each group's rows in all runs: [G, a, b] in out_dtype."""
 
     def __call__(self, left, right, group_sizes, *, out_dtype) -> jax.Array: ...
 
@@ -57,15 +68,17 @@ class Implementation(NamedTuple):
 
 def check(x, w, group_sizes) -> None:
     """ValueError unless the arguments fit the contract."""
-    if x.ndim != 2 or w.ndim != 3 or group_sizes.ndim != 1:
+    if x.ndim != 2 or w.ndim != 3 or group_sizes.ndim not in (1, 2):
         raise ValueError(
-            "x, w and group_sizes must be [M, k], [G, k, n] and [G], got shapes "
+            "x, w and group_sizes must be [M, k], [G, k, n] and [G] or [R, G], got shapes "
             f"{list(x.shape)}, {list(w.shape)} and {list(group_sizes.shape)}"
         )
     if x.shape[1] != w.shape[1]:
         raise ValueError(f"x [M, k] and w [G, k, n] must agree in k, got {x.shape[1]} and {w.shape[1]}")
-    if w.shape[0] != group_sizes.shape[0]:
-        raise ValueError(f"w and group_sizes must agree in G, got {w.shape[0]} and {group_sizes.shape[0]}")
+    if w.shape[0] != group_sizes.shape[-1]:
+        raise ValueError(f"w and group_sizes must agree in G, got {w.shape[0]} and {group_sizes.shape[-1]}")
+    if group_sizes.ndim == 2 and (not group_sizes.shape[0] or x.shape[0] % group_sizes.shape[0]):
+        raise ValueError(f"the runs of group_sizes [R, G] must divide M = {x.shape[0]}, got R = {group_sizes.shape[0]}")
     if group_sizes.dtype != jnp.int32:
         raise ValueError(f"group_sizes must be int32, got {group_sizes.dtype}")
     if x.dtype not in DTYPES or x.dtype != w.dtype:

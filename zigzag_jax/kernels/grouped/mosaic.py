@@ -33,7 +33,8 @@ def limits(x, w) -> str | None:
 def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
     """See contract.Product."""
     padded = _pad(rows)
-    schedule = mosaic_rows.schedule(group_sizes, padded.shape[0])
+    stride = rows.shape[0] // jnp.atleast_2d(group_sizes).shape[0]
+    schedule = mosaic_rows.schedule(group_sizes, padded.shape[0], stride)
     tuning = mosaic_tuning.rows(rows.shape[1])
     return mosaic_rows.product(padded, matrices, schedule, transposed, out_dtype, tuning)[: rows.shape[0]]
 
@@ -41,8 +42,15 @@ def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
 @functools.partial(jax.jit, static_argnames="out_dtype", inline=True)
 def outer(left, right, group_sizes, *, out_dtype):
     """See contract.OuterProduct."""
-    ends = mosaic_rows.running_sum(group_sizes, group_sizes.shape[0])
-    return mosaic_outer.outer(_pad(left), _pad(right), ends, out_dtype, mosaic_tuning.OUTER)
+    runs = jnp.atleast_2d(group_sizes)
+    stride, dtype = left.shape[0] // len(runs), out_dtype if len(runs) == 1 else jnp.float32
+    left, right, tuning = _pad(left), _pad(right), mosaic_tuning.OUTER
+    # a kernel a run, added up by XLA: the kernel does not add in place
+    parts = (
+        mosaic_outer.outer(left, right, mosaic_rows.bounds(runs[r], r * stride), dtype, tuning)
+        for r in range(len(runs))
+    )
+    return functools.reduce(jnp.add, parts).astype(out_dtype)
 
 
 def _pad(x):

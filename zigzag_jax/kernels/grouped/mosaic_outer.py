@@ -42,11 +42,14 @@ from zigzag_jax.kernels.grouped.mosaic_pipeline import (
 from zigzag_jax.kernels.hopper import WARPGROUP, NamedBarriers, fence_smem, i32, zero_rows
 
 
-def outer(left, right, ends, out_dtype, tuning: GroupedTuning) -> jax.Array:
-    """contract.OuterProduct where M is a multiple of 8, a and b of 64. ends: running sum of the group sizes."""
-    shape = (ends.shape[0], left.shape[1], right.shape[1])
+def outer(left, right, bounds, out_dtype, tuning: GroupedTuning) -> jax.Array:
+    """contract.OuterProduct of one run where M is a multiple of 8, a and b of 64.
+
+    bounds: int32 [G + 1], where each group begins and the last one ends.
+    """
+    shape = (bounds.shape[0] - 1, left.shape[1], right.shape[1])
     return run(
-        functools.partial(_kernel, tuning), left, right, ends,
+        functools.partial(_kernel, tuning), left, right, bounds,
         out_type=jax.ShapeDtypeStruct(shape, out_dtype), tuning=tuning,
         tiles={"left_smem": (STEP, TILE), "right_smem": (STEP, tuning.columns)}, name="grouped_dw",
     )  # fmt: skip
@@ -55,16 +58,16 @@ def outer(left, right, ends, out_dtype, tuning: GroupedTuning) -> jax.Array:
 class _Items:
     """Groups times row tiles times column tiles, the last the fastest. A record: those three, first row, end."""
 
-    def __init__(self, ends_ref, groups: int, row_tiles: int, column_tiles: int) -> None:
-        self.ends, self.groups, self.row_tiles, self.column_tiles = ends_ref, groups, row_tiles, column_tiles
+    def __init__(self, bounds_ref, groups: int, row_tiles: int, column_tiles: int) -> None:
+        self.bounds, self.groups, self.row_tiles, self.column_tiles = bounds_ref, groups, row_tiles, column_tiles
         self.count = i32(groups * row_tiles * column_tiles)
 
     def at(self, index) -> Record:
         """Items.at."""
         index, column_tile = lax.div(index, i32(self.column_tiles)), lax.rem(index, i32(self.column_tiles))
         group = lax.min(lax.div(index, i32(self.row_tiles)), i32(self.groups - 1))
-        first = jnp.where(group == 0, 0, self.ends[lax.max(group - 1, i32(0))])
-        return group, lax.rem(index, i32(self.row_tiles)), column_tile, first, self.ends[group]
+        first, end = self.bounds[group], self.bounds[group + 1]
+        return group, lax.rem(index, i32(self.row_tiles)), column_tile, first, end
 
     def steps(self, record: Record):
         """Items.steps."""
@@ -73,12 +76,12 @@ class _Items:
 
 
 def _kernel(
-    tuning: GroupedTuning, left_ref, right_ref, ends_ref, *refs, left_smem, right_smem, out_smem, full, records=None
+    tuning: GroupedTuning, left_ref, right_ref, bounds_ref, *refs, left_smem, right_smem, out_smem, full, records=None
 ):
     *counter, out_ref = refs
     wg, width, dt = lax.axis_index("wg"), tuning.columns, out_ref.dtype
     groups, a, b = out_ref.shape
-    items = _Items(ends_ref, groups, -(-a // TILE), -(-b // width))
+    items = _Items(bounds_ref, groups, -(-a // TILE), -(-b // width))
     pipeline = Pipeline(tuning, items, full, counter[0] if counter else None, records)
     zeroed = NamedBarriers(pipeline.free.end, 1, CONSUMERS * WARPGROUP)
     piece = out_smem.shape[-1]

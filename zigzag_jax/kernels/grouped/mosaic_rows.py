@@ -61,29 +61,39 @@ class Schedule(NamedTuple):
     """[T]: the row after the last one that is."""
 
     upto: jax.Array
-    """[G + 1]: running sum of the groups' tiles. The last is how many of the T there are."""
+    """[R (G + 1)]: running sum of the groups' tiles. The last is how many of the T there are."""
 
 
-def schedule(group_sizes, rows: int) -> Schedule:
-    """Row tiles for groups of these sizes; what is left of the rows is one more group, of none.
+def schedule(group_sizes, rows: int, stride: int | None = None) -> Schedule:
+    """Row tiles for groups of these sizes, [G] or one row for each run of `stride` rows; what is left of the rows of a
+    run is one more group, of none.
 
     Plain XLA (masked sums, for its cumsum is several kernels), and the same for every matmul over the same groups: XLA
     merges the copies inside one jit.
     """
-    groups = group_sizes.shape[0]
-    g = jnp.arange(groups + 1)
-    begin = jnp.where(g[:, None] > g[None, :-1], group_sizes[None], 0).sum(1, dtype=jnp.int32)
-    end = jnp.where(g == groups, rows, running_sum(group_sizes, groups + 1))
+    runs = jnp.atleast_2d(group_sizes)
+    count, groups = runs.shape
+    each = [bounds(runs[r], r * (stride or 0)) for r in range(count)]
+    stops = [r * (stride or 0) for r in range(1, count)] + [rows]
+    begin = jnp.concatenate(each)  # [R (G + 1)]
+    end = jnp.concatenate([part for b, stop in zip(each, stops, strict=True) for part in (b[1:], i32(stop)[None])])
+    owner = jnp.tile(jnp.append(jnp.arange(groups, dtype=jnp.int32), i32(-1)), count)
     origin = begin // 8 * 8
     tiles = jnp.where(end > begin, -(-(end - origin) // TILE), 0)
-    upto = running_sum(tiles, groups + 1)
+    upto = running_sum(tiles, len(begin))
     # a group has at most 7 rows before it and one less than a tile after it
-    t = jnp.arange((rows + (groups + 1) * (7 + TILE - 1)) // TILE, dtype=jnp.int32)
-    mine = (upto[None] > t[:, None]) & ((upto - tiles)[None] <= t[:, None])  # [T, G + 1]
+    t = jnp.arange((rows + len(begin) * (7 + TILE - 1)) // TILE, dtype=jnp.int32)
+    mine = (upto[None] > t[:, None]) & ((upto - tiles)[None] <= t[:, None])  # [T, R (G + 1)]
     pick = lambda of_group: jnp.where(mine, of_group[None], 0).sum(1, dtype=jnp.int32)
     row = pick(origin - TILE * (upto - tiles)) + TILE * t
-    group = pick(jnp.where(g < groups, g, -1))
+    group = pick(owner)
     return Schedule(group, row // 8, jnp.maximum(row, pick(begin)), jnp.minimum(row + TILE, pick(end)), upto)
+
+
+def bounds(group_sizes, start: int):
+    """Where each group [G] begins if the first begins at `start`, and where the last ends: int32 [G + 1]."""
+    g = jnp.arange(group_sizes.shape[0] + 1)
+    return start + jnp.where(g[:, None] > g[None, :-1], group_sizes[None], 0).sum(1, dtype=jnp.int32)
 
 
 def running_sum(x, count: int):

@@ -16,17 +16,21 @@ BLOCK = 64
 class _Blocks:
     """Where each block of rows begins, how many of its rows are real, and whose it is."""
 
-    def __init__(self, group_sizes) -> None:
-        blocks = -(-group_sizes // BLOCK)
+    def __init__(self, group_sizes, rows: int) -> None:
+        sizes = jnp.atleast_2d(group_sizes)  # [runs, groups]
+        runs, self.groups = sizes.shape
+        first_row = jnp.cumsum(sizes, axis=1) - sizes + rows // runs * jnp.arange(runs)[:, None]
+        self.sizes, self.first_row = sizes.reshape(-1), first_row.reshape(-1)
+        blocks = -(-self.sizes // BLOCK)
         self.end_block = jnp.cumsum(blocks)
-        self.first_block, self.first_row = self.end_block - blocks, jnp.cumsum(group_sizes) - group_sizes
-        self.sizes, self.count = group_sizes, self.end_block[-1] if len(group_sizes) else 0
+        self.first_block, self.count = self.end_block - blocks, self.end_block[-1] if len(blocks) else 0
 
     def at(self, b):
         """(group, first row, mask [64, 1] of the rows that are the group's) of block b."""
-        group = jnp.searchsorted(self.end_block, b, side="right", method="compare_all")
-        inside = (b - self.first_block[group]) * BLOCK
-        return group, self.first_row[group] + inside, (inside + jnp.arange(BLOCK) < self.sizes[group])[:, None]
+        own = jnp.searchsorted(self.end_block, b, side="right", method="compare_all")
+        inside = (b - self.first_block[own]) * BLOCK
+        mask = (inside + jnp.arange(BLOCK) < self.sizes[own])[:, None]
+        return own % self.groups, self.first_row[own] + inside, mask
 
 
 def _read(x, row, real):
@@ -40,7 +44,7 @@ def _spare(x):
 
 def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
     """See contract.py."""
-    blocks, padded, axis = _Blocks(group_sizes), _spare(rows), 1 if transposed else 0
+    blocks, padded, axis = _Blocks(group_sizes, rows.shape[0]), _spare(rows), 1 if transposed else 0
 
     def block(b, y):
         group, row, real = blocks.at(b)
@@ -55,7 +59,7 @@ def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
 
 def outer(left, right, group_sizes, *, out_dtype):
     """See contract.py."""
-    blocks, left, right = _Blocks(group_sizes), _spare(left), _spare(right)
+    blocks, left, right = _Blocks(group_sizes, left.shape[0]), _spare(left), _spare(right)
 
     def block(b, sums):
         group, row, real = blocks.at(b)
@@ -63,7 +67,7 @@ def outer(left, right, group_sizes, *, out_dtype):
         old = lax.dynamic_index_in_dim(sums, group, keepdims=False)
         return lax.dynamic_update_index_in_dim(sums, old + part, group, axis=0)
 
-    sums = jnp.zeros((group_sizes.shape[0], left.shape[1], right.shape[1]), jnp.float32)
+    sums = jnp.zeros((blocks.groups, left.shape[1], right.shape[1]), jnp.float32)
     return lax.fori_loop(0, blocks.count, block, sums).astype(out_dtype)
 
 
