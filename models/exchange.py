@@ -119,6 +119,16 @@ class Experts(NamedTuple):
     """[E / n, f, d]."""
 
 
+class _Own(NamedTuple):
+    """A device's own matrices, whole, in the dtype of the arithmetic (or their gradients, in float32)."""
+
+    gate_up: jax.Array
+    """[E / n, d, 2 f]: side by side, one matmul."""
+
+    down: jax.Array
+    """[E / n, f, d]."""
+
+
 class _Routing(NamedTuple):
     """Where a device's pairs go; int32."""
 
@@ -176,8 +186,8 @@ def _exchanged(plan: Exchange, specs: Experts, routing: _Routing, x, weights, ma
     def one(r, y):
         sizes = _arriving(plan, routing, r)
         rows = _travel(plan, _block(plan, routing, r, x))
-        gate, up = (_product(plan, rows, w, sizes) for w in (own.gate, own.up))
-        back = _travel(plan, _product(plan, _swiglu(gate, up), own.down, sizes))
+        inner = swiglu(_product(plan, rows, own.gate_up, sizes))
+        back = _travel(plan, _product(plan, inner, own.down, sizes))
         return y + jnp.sum(_returned(plan, routing, r, back) * weights[:, :, None], axis=1)
 
     return lax.fori_loop(0, routing.rounds, one, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
@@ -200,15 +210,17 @@ def _exchanged_bwd(plan, specs, residuals, dy):
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (x, weights, own))
     dx, dweights, dmatrices = lax.fori_loop(0, routing.rounds, one, zeros)
-    dmatrices = Experts(*(scatter(dw, spec) for dw, spec in zip(dmatrices, specs, strict=True)))
+    whole = *jnp.split(dmatrices.gate_up, 2, axis=-1), dmatrices.down
+    dmatrices = Experts(*(scatter(dw, spec) for dw, spec in zip(whole, specs, strict=True)))
     return None, dx.astype(x.dtype), dweights, dmatrices
 
 
 _exchanged.defvjp(_exchanged_fwd, _exchanged_bwd)
 
 
-def _gathered(specs: Experts, matrices: Experts, dtype) -> Experts:
-    return Experts(*(gather(w, spec, dtype) for w, spec in zip(matrices, specs, strict=True)))
+def _gathered(specs: Experts, matrices: Experts, dtype) -> _Own:
+    gate, up, down = (gather(w, spec, dtype) for w, spec in zip(matrices, specs, strict=True))
+    return _Own(jnp.concatenate([gate, up], axis=-1), down)
 
 
 def _block(plan: Exchange, routing: _Routing, r, x: jax.Array) -> jax.Array:
@@ -238,27 +250,25 @@ def _returned(plan: Exchange, routing: _Routing, r, back: jax.Array) -> jax.Arra
     return jnp.where(here[:, :, None], row, 0).astype(jnp.float32)
 
 
-def _through_bwd(plan: Exchange, own: Experts, sizes, rows, cotangents, scale):
+def _through_bwd(plan: Exchange, own: _Own, sizes, rows, cotangents, scale):
     """The experts' transpose: gradients of the rows, of their weights `scale` [n C, 1] and of the matrices.
 
     `cotangents` are those of the tokens: of a result times its weight.
     """
-    gate, up = (_product(plan, rows, w, sizes) for w in (own.gate, own.up))
-    inner, vjp = jax.vjp(_swiglu, gate, up)
+    inner, vjp = jax.vjp(swiglu, _product(plan, rows, own.gate_up, sizes))
     wide = lambda a: a.astype(jnp.float32)
     dinner = wide(_product(plan, cotangents, own.down, sizes, transposed=True))
     dscale = jnp.sum(wide(inner) * dinner, axis=1, keepdims=True)
-    dgate, dup = vjp((dinner * scale).astype(rows.dtype))
-    drows = _product(plan, dgate, own.gate, sizes, transposed=True) + _product(
-        plan, dup, own.up, sizes, transposed=True
-    )
+    (dgate_up,) = vjp((dinner * scale).astype(rows.dtype))
+    drows = _product(plan, dgate_up, own.gate_up, sizes, transposed=True)
     scaled = (wide(inner) * scale).astype(rows.dtype)
-    pairs = Experts((rows, dgate), (rows, dup), (scaled, cotangents))
-    parts = (_outer(plan, *both, w, sizes) for both, w in zip(pairs, own, strict=True))
-    return drows, dscale, Experts(*parts)
+    pairs = _Own((rows, dgate_up), (scaled, cotangents))
+    return drows, dscale, _Own(*(_outer(plan, *both, w, sizes) for both, w in zip(pairs, own, strict=True)))
 
 
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+def swiglu(gate_up: jax.Array) -> jax.Array:
+    """silu(gate) * up of gate and up side by side, [M, 2 f] -> [M, f]."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
     return jax.nn.silu(gate) * up
 
 

@@ -2,15 +2,18 @@
 
     router      logits [T, E] -> k experts a token, their weights, and the probabilities of all (for the statistics)
     dispatch    the T * k (token, choice) pairs, sorted by expert: each expert's rows become one contiguous range
-    experts     three grouped matmuls over those ranges: down(silu(gate(x)) * up(x))
-    combine     back into token order, weighted, added
+    experts     two grouped matmuls over those ranges: down(weight * silu(gate(x)) * up(x)), gate and up as one
+    combine     back into token order, added
+
+The router's weight enters before `down`, where rows are narrow, and not after it, which means the same: so its gradient
+needs no result of `down`, and a backward that recomputes the layer does not run that matmul again.
 
 All of it runs inside one `shard_map`: every device routes and computes its own tokens with all the experts, whose
 weights it gathers. Or, with expert parallelism, the experts stay where they are and the rows travel to them between
 dispatch and combine: exchange.py. Either way nothing has a capacity, no token is dropped, and a token's result does not
 depend on how the batch, the sequence or the experts are cut.
 
-Sorting is a permutation, and a permutation's transpose is its inverse. `_dispatch` and `_combine` say so by hand: the
+Sorting is a permutation, and a permutation's transpose is its inverse. `_dispatch` and `_permuted` say so by hand: the
 gradient is a gather too, where automatic differentiation would scatter-add in the dtype of the activations.
 
 Two seams: `MoE` takes its router as a value (router.py), and the experts' weights enter `shard_map` by the rule of
@@ -28,7 +31,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.kernels import grouped_matmul
-from zigzag_jax.models.exchange import Exchange, Experts, block_rows, exchanged_experts
+from zigzag_jax.models.exchange import Exchange, Experts, block_rows, exchanged_experts, swiglu
 from zigzag_jax.models.layers import linear, normal
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.router import Router, Routes
@@ -151,10 +154,11 @@ def _all_experts(matmul, specs: Experts, x: jax.Array, routes: Routes, matrices:
     sizes = jnp.sum(choice[:, None] == jnp.arange(gate.shape[0])[None], axis=0, dtype=jnp.int32)
     order = jnp.argsort(choice, stable=True)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    rows = _dispatch(x, order, inverse)
-    inner = jax.nn.silu(matmul(rows, gate, sizes)) * matmul(rows, up, sizes)
-    pairs = _combine(matmul(inner, down, sizes), order, inverse)
-    return _weighted_sum(pairs, routes.weights)
+    inner = swiglu(matmul(_dispatch(x, order, inverse), jnp.concatenate([gate, up], axis=-1), sizes))
+    scale = _permuted(routes.weights.astype(jnp.float32).reshape(-1), order, inverse)
+    inner = (inner.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
+    pairs = _permuted(matmul(inner, down, sizes), inverse, order)
+    return jnp.sum(pairs.reshape(*routes.weights.shape, -1), axis=1, dtype=jnp.float32).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -178,18 +182,12 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _combine(y: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows sorted by expert -> rows in the order of the pairs, both [T * k, d]."""
-    del order
-    return y[inverse]
+def _permuted(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """x[order], where `inverse` is the order that undoes it: that of the gradient."""
+    del inverse
+    return x[order]
 
 
-_combine.defvjp(
-    lambda y, order, inverse: (_combine(y, order, inverse), order), lambda order, dy: (dy[order], None, None)
+_permuted.defvjp(
+    lambda x, order, inverse: (_permuted(x, order, inverse), inverse), lambda inverse, dy: (dy[inverse], None, None)
 )
-
-
-def _weighted_sum(pairs: jax.Array, weights: jax.Array) -> jax.Array:
-    """Pairs [T * k, d] and weights [T, k] -> tokens [T, d]; added in float32."""
-    wide = pairs.reshape(*weights.shape, -1).astype(jnp.float32)
-    return jnp.sum(wide * weights.astype(jnp.float32)[:, :, None], axis=1).astype(pairs.dtype)
