@@ -75,9 +75,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="a file for the numbers")
     args = parser.parse_args(argv)
     if args.quick:
-        args.model = {"qwen3-30b-a3b": "tiny-qwen3-moe", "deepseek-v2-lite": "tiny-deepseek-v2"}.get(
-            args.model, args.model
-        )
+        tiny = {"qwen3-30b-a3b": "tiny-qwen3-moe", "deepseek-v2-lite": "tiny-deepseek-v2"}
+        args.model = tiny.get(args.model, args.model)
         args.tokens, args.layers = 256, 2
     most = PRESETS[args.model].num_hidden_layers
     if not 1 <= args.layers <= most:

@@ -74,13 +74,13 @@ def truth(q, k, v, keys, mask, *, scale, dout, dlse, softcap):
     if q.shape[2] * q.shape[1] * k.shape[1] < 2**26:
         return oracle.attention(q, k, v, mask, scale=scale, dout=dout, dlse=dlse, softcap=softcap)
     q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
-    options = dict(scale=scale, softcap=softcap, implementation="reference")
 
     @jax.jit
     def run(q, k, v, dout, dlse, keys):
-        out, lse = flash_fwd(q, k, v, keys, **options)
+        out, lse = flash_fwd(q, k, v, keys, scale=scale, softcap=softcap, implementation="reference")
         delta = jnp.einsum("bqhe,bqhe->bhq", dout, out, precision="highest") - dlse
-        return out, lse, *flash_bwd(q, k, v, lse, delta, dout, keys, **options)
+        args = q, k, v, lse, delta, dout, keys
+        return out, lse, *flash_bwd(*args, scale=scale, softcap=softcap, implementation="reference")
 
     names = "out", "lse", "dq", "dk", "dv"
     return SimpleNamespace(**dict(zip(names, map(np.asarray, run(q, k, v, dout, dlse, keys)), strict=True)))

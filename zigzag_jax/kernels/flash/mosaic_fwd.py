@@ -25,6 +25,7 @@ last PV runs.
 # and static flags guard the names that pyright takes for unbound
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
+# pyright: reportOptionalMemberAccess=false
 
 import dataclasses
 import functools
