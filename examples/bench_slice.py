@@ -76,9 +76,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.quick:
         tiny = {"qwen3-30b-a3b": "tiny-qwen3-moe", "deepseek-v2-lite": "tiny-deepseek-v2"}
-        args.model = tiny.get(args.model, args.model)
+        args.model = str(tiny.get(args.model, args.model))
         args.tokens, args.layers = 256, 2
-    most = PRESETS[args.model].num_hidden_layers
+    most = PRESETS[str(args.model)].num_hidden_layers
     if not 1 <= args.layers <= most:
         parser.error(f"--layers must be 1 to {most} ({args.model} has no more), got {args.layers}")
     if args.tokens < 2 or args.tokens % 2:
