@@ -108,6 +108,23 @@ def test_contract(case):
         np.testing.assert_array_equal(got, again)
 
 
+@pytest.mark.parametrize("runs", [2, 3, 8])
+def test_runs_that_lie_as_they_arrived(runs):
+    """Group sizes [R, G]: what is past the sum of each run is nan; every run has other sizes, some groups none."""
+    rng, groups, length, k, n = np.random.default_rng(runs), 12, 512, 256, 320
+    sizes = np.stack([rng.multinomial(length - 60 * r, rng.dirichlet(np.ones(groups) / 2)) for r in range(runs)])
+    shape = lambda *size: jnp.asarray(rng.standard_normal(size), jnp.bfloat16)
+    x, w, dy = shape(runs * length, k), shape(groups, k, n), shape(runs * length, n)
+    unused = np.concatenate([np.arange(length) >= own.sum() for own in sizes])[:, None]
+    x, dy = (jnp.where(unused, jnp.nan, a) for a in (x, dy))
+    y, dx, dw = run(x, w, jnp.asarray(sizes, jnp.int32), dy)
+    clean = lambda a, r: np.nan_to_num(np.asarray(a[r * length : (r + 1) * length], np.float64))
+    parts = [oracle.grouped(clean(x, r), w, sizes[r], clean(dy, r)) for r in range(runs)]
+    want = *(np.concatenate([part[i] for part in parts]) for i in (0, 1)), sum(part[2] for part in parts)
+    for name, got, right in zip(("y", "dx", "dw"), (y, dx, dw), want, strict=True):
+        oracle.check(name, got, right, BARS[jnp.bfloat16])
+
+
 @pytest.mark.parametrize("drawn", [False, True], ids=["fixed", "drawn"])
 @pytest.mark.parametrize("short_loads", [False, True], ids=["whole", "short"])
 @pytest.mark.parametrize("case", ["odd", "uneven", "rows-past-the-sum", "many-items"])
