@@ -6,8 +6,8 @@
 
 `gradient` is forward and backward, `step` is that and AdamW's update; parameters, gradients and moments are float32,
 the arithmetic is bfloat16, layers are rematerialised (--remat). Time is the median of steps on random tokens, a rest
-before each. MFU counts what the model means (models/flops.py), so recomputation does not count. --profile prints where
-the time of a step goes by named scope.
+before each. MFU counts what the model means (models/flops.py), so recomputation does not count. The peak of `step` is
+that of both: --only step for its own. --profile says which kernels a step's time goes to.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import read_trace
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -78,6 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         tiny = {"qwen3-30b-a3b": "tiny-qwen3-moe", "deepseek-v2-lite": "tiny-deepseek-v2"}
         args.model = str(tiny.get(args.model, args.model))
         args.tokens, args.layers = 256, 2
+    if args.profile and args.only == "gradient":
+        parser.error("--profile is of a step, got --only gradient")
     most = PRESETS[str(args.model)].num_hidden_layers
     if not 1 <= args.layers <= most:
         parser.error(f"--layers must be 1 to {most} ({args.model} has no more), got {args.layers}")
@@ -124,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.only != "step":
         gradient = jax.jit(jax.value_and_grad(task.objective, has_aux=True))
-        (_, losses), _ = jax.block_until_ready(gradient(params, batch))
+        losses = jax.block_until_ready(gradient(params, batch))[0][1]  # and no copy of all gradients for the peak
         report("gradient", median_ms(lambda: gradient(params, batch), samples, rest), losses.loss)
         del gradient
     if args.only != "gradient":
@@ -142,7 +145,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.profile:
             with jax.profiler.trace(str(args.profile)):
                 jax.block_until_ready(once())
-            print(f"trace of one step: {args.profile}")
+            print(f"trace of one step in {args.profile}; kernels by their time:")
+            print(read_trace.busiest([e for events in read_trace.read(args.profile).values() for e in events]))
     if args.json:
         args.json.write_text(json.dumps({**facts, "results": results}, indent=1))
     return int(not all(np.isfinite(row["loss"]) for row in results.values()))

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 
-COMMUNICATION = re.compile(r"nccl|MemcpyP2P|Memcpy ?D2D|PeerToPeer", re.IGNORECASE)
+COMMUNICATION = re.compile(r"nccl|P2P|PeerToPeer", re.IGNORECASE)  # a copy inside one GPU (MemcpyD2D) is work
 Span = tuple[float, float]
 
 
@@ -93,6 +93,15 @@ def summary(events: list[Event]) -> dict[str, float]:
         "idle ms": end - begin - length(whole),
     }
     return {name: x / 1e3 for name, x in figures.items()} | {"transfers": sum(e.moves_data for e in events)}
+
+
+def busiest(events: list[Event], count: int = 20) -> str:
+    """The names that took most time, a line each: milliseconds, calls, name."""
+    times: dict[str, list[float]] = {}
+    for event in events:
+        times.setdefault(event.name, []).append((event.end - event.start) / 1e3)
+    most = sorted(times.items(), key=lambda item: -sum(item[1]))[:count]
+    return "\n".join(f"{sum(ms):9.2f} ms {len(ms):5} x  {name[:80]}" for name, ms in most)
 
 
 def draw(gpus: dict[str, list[Event]], path: Path) -> None:

@@ -11,7 +11,7 @@ range to its owner (`all_to_all` of [n, C, d]), the owner puts what it got throu
 back the same way into the places they came from:
 
                       sent to device 0     arrives at device 0, in runs               back at the sender
-    device 0, round 0   e0 e0 e1 e1        from 0   e0 e0 e1 e1                       y += weight * result
+    device 0, round 0   e0 e0 e1 e1        from 0   e0 e0 e1 e1                       y += result
               round 1   e1  -  -  -        from 1   e0 e1 e1  -       -> experts ->
                                            from 2   e1  -  -  -
 
@@ -26,7 +26,7 @@ a number that all devices compute from the same counts, so that a collective ins
 Nothing is dropped and nothing has a capacity that a token could fall out of; routing that is not level costs time,
 never memory. What a device sends for a layer, of b bytes a value, all rounds together R:
 
-    forward     R (n - 1) C * 2 d b             rows there, results back
+    forward     R (n - 1) C * (2 d b + 4)       rows and weights there, results back
     backward    R (n - 1) C * (3 d b + 8)       rows, cotangents and weights there, gradients of rows and weights back
 
 Not chosen: gathering the tokens on every device of the group, each adding up the parts of its own experts. It moves
@@ -83,7 +83,7 @@ def sent_bytes(pairs: int, size: int, devices: int, itemsize: int, rounds: int =
     [560, 841]
     """
     travelling = rounds * (devices - 1) * block_rows(pairs, devices)
-    return Sent(travelling * 2 * size * itemsize, travelling * (3 * size * itemsize + 8))
+    return Sent(travelling * (2 * size * itemsize + 4), travelling * (3 * size * itemsize + 8))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +184,11 @@ def _exchanged(plan: Exchange, specs: Experts, routing: _Routing, x, weights, ma
     own = _gathered(specs, matrices, x.dtype)
 
     def one(r, y):
-        sizes = _arriving(plan, routing, r)
-        rows = _travel(plan, _block(plan, routing, r, x))
-        inner = swiglu(_product(plan, rows, own.gate_up, sizes))
+        sizes, there = _arriving(plan, routing, r), (x, weights.reshape(-1, 1))
+        rows, scale = (_travel(plan, _block(plan, routing, r, part)) for part in there)
+        inner = weighted(swiglu(_product(plan, rows, own.gate_up, sizes)), scale)
         back = _travel(plan, _product(plan, inner, own.down, sizes))
-        return y + jnp.sum(_returned(plan, routing, r, back) * weights[:, :, None], axis=1)
+        return y + jnp.sum(_returned(plan, routing, r, back), axis=1)
 
     return lax.fori_loop(0, routing.rounds, one, jnp.zeros(x.shape, jnp.float32)).astype(x.dtype)
 
@@ -219,8 +219,14 @@ _exchanged.defvjp(_exchanged_fwd, _exchanged_bwd)
 
 
 def _gathered(specs: Experts, matrices: Experts, dtype) -> _Own:
-    gate, up, down = (gather(w, spec, dtype) for w, spec in zip(matrices, specs, strict=True))
-    return _Own(jnp.concatenate([gate, up], axis=-1), down)
+    return _Own(gather_gate_up(specs, matrices, dtype), gather(matrices.down, specs.down, dtype))
+
+
+def gather_gate_up(specs: Experts, matrices: Experts, dtype) -> jax.Array:
+    """Pieces of gate and up -> both whole, side by side [.., d, 2 f], in `dtype`: one collective and no copy."""
+    if len(specs.gate) > 2 and specs.gate[2] is not None:  # pieces would come out in the order gate, up, gate, up
+        raise ValueError(f"the mlp axis of the experts' matrices must not be cut, got {specs.gate}")
+    return gather(jnp.concatenate([matrices.gate, matrices.up], axis=-1), specs.gate, dtype)
 
 
 def _block(plan: Exchange, routing: _Routing, r, x: jax.Array) -> jax.Array:
@@ -261,9 +267,13 @@ def _through_bwd(plan: Exchange, own: _Own, sizes, rows, cotangents, scale):
     dscale = jnp.sum(wide(inner) * dinner, axis=1, keepdims=True)
     (dgate_up,) = vjp((dinner * scale).astype(rows.dtype))
     drows = _product(plan, dgate_up, own.gate_up, sizes, transposed=True)
-    scaled = (wide(inner) * scale).astype(rows.dtype)
-    pairs = _Own((rows, dgate_up), (scaled, cotangents))
+    pairs = _Own((rows, dgate_up), (weighted(inner, scale), cotangents))
     return drows, dscale, _Own(*(_outer(plan, *both, w, sizes) for both, w in zip(pairs, own, strict=True)))
+
+
+def weighted(inner: jax.Array, scale: jax.Array) -> jax.Array:
+    """Rows [M, f] times the router's weights, float32 [M, 1]; rounded once."""
+    return (inner.astype(jnp.float32) * scale).astype(inner.dtype)
 
 
 def swiglu(gate_up: jax.Array) -> jax.Array:

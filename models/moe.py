@@ -31,7 +31,15 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.kernels import grouped_matmul
-from zigzag_jax.models.exchange import Exchange, Experts, block_rows, exchanged_experts, swiglu
+from zigzag_jax.models.exchange import (
+    Exchange,
+    Experts,
+    block_rows,
+    exchanged_experts,
+    gather_gate_up,
+    swiglu,
+    weighted,
+)
 from zigzag_jax.models.layers import linear, normal
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.router import Router, Routes
@@ -149,15 +157,14 @@ def _local_moe(x, real, weights, extras, *, router: Router, experts, specs, axes
 
 def _all_experts(matmul, specs: Experts, x: jax.Array, routes: Routes, matrices: Experts) -> jax.Array:
     """Tokens [T, d] through their experts, all of which are gathered here."""
-    gate, up, down = (gather(w, spec, x.dtype) for w, spec in zip(matrices, specs, strict=True))
+    gate_up, down = gather_gate_up(specs, matrices, x.dtype), gather(matrices.down, specs.down, x.dtype)
     choice = routes.experts.reshape(-1)
-    sizes = jnp.sum(choice[:, None] == jnp.arange(gate.shape[0])[None], axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(choice[:, None] == jnp.arange(down.shape[0])[None], axis=0, dtype=jnp.int32)
     order = jnp.argsort(choice, stable=True)
     inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    inner = swiglu(matmul(_dispatch(x, order, inverse), jnp.concatenate([gate, up], axis=-1), sizes))
-    scale = _permuted(routes.weights.astype(jnp.float32).reshape(-1), order, inverse)
-    inner = (inner.astype(jnp.float32) * scale[:, None]).astype(x.dtype)
-    pairs = _permuted(matmul(inner, down, sizes), inverse, order)
+    inner = swiglu(matmul(_dispatch(x, order, inverse), gate_up, sizes))
+    scale = _permuted(routes.weights.astype(jnp.float32).reshape(-1, 1), order, inverse)
+    pairs = _permuted(matmul(weighted(inner, scale), down, sizes), inverse, order)
     return jnp.sum(pairs.reshape(*routes.weights.shape, -1), axis=1, dtype=jnp.float32).astype(x.dtype)
 
 

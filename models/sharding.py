@@ -66,7 +66,12 @@ def expert_axes(ep: int, fsdp: int, cp: int) -> tuple[str, ...]:
     for axes, size in (((), 1), (("cp",), cp), (("fsdp",), fsdp), (("fsdp", "cp"), fsdp * cp)):
         if ep == size:
             return axes
-    raise ValueError(f"ep must be 1, cp, fsdp or fsdp * cp = 1, {cp}, {fsdp} or {fsdp * cp}, got {ep}")
+    raise ValueError(f"ep {expert_rule(fsdp, cp)}, got {ep}")
+
+
+def expert_rule(fsdp: int, cp: int) -> str:
+    """What ep must be on a mesh of these sizes."""
+    return f"must be 1, cp, fsdp or fsdp * cp = 1, {cp}, {fsdp} or {fsdp * cp}"
 
 
 def expert_rules(axes: tuple[str, ...]) -> Rules:

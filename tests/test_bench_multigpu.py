@@ -77,6 +77,12 @@ def test_exposed_communication(example):
     for name, ms in expected.items():
         assert row[f"{name} ms"] == pytest.approx(ms)
     assert trace.summary([])["trace ms"] == 0.0
+    assert not trace.Event("MemcpyD2D", 0.0, 1.0).moves_data  # inside one GPU
+    lines = trace.busiest([*events, trace.Event("flash_fwd", 300.0, 350.0)], count=2).splitlines()
+    assert [line.split() for line in lines] == [
+        ["0.15", "ms", "2", "x", "flash_fwd"],
+        ["0.11", "ms", "1", "x", "ncclDevKernel_SendRecv(args)"],
+    ]
 
 
 def test_a_folder_without_a_gpu_trace_is_said_so(example, tmp_path, capsys):

@@ -132,11 +132,11 @@ class Config:
 
 def expert_axes(mesh: MeshConfig) -> tuple[str, ...]:
     """The mesh axes that the experts are cut over. UserError for an ep that is none of the four."""
+    fsdp, cp = mesh.fsdp or 1, mesh.cp or 1
     try:
-        return sharding.expert_axes(mesh.ep or 1, mesh.fsdp or 1, mesh.cp or 1)
-    except ValueError as error:
-        rule, _ = str(error).removeprefix("ep ").split(", got ")
-        raise UserError("mesh.ep", rule, mesh.ep) from None
+        return sharding.expert_axes(mesh.ep or 1, fsdp, cp)
+    except ValueError:
+        raise UserError("mesh.ep", sharding.expert_rule(fsdp, cp), mesh.ep) from None
 
 
 def _at_least(least: int, **values: int | None) -> None:

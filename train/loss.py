@@ -54,7 +54,8 @@ def cross_entropy(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) -> j
 def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) -> jax.Array:
     """The sum of `cross_entropy` over all tokens of the global batch: float32 scalar.
 
-    Its gradient is made with it. That of head is summed in float32 over chunks and devices.
+    Its gradient (reverse mode) is made with it and kept until the backward: float32, that of head [d, V] whole on every
+    device, summed in float32 over chunks and devices.
     """
 
     def local(hidden, head, labels):
@@ -69,7 +70,7 @@ def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) 
 def _chunks(hidden, labels, dtype, chunk: int):
     """Hidden [N, n, d] in dtype and labels [N, n] of one device's tokens, the last chunk padded."""
     count = labels.size
-    size = min(chunk, count)
+    size = -(-count // -(-count // chunk))  # chunks of one size: the last is not filled up to a whole `chunk`
     pad = -count % size
     hidden = jnp.pad(hidden.reshape(count, -1).astype(dtype), ((0, pad), (0, 0)))
     labels = jnp.pad(labels.reshape(count), (0, pad), constant_values=IGNORED)
@@ -112,8 +113,9 @@ def _sum_fwd(dtype, chunk: int, hidden, head, labels):
         logits = _logits(h, narrow)
         lse = _lse(logits)
         # a comparison, not a scatter: it is part of the one pass that reads logits and writes grad
-        own = jnp.arange(logits.shape[1])[None] == labels[:, None]
-        grad = jnp.where((labels >= 0)[:, None], jnp.exp(logits - lse[:, None]) - own, 0.0).astype(dtype)
+        own, real = jnp.arange(logits.shape[1])[None] == labels[:, None], (labels >= 0)[:, None]
+        grad = jnp.where(real, jnp.exp(logits - lse[:, None]) - own, 0.0).astype(dtype)
+        h = jnp.where(real, h, 0)  # nan where nothing is predicted must not reach dhead as 0 * nan
         dh = jnp.matmul(grad, narrow.T, preferred_element_type=jnp.float32)
         dhead = dhead + jnp.matmul(h.T, grad, preferred_element_type=jnp.float32)
         return (total + jnp.sum(_losses(logits, labels, lse)), dhead), dh

@@ -1,8 +1,8 @@
 """The devices of a run: how many, of which kind, and the mesh (dp, fsdp, cp) they make.
 
 Rows of a batch are cut over (dp, fsdp), each sequence over cp; parameters over (fsdp, cp), and with ep the experts over
-cp, fsdp or both, as whole experts. On a machine without a GPU
-the CPU poses as as many devices as the mesh asks for, so that every mesh can be tried on a laptop.
+cp, fsdp or both, as whole experts. On a machine without a GPU the CPU poses as as many devices as the mesh asks for, so
+that every mesh can be tried on a laptop.
 """
 
 import math

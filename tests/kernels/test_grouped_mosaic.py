@@ -101,7 +101,7 @@ def test_items_of_rows(rows, sizes):
 
 @pytest.mark.parametrize(("rows", "sizes"), CASES)
 def test_steps_of_the_outer_product_hold_every_row(rows, sizes):
-    items = mosaic_outer._Items(Refs(mosaic_rows.bounds(jnp.asarray(sizes, jnp.int32), 0)), len(sizes), 1, 2)
+    items = mosaic_outer._Items(Refs(mosaic_rows.bounds(jnp.asarray(sizes, jnp.int32), 0, rows)), len(sizes), 1, 2)
     assert int(items.count) == 2 * len(sizes)
     for g, own in itertools.islice(oracle.groups(sizes), 20):
         group, _, column_tile, first, end = (int(x) for x in items.at(jnp.int32(2 * g + 1)))

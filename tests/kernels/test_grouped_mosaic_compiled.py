@@ -12,8 +12,7 @@ import pytest
 from h100 import h100s, on
 
 from zigzag_jax.kernels import grouped_matmul
-from zigzag_jax.kernels.grouped import mosaic, mosaic_tuning
-from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
+from zigzag_jax.kernels.grouped import mosaic
 
 pytestmark = pytest.mark.aot
 
@@ -84,17 +83,6 @@ def compiled(capfd, monkeypatch):
 @pytest.mark.parametrize(("shape", "which", "dtype", "out_dtype"), cases())
 def test_kernel(compiled, shape, which, dtype, out_dtype):
     check(compiled(*calls(shape, which, dtype, out_dtype)))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("which", ["y", "dx"])
-@pytest.mark.parametrize("drawn", [False, True], ids=["fixed", "drawn"])
-def test_short_loads(compiled, which, drawn, monkeypatch):
-    tuning = GroupedTuning(drawn=drawn, short_loads=True)
-    monkeypatch.setattr(mosaic_tuning, "rows", lambda contraction: tuning)
-    jax.clear_caches()  # the tuning is no argument of what was traced before
-    check(compiled(*calls("qwen-gate", which, jnp.bfloat16, jnp.bfloat16)))
-    jax.clear_caches()
 
 
 def test_a_layer_computes_its_schedule_once():

@@ -214,8 +214,8 @@ def exchanges() -> list[tuple[int, ...]]:
 
 
 def test_rematerialisation_does_not_send_again():
-    """There and back; then rows, cotangents and weights there, two gradients back: as many as without it."""
-    assert len(exchanges()) == compiled_layers().count(" all-to-all(") == 2 + 5
+    """Rows and weights there, results back; then cotangents too, and two gradients back: as many as without it."""
+    assert len(exchanges()) == compiled_layers().count(" all-to-all(") == 3 + 5
 
 
 def test_bytes_are_those_of_the_blocks():
@@ -223,8 +223,8 @@ def test_bytes_are_those_of_the_blocks():
     pairs, size, devices = 4096, 64, 4
     rows = block_rows(pairs, devices)
     assert rows == 1280  # a quarter more than 1024
-    assert sent_bytes(pairs, size, devices, 2) == (3 * rows * 2 * size * 2, 3 * rows * (3 * size * 2 + 8))
-    assert sent_bytes(pairs, size, devices, 4, rounds=4).forward == 4 * 3 * rows * 2 * size * 4
+    assert sent_bytes(pairs, size, devices, 2) == (3 * rows * (2 * size * 2 + 4), 3 * rows * (3 * size * 2 + 8))
+    assert sent_bytes(pairs, size, devices, 4, rounds=4).forward == 4 * 3 * rows * (2 * size * 4 + 4)
     assert sent_bytes(pairs, size, 1, 4) == (0, 0)
     assert block_rows(40, 8) == 40  # no more than there are
     small = sent_bytes(9, SIZE, 3, 4)  # blocks of 9 rows, as compiled above

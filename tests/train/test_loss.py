@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from zigzag_jax.train.loss import cross_entropy_sum, predicted
+from zigzag_jax.train.loss import cross_entropy, cross_entropy_sum, predicted
 
 B, S, D, V = 4, 24, 16, 50
 
@@ -39,11 +39,38 @@ def oracle(hidden, head, labels):
 def test_sum_and_gradients(dp: int, cp: int, chunk: int):
     hidden, head, labels = case(dp * 10 + cp)
     mesh = make_mesh(dp, cp)
-    f = lambda h, w: cross_entropy_sum(h, w, jnp.asarray(labels), mesh=mesh, dtype=jnp.float32, chunk=chunk)
+    options = dict(mesh=mesh, dtype=jnp.float32, chunk=chunk)
+    f = lambda h, w: 0.37 * cross_entropy_sum(h, w, jnp.asarray(labels), **options)
     args = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)
-    got = (f(*args), *jax.grad(f, (0, 1))(*args))
-    for a, b in zip(got, oracle(hidden, head, labels), strict=True):
+    got = f(*args), *jax.grad(f, (0, 1))(*args), *jax.value_and_grad(f)(*args)
+    total, dhidden, dhead = (0.37 * x for x in oracle(hidden, head, labels))
+    for a, b in zip(got, (total, dhidden, dhead, total, dhidden), strict=True):
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 1e-5 * np.linalg.norm(b)  # float32 sums
+    each = cross_entropy(*args, jnp.asarray(labels), **options)
+    assert each.shape == (B, S)
+    assert not np.asarray(each)[labels < 0].any()
+    np.testing.assert_allclose(0.37 * float(jnp.sum(each)), total, rtol=1e-5)
+
+
+def test_gradients_in_bfloat16():
+    hidden, head, labels = case(3)
+    f = lambda h, w: 0.37 * cross_entropy_sum(h, w, jnp.asarray(labels), mesh=make_mesh(2, 2), dtype=jnp.bfloat16)
+    h, w = jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(head, jnp.float32)
+    dhidden, dhead = jax.grad(f, (0, 1))(h, w)
+    assert (dhidden.dtype, dhead.dtype) == (jnp.bfloat16, jnp.float32)
+    rounded = np.asarray(w.astype(jnp.bfloat16), np.float64)
+    _, *want = oracle(np.asarray(h, np.float64), rounded, labels)
+    for a, b in zip((dhidden, dhead), want, strict=True):  # the gradient of the logits and the result, rounded once
+        assert np.linalg.norm(np.asarray(a, np.float64) - 0.37 * b) <= 4e-3 * np.linalg.norm(0.37 * b)
+
+
+def test_what_is_not_predicted_reaches_no_gradient():
+    hidden, head, labels = case(4)
+    spoilt = np.where((labels < 0)[:, :, None], np.nan, hidden)
+    f = lambda h, w: cross_entropy_sum(h, w, jnp.asarray(labels), mesh=make_mesh(1, 2), dtype=jnp.float32, chunk=5)
+    gradient = lambda h: jax.grad(f, (0, 1))(jnp.asarray(h, jnp.float32), jnp.asarray(head, jnp.float32))
+    for got, want in zip(gradient(spoilt), gradient(hidden), strict=True):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():

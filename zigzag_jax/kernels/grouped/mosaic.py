@@ -47,7 +47,7 @@ def outer(left, right, group_sizes, *, out_dtype):
     left, right, tuning = _pad(left), _pad(right), mosaic_tuning.OUTER
     # a kernel a run, added up by XLA: the kernel does not add in place
     parts = (
-        mosaic_outer.outer(left, right, mosaic_rows.bounds(runs[r], r * stride), dtype, tuning)
+        mosaic_outer.outer(left, right, mosaic_rows.bounds(runs[r], r * stride, (r + 1) * stride), dtype, tuning)
         for r in range(len(runs))
     )
     return functools.reduce(jnp.add, parts).astype(out_dtype)

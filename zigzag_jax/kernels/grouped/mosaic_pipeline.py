@@ -36,6 +36,7 @@ CONSUMERS = 2
 TILE = CONSUMERS * ROWS
 STEP = 64  # of the contraction
 
+_LOADS = 2  # copies by TMA in a step: one of each operand
 _RECORDS = 8  # items between producer and consumers: at most one a slot, and those being read
 _FIELDS = 8  # int32 of a record, 5 used
 _END = -2  # in the first field: there are no more items
@@ -55,9 +56,6 @@ class GroupedTuning:
 
     drawn: bool = True
     """Blocks draw their items from a counter, instead of fixed shares."""
-
-    short_loads: bool = False
-    """Rows times matrices: of an empty second half of a row tile eight rows are loaded, not 64. Not timed yet."""
 
     registers: tuple[int, int] = (232, 40)
     """Registers a thread of consumers and producer."""
@@ -81,18 +79,16 @@ class Items(Protocol):
         ...
 
 
-def run(
-    body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tuning: GroupedTuning, name: str, loads=2
-) -> Any:
+def run(body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tuning: GroupedTuning, name: str) -> Any:
     """Launch `body(*refs, out_ref, out_smem, full, records, **tiles)` where `tiles` are a slot's two operands.
 
-    With `tuning.drawn` the last ref before the result is the counter. `loads` are a step's copies by TMA.
+    With `tuning.drawn` the last ref before the result is the counter.
     """
     dt, width = arrays[0].dtype, 128 // jnp.dtype(out_type.dtype).itemsize
     scratch = {key: smem((tuning.stages, *shape), dt, 64) for key, shape in tiles.items()}
     scratch |= {
         "out_smem": smem((CONSUMERS, 2, ROWS, width), out_type.dtype),
-        "full": plgpu.Barrier(num_arrivals=loads, num_barriers=tuning.stages),
+        "full": plgpu.Barrier(num_arrivals=_LOADS, num_barriers=tuning.stages),
     }
     if tuning.drawn:
         scratch["records"] = plgpu.SMEM((_RECORDS * _FIELDS + _FIELDS,), jnp.int32)
@@ -109,9 +105,8 @@ def run(
 class Pipeline:
     """A block's items and slots, in the same order for producer and consumers."""
 
-    def __init__(self, tuning: GroupedTuning, items: Items, full, counter, records, loads=2) -> None:
+    def __init__(self, tuning: GroupedTuning, items: Items, full, counter, records) -> None:
         self.tuning, self.items, self.full, self.counter, self.records = tuning, items, full, counter, records
-        self.loads = loads
         producer = WARPGROUP if tuning.drawn else WARP
         self.free = NamedBarriers(4, tuning.stages, CONSUMERS * WARPGROUP + producer)
 
@@ -182,7 +177,9 @@ class Pipeline:
             for i, value in enumerate(record):
                 self.records[at * _FIELDS + i] = value
             steps = self.items.steps(record)
-            half = lax.div(steps, i32(2))
+            half = lax.div(
+                steps + 1, i32(2)
+            )  # one at least: its slot is waited for, which parts one draw from the next
             slot = self._load(load, slot, record, i32(0), half)
             index, following = next_item()
             slot = self._load(load, slot, record, half, steps)
@@ -192,7 +189,7 @@ class Pipeline:
         _, _, slot, at = lax.while_loop(lambda state: state[0] < self.items.count, one, state)
         self.records[at * _FIELDS] = i32(_END)
         self.free.sync(slot)
-        for _ in range(self.loads):  # in their place
+        for _ in range(_LOADS):  # in their place
             plgpu.barrier_arrive(self.full.at[slot])
 
     # ------------------------------------------------------------------------------------------------ slots

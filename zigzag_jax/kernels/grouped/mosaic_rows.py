@@ -15,8 +15,8 @@ for dx. Column tiles are the fastest, then row tiles, group by group: every matr
 
     FLOPs   2 M k n          bytes   M k + G k n + M n, times 2 (bfloat16)
 
-At 65536 rows, 128 groups, 2048 -> 768 these are 206 GFLOP and 771 MB: 0.26 ms at 3 TB/s beside 0.29 ms for a dense
-matmul of that size, so the tensor core and the memory are both near their limits.
+At 65536 rows, 128 groups, 2048 -> 768 these are 206 GFLOP and 771 MB: 0.26 ms at 3 TB/s, and 0.21 ms at the tensor
+core's 989 TF/s. docs/benchmarks.md has what was reached.
 """
 
 # Pallas' annotations do not know refs, layouts and the inline_mgpu decorator; the compile tests check these calls
@@ -65,16 +65,18 @@ class Schedule(NamedTuple):
 
 
 def schedule(group_sizes, rows: int, stride: int | None = None) -> Schedule:
-    """Row tiles for groups of these sizes, [G] or one row for each run of `stride` rows; what is left of the rows of a
-    run is one more group, of none.
+    """Row tiles for groups of these sizes, [G] or one row for each run of `stride` rows.
+
+    What is left of the rows of a run is one more group, of none. Sizes that sum to more than there is (the contract
+    forbids it, and nobody can see it under jit) are cut: nothing is written past the result.
 
     Plain XLA (masked sums, for its cumsum is several kernels), and the same for every matmul over the same groups: XLA
     merges the copies inside one jit.
     """
     runs = jnp.atleast_2d(group_sizes)
     count, groups = runs.shape
-    each = [bounds(runs[r], r * (stride or 0)) for r in range(count)]
     stops = [r * (stride or 0) for r in range(1, count)] + [rows]
+    each = [bounds(runs[r], r * (stride or 0), stop) for r, stop in enumerate(stops)]
     begin = jnp.concatenate(each)  # [R (G + 1)]
     end = jnp.concatenate([part for b, stop in zip(each, stops, strict=True) for part in (b[1:], i32(stop)[None])])
     owner = jnp.tile(jnp.append(jnp.arange(groups, dtype=jnp.int32), i32(-1)), count)
@@ -90,10 +92,11 @@ def schedule(group_sizes, rows: int, stride: int | None = None) -> Schedule:
     return Schedule(group, row // 8, jnp.maximum(row, pick(begin)), jnp.minimum(row + TILE, pick(end)), upto)
 
 
-def bounds(group_sizes, start: int):
-    """Where each group [G] begins if the first begins at `start`, and where the last ends: int32 [G + 1]."""
+def bounds(group_sizes, start: int, stop: int):
+    """Where each group [G] begins if the first begins at `start`, and where the last ends, `stop` at most: [G + 1]."""
     g = jnp.arange(group_sizes.shape[0] + 1)
-    return start + jnp.where(g[:, None] > g[None, :-1], group_sizes[None], 0).sum(1, dtype=jnp.int32)
+    ends = start + jnp.where(g[:, None] > g[None, :-1], group_sizes[None], 0).sum(1, dtype=jnp.int32)
+    return jnp.minimum(ends, stop)
 
 
 def running_sum(x, count: int):
@@ -110,12 +113,7 @@ def product(rows, matrices, schedule: Schedule, transposed: bool, out_dtype, tun
         functools.partial(_kernel, transposed, tuning, contraction // STEP), rows, matrices, *schedule,
         out_type=jax.ShapeDtypeStruct((count, columns), out_dtype), tuning=tuning,
         tiles={"rows_smem": (TILE, STEP), "matrix_smem": matrix_tile}, name="grouped_dx" if transposed else "grouped",
-        loads=_loads(tuning),
     )  # fmt: skip
-
-
-def _loads(tuning: GroupedTuning) -> int:
-    return 3 if tuning.short_loads else 2
 
 
 class _Items:
@@ -142,7 +140,7 @@ def _kernel(
     schedule, (*counter, out_ref) = Schedule(*refs[:5]), refs[5:]
     wg, width, dt = lax.axis_index("wg"), tuning.columns, out_ref.dtype
     items = _Items(schedule, -(-out_ref.shape[1] // width), steps)
-    pipeline = Pipeline(tuning, items, full, counter[0] if counter else None, records, _loads(tuning))
+    pipeline = Pipeline(tuning, items, full, counter[0] if counter else None, records)
     piece = out_smem.shape[-1]
     pieces = width // piece
 
@@ -189,20 +187,13 @@ def _kernel(
         lax.cond(mine, lambda: lax.cond(group < 0, zeros, live), nothing)
 
     def load(slot, record, step):
-        group, eighth, _, end, column_tile = record
+        group, eighth, _, _, column_tile = record
         group, inner = lax.max(group, i32(0)), pl.ds(step * STEP, STEP)
         outer = pl.ds(column_tile * width, width)
         matrix = matrices_ref.at[group, outer, inner] if transposed else matrices_ref.at[group, inner, outer]
         plgpu.copy_gmem_to_smem(matrix, matrix_smem.at[slot], full.at[slot])
 
-        def load_rows(first: int, count: int):
-            source = rows_ref.at[pl.ds((eighth + first // 8) * 8, count), inner]
-            plgpu.copy_gmem_to_smem(source, rows_smem.at[slot, pl.ds(first, count)], full.at[slot])
-
-        if not tuning.short_loads:
-            load_rows(0, TILE)
-            return
-        load_rows(0, ROWS)  # a tile's first half has always a row, the second consumer skips where its half has none
-        lax.cond(end > eighth * 8 + ROWS, lambda: load_rows(ROWS, ROWS), lambda: load_rows(ROWS, 8))
+        source = rows_ref.at[pl.ds(eighth * 8, TILE), inner]
+        plgpu.copy_gmem_to_smem(source, rows_smem.at[slot], full.at[slot])
 
     pipeline.roles(work, load)
