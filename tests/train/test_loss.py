@@ -39,14 +39,13 @@ def oracle(hidden, head, labels):
 def test_sum_and_gradients(dp: int, cp: int, chunk: int):
     hidden, head, labels = case(dp * 10 + cp)
     mesh = make_mesh(dp, cp)
-    options = dict(mesh=mesh, dtype=jnp.float32, chunk=chunk)
-    f = lambda h, w: 0.37 * cross_entropy_sum(h, w, jnp.asarray(labels), **options)
+    f = lambda h, w: 0.37 * cross_entropy_sum(h, w, jnp.asarray(labels), mesh=mesh, dtype=jnp.float32, chunk=chunk)
     args = jnp.asarray(hidden, jnp.float32), jnp.asarray(head, jnp.float32)
     got = f(*args), *jax.grad(f, (0, 1))(*args), *jax.value_and_grad(f)(*args)
     total, dhidden, dhead = (0.37 * x for x in oracle(hidden, head, labels))
     for a, b in zip(got, (total, dhidden, dhead, total, dhidden), strict=True):
         assert np.linalg.norm(np.asarray(a, np.float64) - b) <= 1e-5 * np.linalg.norm(b)  # float32 sums
-    each = cross_entropy(*args, jnp.asarray(labels), **options)
+    each = cross_entropy(*args, jnp.asarray(labels), mesh=mesh, dtype=jnp.float32, chunk=chunk)
     assert each.shape == (B, S)
     assert not np.asarray(each)[labels < 0].any()
     np.testing.assert_allclose(0.37 * float(jnp.sum(each)), total, rtol=1e-5)
