@@ -11,6 +11,7 @@ from typing import Literal
 
 from zigzag_jax.models import sharding
 from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.groups import parse
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,35 @@ class HostsConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW or Muon, and its schedule (docs/training.md)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for hidden matrices and AdamW for the rest."""
     learning_rate: float = 2e-3
-    """Peak learning rate."""
+    """Peak learning rate, of both; Muon's steps have the size of AdamW's."""
     warmup: int = 30
     """Steps over which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up, down to final_fraction at --steps."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What follows the warm-up, down to final_fraction at --steps; wsd: constant, then linear in its last part."""
+    decay_fraction: float = 0.2
+    """The part of --steps, at its end, in which wsd comes down."""
     final_fraction: float = 0.1
-    """Last learning rate as a fraction of the peak (cosine and linear)."""
+    """Last learning rate as a fraction of the peak (but for constant)."""
     weight_decay: float = 0.1
     """Decay of matrices; norms are not decayed."""
+    groups: tuple[str, ...] = ()
+    """PATTERN=LR_SCALE or PATTERN=LR_SCALE,WEIGHT_DECAY: for parameters whose name fits, first fit first; '*norm*=0.5'.
+    """
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.95
     """Decay of the second moment."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
     clip: float = 1.0
     """Global gradient norm over which gradients are scaled down."""
+    z_loss: float = 0.0
+    """Weight of the mean squared logarithm of the softmax's denominator, which keeps logits from drifting; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -167,9 +179,15 @@ def check(config: Config) -> None:
             raise UserError(f"optim.{name.replace('_', '-')}", "must be > 0", getattr(optim, name))
     if not 0 <= optim.final_fraction <= 1:
         raise UserError("optim.final-fraction", "must be in 0 .. 1", optim.final_fraction)
-    for name in ("b1", "b2"):
+    if not 0 < optim.decay_fraction <= 1:
+        raise UserError("optim.decay-fraction", "must be > 0 and <= 1", optim.decay_fraction)
+    for name in ("b1", "b2", "muon_momentum"):
         if not 0 <= getattr(optim, name) < 1:
-            raise UserError(f"optim.{name}", "must be >= 0 and < 1", getattr(optim, name))
+            raise UserError(f"optim.{name.replace('_', '-')}", "must be >= 0 and < 1", getattr(optim, name))
+    for text in optim.groups:
+        parse(text)
+    if not 0 <= optim.z_loss < float("inf"):
+        raise UserError("optim.z-loss", "must be >= 0 and finite", optim.z_loss)
     for name in ("aux_coefficient", "bias_rate"):
         if (value := getattr(config.router, name)) is not None and not 0 <= value < float("inf"):
             raise UserError(f"router.{name.replace('_', '-')}", "must be >= 0 and finite", value)

@@ -17,6 +17,7 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
+from zigzag_jax.train.groups import check_groups
 from zigzag_jax.train.mesh import make_sharding
 from zigzag_jax.train.models import (
     config_json,
@@ -79,6 +80,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     sharding = make_sharding(config, sizes, mesh)
     make = maker(config, sizes, sharding)
     graphdef, shapes = abstract_state(make)
+    check_groups(config.optim.groups, shapes)
     tx = optimizer(config.optim, config.steps)
     coefficient = config.router.aux_coefficient
     coefficient = sizes.aux_coefficient if coefficient is None else coefficient
@@ -132,5 +134,8 @@ def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, 
     fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
     for group in ("optim", "router"):
         values = dataclasses.asdict(getattr(config, group))
-        fixed |= {f"{group}.{name.replace('_', '-')}": x for name, x in values.items()}
+        # as JSON gives it back: a list, no tuple
+        fixed |= {
+            f"{group}.{name.replace('_', '-')}": list(x) if isinstance(x, tuple) else x for name, x in values.items()
+        }
     return fixed

@@ -36,9 +36,13 @@ def state_shardings(shapes: nnx.State, tx: optax.GradientTransformation, shardin
     """The NamedSharding of every array of the state; `shapes` are the parameters as shapes."""
     params = parameter_shardings(shapes, sharding)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
-        tx, lambda _, own: own, jax.eval_shape(tx.init, shapes), params, transform_non_params=lambda _: everywhere
-    )
+    own = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        # a moment's path ends with that of its parameter (optax.tree.map_params cannot see through a partition's masks)
+        return next((own[path[n:]] for n in range(len(path)) if path[n:] in own), everywhere)
+
+    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, shapes))
     return TrainState(params, opt_state)
 
 

@@ -35,6 +35,10 @@ BAD = {
     "optim.weight-decay": Config(optim=OptimConfig(weight_decay=-1.0)),
     "router.bias-rate": Config(router=RouterConfig(bias_rate=float("inf"))),
     "router.aux-coefficient": Config(router=RouterConfig(aux_coefficient=-1.0)),
+    "optim.decay-fraction": Config(optim=OptimConfig(decay_fraction=0.0)),
+    "optim.muon-momentum": Config(optim=OptimConfig(muon_momentum=1.0)),
+    "optim.z-loss": Config(optim=OptimConfig(z_loss=-1e-4)),
+    "optim.groups": Config(optim=OptimConfig(groups=("*norm*",))),
     "optim.warmup": Config(optim=OptimConfig(warmup=-1)),
 }
 
