@@ -107,7 +107,9 @@ class Config:
     seq_len: int = 512
     """Tokens in a row."""
     batch: int = 8
-    """Rows a step over the whole mesh."""
+    """Rows a step over the whole mesh, those of all micro-batches."""
+    accumulate: int = 1
+    """Micro-batches that a step goes through, one after another, to need less memory; divides batch / (dp * fsdp)."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -162,7 +164,8 @@ def check(config: Config) -> None:
     mesh, hosts, optim = config.mesh, config.hosts, config.optim
     _at_least(1, mesh__dp=mesh.dp, mesh__fsdp=mesh.fsdp, mesh__ep=mesh.ep, mesh__cp=mesh.cp)
     _at_least(2, seq_len=config.seq_len)
-    _at_least(1, steps=config.steps, batch=config.batch, save_every=config.save_every, eval_every=config.eval_every)
+    _at_least(1, steps=config.steps, batch=config.batch, accumulate=config.accumulate)
+    _at_least(1, save_every=config.save_every, eval_every=config.eval_every)
     _at_least(1, keep=config.keep, cpu_devices=config.cpu_devices, hosts__num_processes=hosts.num_processes)
     _at_least(1, hosts__timeout=hosts.timeout)
     _at_least(0, seed=config.seed, optim__warmup=optim.warmup)

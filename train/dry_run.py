@@ -47,7 +47,9 @@ def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> 
     say(f"parameters    {parameters / 1e9:.3f} billion, float32")
     for name, tree in (("parameters", state.params), ("optimiser", state.opt_state)):
         say(f"{name:14s}{bytes_a_device(tree) / _GIB:.3f} GiB a device")
-    length, rows = padded(config.seq_len, cp) // cp, config.batch // (dp * fsdp)
+    length, rows = padded(config.seq_len, cp) // cp, config.batch // (dp * fsdp * config.accumulate)
+    if config.accumulate > 1:
+        say(f"accumulate    {config.accumulate} micro-batches a step; what follows is of one; a gradient more is held")
     say(f"tokens        {rows} rows of {length} a device (rows of {config.seq_len}, padded to {length * cp})")
     itemsize = 2 if config.dtype == "bfloat16" else 4
     for what, values in sizes.hop_values.items():

@@ -90,7 +90,7 @@ def _train(
 ) -> tuple[int, TrainState]:  # fmt: skip
     """Steps up to --steps, or until a stop is asked for; (last finished step, state), saved."""
     config, (step, state) = this.config, begin
-    train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate), donate_argnums=0)
+    train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate, config.accumulate), donate_argnums=0)
     rate = schedule(config.optim, config.steps)
     while step < config.steps:
         started = time.perf_counter()

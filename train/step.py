@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from zigzag_jax.models.balance import move_biases
 from zigzag_jax.models.sharding import Sharding, parameter_shardings
+from zigzag_jax.train.accumulate import losses_and_gradients
 from zigzag_jax.train.task import Losses, Task
 
 
@@ -54,12 +55,14 @@ def abstract_train_state(shapes: nnx.State, tx: optax.GradientTransformation, sh
 
 
 def make_step(
-    task: Task, tx: optax.GradientTransformation, bias_rate: float = 0.0
+    task: Task, tx: optax.GradientTransformation, bias_rate: float = 0.0, accumulate: int = 1
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """step(state, batch) -> (state, metrics), not yet jitted; `bias_rate` moves the routers' biases (balance.py)."""
+    """step(state, batch) -> (state, metrics), not yet jitted; `bias_rate` moves the routers' biases (balance.py),
+    `accumulate` is the number of micro-batches (accumulate.py).
+    """
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, StepMetrics]:
-        (_, losses), grads = jax.value_and_grad(task.objective, has_aux=True)(state.params, batch)
+        losses, grads = losses_and_gradients(task, state.params, batch, accumulate)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))
