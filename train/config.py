@@ -12,6 +12,7 @@ from typing import Literal
 from zigzag_jax.models import sharding
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.groups import parse
+from zigzag_jax.train.trace import profile_steps
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,10 @@ class Config:
     """
     cpu_devices: int | None = None
     """CPU devices of this process where there is no GPU; default: as many as the mesh needs."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the numbers of metrics.jsonl too; needs the package wandb."""
+    profile: str | None = None
+    """Steps to trace, A:B or N, counted from 1; the trace is written to profile/ in the run's folder."""
     dry_run: bool = False
     """Print the mesh, the bytes of parameters and optimiser a device, what the ring sends, and stop."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -194,6 +199,7 @@ def check(config: Config) -> None:
     for name in ("aux_coefficient", "bias_rate"):
         if (value := getattr(config.router, name)) is not None and not 0 <= value < float("inf"):
             raise UserError(f"router.{name.replace('_', '-')}", "must be >= 0 and finite", value)
+    profile_steps(config.profile)
     if config.seed >= 2**32:
         raise UserError("seed", "must be < 2**32", config.seed)
     if not optim.weight_decay >= 0:

@@ -45,6 +45,8 @@ class Run:
     """What it was told."""
     identity: dict[str, Any]
     """What may not change when it is resumed, by the name of its flag."""
+    sizes: ModelConfig
+    """The model's sizes."""
     config_json: dict[str, Any]
     """The model's config.json."""
     dataset: Dataset
@@ -110,6 +112,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     return Run(
         config=config,
         identity=identity(config, sizes, dataset),
+        sizes=sizes,
         config_json=config_json(config, sizes, dataset.end_of_document),
         dataset=dataset,
         mesh=mesh,

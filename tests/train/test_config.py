@@ -39,6 +39,8 @@ BAD = {
     "optim.muon-momentum": Config(optim=OptimConfig(muon_momentum=1.0)),
     "optim.z-loss": Config(optim=OptimConfig(z_loss=-1e-4)),
     "optim.groups": Config(optim=OptimConfig(groups=("*norm*",))),
+    "accumulate": Config(accumulate=0),
+    "profile": Config(profile="3:2"),
     "optim.warmup": Config(optim=OptimConfig(warmup=-1)),
 }
 
@@ -91,6 +93,12 @@ def test_help_names_every_flag_and_explains_it():
         "--hosts.process-id",
         "--hosts.timeout",
         "--optim.learning-rate",
+        "--optim.name",
+        "--optim.groups",
+        "--optim.z-loss",
+        "--accumulate",
+        "--wandb",
+        "--profile",
         "--remat",
     ]
     assert [flag for flag in flags if flag not in text] == []
