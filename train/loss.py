@@ -18,7 +18,7 @@ packing would weigh tokens differently on different meshes.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,8 @@ def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, z_loss: float = 0.0,
     """
 
     def local(hidden, head, labels):
-        return _sum(jnp.dtype(dtype), z_loss, chunk, hidden, head, labels)[None, None]
+        sums: Any = _sum(jnp.dtype(dtype), z_loss, chunk, hidden, head, labels)
+        return sums[None, None]
 
     # sums from each device, added by the outer sum: its transpose hands each device the factor of its own
     in_specs, out_specs = (_HIDDEN, PartitionSpec(), _TOKENS), PartitionSpec(ROWS, "cp", None)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-STEPS = 5
+ROUNDS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 RMS = 0.2  # of AdamW's steps
 _EPS = 1e-8
@@ -30,8 +30,8 @@ _EPS = 1e-8
 class MuonState(NamedTuple):
     """What Muon remembers."""
 
-    count: jax.Array
-    """Steps taken, int32."""
+    steps: jax.Array
+    """Taken, int32 scalar."""
     mu: optax.Updates
     """Momentum, like the parameters."""
 
@@ -42,7 +42,7 @@ def orthogonalize(x: jax.Array) -> jax.Array:
     x = jnp.swapaxes(x, -1, -2) if tall else x  # the smaller of X X^T and X^T X
     x = x / (jnp.sqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True)) + _EPS)
     a, b, c = COEFFICIENTS
-    for _ in range(STEPS):
+    for _ in range(ROUNDS):
         square = jnp.matmul(x, jnp.swapaxes(x, -1, -2))
         x = a * x + jnp.matmul(b * square + c * jnp.matmul(square, square), x)
     return jnp.swapaxes(x, -1, -2) if tall else x
@@ -58,11 +58,11 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         del params
-        count, mu = state.count + 1, optax.tree.update_moment(updates, state.mu, momentum, 1)
-        ahead = optax.tree.bias_correction(mu, momentum, count + 1)
-        now = optax.tree.bias_correction(updates, momentum, count)
+        steps, mu = state.steps + 1, optax.tree.update_moment(updates, state.mu, momentum, 1)
+        ahead = optax.tree.bias_correction(mu, momentum, steps + 1)
+        now = optax.tree.bias_correction(updates, momentum, steps)
         look = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, ahead, now)
         scale = lambda x: RMS * max(x.shape[-2:]) ** 0.5 * orthogonalize(x)
-        return jax.tree.map(scale, look), MuonState(count, mu)
+        return jax.tree.map(scale, look), MuonState(steps, mu)
 
     return optax.GradientTransformation(init, update)

@@ -6,6 +6,7 @@ Parameters are float32 whatever the arithmetic's dtype (they are the master weig
 What is done to which parameter is decided by its name (groups.py).
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -38,7 +39,10 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """The run's optimiser; its state is sharded like the parameters it belongs to."""
     direction = optax.scale_by_adam(config.b1, config.b2)
     if config.name == "muon":
-        by_kind = {"muon": scale_by_muon(config.muon_momentum), "adam": direction}
+        by_kind: dict[Hashable, optax.GradientTransformation] = {
+            "muon": scale_by_muon(config.muon_momentum),
+            "adam": direction,
+        }
         direction = optax.partition(by_kind, _kinds)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),

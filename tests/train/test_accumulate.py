@@ -1,6 +1,9 @@
 """A step in micro-batches is the step without them: losses, gradients, and for which auxiliary losses."""
 
 import functools
+import json
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,11 @@ from jax.sharding import Mesh
 from test_step import B, S, V, make_mesh, natural_batch, on_mesh
 
 from zigzag_jax.models.balance import AUX_LOSSES, AuxLoss, RouterStats, WholeBatch, load_balancing_loss
+from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import Sharding, abstract_state, init_state, param
 from zigzag_jax.train.accumulate import losses_and_gradients, micro_batches
+from zigzag_jax.train.config import Config, OptimConfig, RouterConfig
+from zigzag_jax.train.setup import identity
 from zigzag_jax.train.task import Losses, Task
 
 COEFFICIENTS = 0.3, 0.1  # of the auxiliary and the z-loss: large, so that an error shows
@@ -33,7 +39,8 @@ class Router(nnx.Module):
         probs = jax.nn.softmax(jnp.einsum("bsd,lde->lbse", x, self.routes[...]))
         chosen = jax.nn.one_hot(jax.lax.top_k(probs, 2)[1], E).sum(-2)
         mask = real[None, :, :, None]
-        stats = RouterStats(*(jnp.sum(y * mask, 2) for y in (chosen, probs)), jnp.sum(real, 1, dtype=float), tokens)
+        counts, sums = (jnp.sum(y * mask, 2) for y in (chosen, probs))
+        stats = RouterStats(counts, sums, jnp.sum(real, 1, dtype=float), tokens)
         return x + jnp.einsum("lbse,lde->bsd", probs, self.routes[...]), stats
 
     @property
@@ -96,11 +103,11 @@ def test_shares_of_the_auxiliary_loss_against_float64(form: AuxLoss, counted: bo
     tokens = np.array([5.0, 0, 17, 30])
     counts = rng.integers(0, 9, (layers, rows, experts)).astype(float) * (tokens[:, None] > 0)
     probs = rng.random((layers, rows, experts)) * tokens[:, None]
-    f32 = lambda *parts: [jnp.asarray(x, jnp.float32) for x in parts]
-    whole = WholeBatch(*f32(tokens.sum()), f32(counts.sum(1))[0] if counted else None)
+    f32 = lambda x: jnp.asarray(x, jnp.float32)
+    whole = WholeBatch(f32(tokens.sum()), f32(counts.sum(1)) if counted else None)
     got = 0.0
     for part in (slice(0, 2), slice(2, 4)):
-        stats = RouterStats(*f32(counts[:, part], probs[:, part], tokens[part]), jnp.zeros(()))
+        stats = RouterStats(f32(counts[:, part]), f32(probs[:, part]), f32(tokens[part]), jnp.zeros(()))
         got += float(load_balancing_loss(stats, form, whole))
     product = lambda c, p, t: experts * np.sum(c * p) / t**2
     if form == "sequence":
@@ -115,3 +122,14 @@ def test_shares_of_the_auxiliary_loss_against_float64(form: AuxLoss, counted: bo
         each = whole_list if form == "hf" else by_layer
         want = sum(each(*half) * half[2] for half in halves) / tokens.sum()
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_only_the_batch_loss_ties_a_run_to_its_micro_batches():
+    dataset: Any = SimpleNamespace(digest="0" * 64, tokenizer=SimpleNamespace(to_str=lambda: ""))
+    known = lambda form: identity(
+        Config(accumulate=2, router=RouterConfig(form), optim=OptimConfig(groups=("*norm*=1",))),
+        PRESETS["tiny-qwen3-moe"], dataset,
+    )  # fmt: skip
+    assert known("batch")["accumulate"] == 2
+    assert "accumulate" not in known("sequence")
+    assert json.loads(json.dumps(known(None))) == known(None)  # or a resumed run would be another

@@ -104,7 +104,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path,
 
 
 def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
-    """Every number is written, and the number of micro-batches may change on the way."""
+    """One run that uses all of it, and writes every number."""
     flags = ["--optim.name", "muon", "--optim.schedule", "wsd", "--optim.warmup", "0", "--optim.z-loss", "1e-4"]
     flags += ["--optim.groups", "embedding.*=0.5", "*.route=1,0"]
     done = run(tmp_path, corpus, *flags, "--accumulate", "2", "--steps", "2", "--profile", "2")
@@ -116,9 +116,7 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     numbers |= {"tokens_per_second_per_device", "time_data", "time_compute", "time_wait"}
     steps = [line for line in lines(tmp_path) if "loss" in line]
     assert [line.keys() for line in steps] == [numbers] * 2  # a CPU says neither memory nor what it can do
-    done = run(tmp_path, corpus, *flags, "--steps", "3")
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path)[3] < losses(tmp_path)[1]
+    assert losses(tmp_path)[2] < losses(tmp_path)[1]
 
 
 def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
