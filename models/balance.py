@@ -11,8 +11,12 @@ what one product is taken over; all have the same scale here:
                 (DeepSeek-V2, arXiv:2405.04434, section 2.2.3, whose L_ExpBal is this divided by k)
 
 All are made of sums over real tokens, so no mesh and no padding changes them. A batch cut into micro-batches is another
-matter: `hf` and `batch` are products of sums over the whole, and averaging those of the parts is another number (for
-the whole one, add up the statistics first). `sequence` averages exactly, by real tokens.
+matter, since a product of sums is not the sum of the parts' products. Each micro-batch then has a *share*, and the
+batch's loss is the sum of the shares:
+
+    sequence    its rows' losses, by real tokens: the same number as without micro-batches
+    hf          the whole batch's f with its own P: the same number again, but f has to be counted first
+    batch       the product over itself, by real tokens: a loss of micro-batches, another number than without
 
 **A bias** on the scores by which experts are chosen (router.py) is moved a fixed step after every batch: up for experts
 that had less than their share, down for those that had more. It has no gradient and disturbs none (Wang et al. 2024,
@@ -51,8 +55,20 @@ class RouterStats(NamedTuple):
         return jnp.sum(self.counts, axis=1)
 
 
-def load_balancing_loss(stats: RouterStats, form: AuxLoss = "hf") -> jax.Array:
+class WholeBatch(NamedTuple):
+    """What a micro-batch has to know of the batch that it is a part of."""
+
+    tokens: jax.Array
+    """Real tokens, float32 scalar."""
+
+    load: jax.Array | None
+    """RouterStats.load; None: not counted, and `hf` is then taken like `batch`, by micro-batches."""
+
+
+def load_balancing_loss(stats: RouterStats, form: AuxLoss = "hf", whole: WholeBatch | None = None) -> jax.Array:
     """The auxiliary loss of a batch, before its coefficient: float32 scalar, 0 where there is nothing to balance.
+
+    With `whole` it is the share of a micro-batch in the loss of the whole.
 
     One layer, one row of four tokens, each of two experts chosen twice (top-1):
     >>> load_balancing_loss(RouterStats(jnp.array([[[2., 2]]]), jnp.array([[[1., 3]]]), jnp.array([4.]), None))
@@ -65,13 +81,13 @@ def load_balancing_loss(stats: RouterStats, form: AuxLoss = "hf") -> jax.Array:
         return jnp.zeros((), jnp.float32)
     over = {"hf": (0, 1), "batch": (1,), "sequence": ()}[form]
     counts, probs = (jnp.sum(x, axis=over, keepdims=True) for x in (stats.counts, stats.probs))
-    real = jnp.sum(stats.tokens)
-    tokens = stats.tokens[None, :, None] if form == "sequence" else real * (layers if form == "hf" else 1)
-    tokens = jnp.maximum(tokens, 1.0)  # a row, or a batch, of nothing but padding has no loss
+    own = stats.tokens[None] if form == "sequence" else jnp.sum(stats.tokens)[None, None]  # [1, rows or 1]
+    total = jnp.sum(stats.tokens) if whole is None else whole.tokens
+    if form == "hf" and whole is not None and whole.load is not None:
+        counts, own = jnp.sum(whole.load, axis=0)[None, None], total[None, None]
+    tokens = jnp.maximum(own * (layers if form == "hf" else 1), 1.0)[..., None]  # nothing but padding has no loss
     products = experts * jnp.sum((counts / tokens) * (probs / tokens), axis=2)  # [layers or 1, rows or 1]
-    if form == "sequence":
-        products = jnp.sum(products * stats.tokens[None], axis=1, keepdims=True) / jnp.maximum(real, 1.0)
-    return jnp.mean(products)
+    return jnp.mean(jnp.sum(products * own, axis=1)) / jnp.maximum(total, 1.0)
 
 
 def move_biases(params: nnx.State, load: jax.Array, rate: float) -> nnx.State:

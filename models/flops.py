@@ -10,11 +10,28 @@ matrix products, active experts only, the head, and of the attention's scores th
 norms, softmax, the embedding's lookup and the optimiser count nothing: MFU = these FLOPs / time / what the card can do.
 """
 
+import numpy as np
+
 from zigzag_jax.models.deepseek_v2 import DeepseekV2Config
 from zigzag_jax.models.registry import ModelConfig
 
 H100_FLOPS = 989e12
 """Dense bfloat16 FLOPs a second of an H100 or H200 SXM by its data sheet: what MFU is measured against."""
+_PEAKS = {"H100": H100_FLOPS, "H200": H100_FLOPS, "A100": 312e12}
+_SLOWER = ("PCIE", "NVL")  # cards of the same names with lower clocks; an A100 on PCIe has the same data sheet
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """What a device can do by its data sheet, in dense bfloat16 FLOPs a second; None where this file does not know.
+
+    >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("NVIDIA H100 PCIe"), peak_flops("cpu")
+    (989000000000000.0, None, None)
+    """
+    kind = device_kind.upper()
+    name = next((name for name in _PEAKS if name in kind), None)
+    if name is None or (name != "A100" and any(word in kind for word in _SLOWER)):
+        return None
+    return _PEAKS[name]
 
 
 def _attention_matrices(config: ModelConfig) -> int:
@@ -62,3 +79,9 @@ def forward_flops(config: ModelConfig, length: int) -> float:
 def training_flops(config: ModelConfig, length: int) -> float:
     """Of one document of `length` tokens, forward and backward."""
     return 3 * forward_flops(config, length)
+
+
+def packed_training_flops(config: ModelConfig, lengths: np.ndarray) -> float:
+    """Of several documents, forward and backward: their scores grow with their own lengths, not with that of a row."""
+    tokens, squares = float(np.sum(lengths)), float(np.sum(np.square(lengths, dtype=np.float64)))
+    return 3 * (2 * active_parameters(config) * tokens + config.num_hidden_layers * _score_width(config) * squares)

@@ -11,6 +11,8 @@ from typing import Literal
 
 from zigzag_jax.models import sharding
 from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.groups import parse
+from zigzag_jax.train.trace import profile_steps
 
 
 @dataclass(frozen=True)
@@ -43,24 +45,35 @@ class HostsConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its schedule."""
+    """AdamW or Muon, and its schedule (docs/training.md)."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for all parameters, or Muon for hidden matrices and AdamW for the rest."""
     learning_rate: float = 2e-3
-    """Peak learning rate."""
+    """Peak learning rate, of both; Muon's steps have the size of AdamW's."""
     warmup: int = 30
     """Steps over which the learning rate rises from 0."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """What follows the warm-up, down to final_fraction at --steps."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What follows the warm-up, down to final_fraction at --steps; wsd: constant, then linear in its last part."""
+    decay_fraction: float = 0.2
+    """The part of --steps, at its end, in which wsd comes down."""
     final_fraction: float = 0.1
-    """Last learning rate as a fraction of the peak (cosine and linear)."""
+    """Last learning rate as a fraction of the peak (but for constant)."""
     weight_decay: float = 0.1
     """Decay of matrices; norms are not decayed."""
+    groups: tuple[str, ...] = ()
+    """PATTERN=LR_SCALE or PATTERN=LR_SCALE,WEIGHT_DECAY: for parameters whose name fits, first fit first; '*norm*=0.5'.
+    """
     b1: float = 0.9
     """Decay of the first moment."""
     b2: float = 0.95
     """Decay of the second moment."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's momentum."""
     clip: float = 1.0
     """Global gradient norm over which gradients are scaled down."""
+    z_loss: float = 0.0
+    """Weight of the mean squared logarithm of the softmax's denominator, which keeps logits from drifting; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,9 @@ class Config:
     seq_len: int = 512
     """Tokens in a row."""
     batch: int = 8
-    """Rows a step over the whole mesh."""
+    """Rows a step over the whole mesh, those of all micro-batches."""
+    accumulate: int = 1
+    """Micro-batches that a step goes through, one after another, to need less memory; divides batch / (dp * fsdp)."""
     seed: int = 0
     """Seed of the weights and of the order of the data."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -113,6 +128,10 @@ class Config:
     """
     cpu_devices: int | None = None
     """CPU devices of this process where there is no GPU; default: as many as the mesh needs."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the numbers of metrics.jsonl too; needs the package wandb."""
+    profile: str | None = None
+    """Steps to trace, A:B or N, counted from 1; the trace is written to profile/ in the run's folder."""
     dry_run: bool = False
     """Print the mesh, the bytes of parameters and optimiser a device, what the ring sends, and stop."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -150,7 +169,8 @@ def check(config: Config) -> None:
     mesh, hosts, optim = config.mesh, config.hosts, config.optim
     _at_least(1, mesh__dp=mesh.dp, mesh__fsdp=mesh.fsdp, mesh__ep=mesh.ep, mesh__cp=mesh.cp)
     _at_least(2, seq_len=config.seq_len)
-    _at_least(1, steps=config.steps, batch=config.batch, save_every=config.save_every, eval_every=config.eval_every)
+    _at_least(1, steps=config.steps, batch=config.batch, accumulate=config.accumulate)
+    _at_least(1, save_every=config.save_every, eval_every=config.eval_every)
     _at_least(1, keep=config.keep, cpu_devices=config.cpu_devices, hosts__num_processes=hosts.num_processes)
     _at_least(1, hosts__timeout=hosts.timeout)
     _at_least(0, seed=config.seed, optim__warmup=optim.warmup)
@@ -167,12 +187,19 @@ def check(config: Config) -> None:
             raise UserError(f"optim.{name.replace('_', '-')}", "must be > 0", getattr(optim, name))
     if not 0 <= optim.final_fraction <= 1:
         raise UserError("optim.final-fraction", "must be in 0 .. 1", optim.final_fraction)
-    for name in ("b1", "b2"):
+    if not 0 < optim.decay_fraction <= 1:
+        raise UserError("optim.decay-fraction", "must be > 0 and <= 1", optim.decay_fraction)
+    for name in ("b1", "b2", "muon_momentum"):
         if not 0 <= getattr(optim, name) < 1:
-            raise UserError(f"optim.{name}", "must be >= 0 and < 1", getattr(optim, name))
+            raise UserError(f"optim.{name.replace('_', '-')}", "must be >= 0 and < 1", getattr(optim, name))
+    for text in optim.groups:
+        parse(text)
+    if not 0 <= optim.z_loss < float("inf"):
+        raise UserError("optim.z-loss", "must be >= 0 and finite", optim.z_loss)
     for name in ("aux_coefficient", "bias_rate"):
         if (value := getattr(config.router, name)) is not None and not 0 <= value < float("inf"):
             raise UserError(f"router.{name.replace('_', '-')}", "must be >= 0 and finite", value)
+    profile_steps(config.profile)
     if config.seed >= 2**32:
         raise UserError("seed", "must be < 2**32", config.seed)
     if not optim.weight_decay >= 0:

@@ -42,8 +42,13 @@ class Batches:
     Use as a context manager or call `close` when done: one thread reads a batch ahead.
     """
 
-    def __init__(self, store: TokenStore, plan: Plan, batch: int, mesh: Mesh, *, repeat: bool = True) -> None:
+    def __init__(
+        self, store: TokenStore, plan: Plan, batch: int, mesh: Mesh, *, repeat: bool = True, accumulate: int = 1
+    ) -> None:
         """`batch` rows a step over the whole mesh, whose axes are named dp, fsdp and cp.
+
+        With `accumulate` they are dealt out so that the micro-batches of train/accumulate.py, which are pieces of what
+        each device holds, are the plan's rows in their order, whatever the mesh.
 
         With `repeat` the stream goes on epoch after epoch (training). Without, it is one pass over the plan: len(self)
         batches, the last filled up with blank rows, so that each token is scored once (evaluation).
@@ -51,14 +56,17 @@ class Batches:
         store.
         """
         ways = mesh.shape["dp"] * mesh.shape["fsdp"]
-        if batch < 1 or batch % ways:
-            raise UserError("batch", f"must be a positive multiple of dp * fsdp = {ways}", batch)
+        if batch < 1 or batch % (ways * accumulate):
+            rule = f"dp * fsdp = {ways}" if accumulate == 1 else f"accumulate * dp * fsdp = {accumulate * ways}"
+            raise UserError("batch", f"must be a positive multiple of {rule}", batch)
         if plan.sizes.sum() != len(store.tokens):
             raise ValueError(f"plan must be made of this store's {len(store.tokens)} tokens, got {plan.sizes.sum()}")
         self.store, self.plan, self.batch, self.repeat = store, plan, batch, repeat
         self.cp = mesh.shape["cp"]
         self.seq_len = padded(plan.seq_len, self.cp)
         self.sharding = NamedSharding(mesh, P(("dp", "fsdp"), "cp"))
+        # place (device, micro-batch, row) of a batch <- row number (micro-batch, device, row) of the plan
+        self._deal = np.arange(batch).reshape(accumulate, ways, -1).swapaxes(0, 1).reshape(-1)
         self._order = zigzag_indices(self.seq_len, self.cp)
         self._thread = ThreadPoolExecutor(1, "batches")
         self._ahead: tuple[int, Future[dict[str, jax.Array]]] | None = None
@@ -71,7 +79,13 @@ class Batches:
         """Rows of the plan in batch number `step` >= 0: int64 [batch], BLANK where a single pass has run out."""
         first = step * self.batch
         count = self.batch if self.repeat else max(0, min(self.batch, self.plan.rows - first))
-        return np.append(self.plan.stream(first, count), np.full(self.batch - count, BLANK))
+        return np.append(self.plan.stream(first, count), np.full(self.batch - count, BLANK))[self._deal]
+
+    def document_lengths(self, step: int) -> np.ndarray:
+        """Tokens of each document, or piece of one, in batch number `step`: int64 [n]. Attention stays inside them."""
+        bounds = self.plan.bounds
+        pieces = [self.plan.sizes[bounds[row] : bounds[row + 1]] for row in self.rows(step) if row != BLANK]
+        return np.concatenate([np.zeros(0, np.int64), *pieces])
 
     def at(self, step: int) -> dict[str, jax.Array]:
         """Batch number `step`, counted from 0: `tokens`, `labels`, `positions` int32 and `real` bool, [batch, S_pad].

@@ -14,6 +14,7 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.groups import check_groups
 from zigzag_jax.train.mesh import AXES, check_batch, make_sharding, mesh_shape
 from zigzag_jax.train.models import maker
 from zigzag_jax.train.optim import optimizer
@@ -38,6 +39,7 @@ def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> 
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     sharding = make_sharding(config, sizes, cast(Mesh, mesh))  # shapes need no devices
     _, shapes = abstract_state(maker(config, sizes, sharding))
+    check_groups(config.optim.groups, shapes)
     state = abstract_train_state(shapes, optimizer(config.optim, config.steps), sharding)
     parameters = sum(x.size for x in jax.tree.leaves(shapes))
     dp, fsdp, cp = shape
@@ -45,7 +47,9 @@ def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> 
     say(f"parameters    {parameters / 1e9:.3f} billion, float32")
     for name, tree in (("parameters", state.params), ("optimiser", state.opt_state)):
         say(f"{name:14s}{bytes_a_device(tree) / _GIB:.3f} GiB a device")
-    length, rows = padded(config.seq_len, cp) // cp, config.batch // (dp * fsdp)
+    length, rows = padded(config.seq_len, cp) // cp, config.batch // (dp * fsdp * config.accumulate)
+    if config.accumulate > 1:
+        say(f"accumulate    {config.accumulate} micro-batches a step; what follows is of one; a gradient more is held")
     say(f"tokens        {rows} rows of {length} a device (rows of {config.seq_len}, padded to {length * cp})")
     itemsize = 2 if config.dtype == "bfloat16" else 4
     for what, values in sizes.hop_values.items():

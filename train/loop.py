@@ -2,7 +2,6 @@
 
 import math
 import shutil
-import time
 from contextlib import ExitStack
 
 import jax
@@ -21,10 +20,13 @@ from zigzag_jax.train.errors import DONE, PREEMPTED, RunError, UserError
 from zigzag_jax.train.mesh import make_mesh, start_devices
 from zigzag_jax.train.metrics import MetricsLog
 from zigzag_jax.train.models import model_config, model_folder
+from zigzag_jax.train.observe import Observer
 from zigzag_jax.train.optim import schedule
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState, make_step
 from zigzag_jax.train.stop import StopRequest
+from zigzag_jax.train.trace import Profile, profile_steps
+from zigzag_jax.train.wandb_run import check_wandb, start_wandb
 
 _PROMPT, _WRITTEN = 24, 72  # tokens of a prompt, tokens the model adds
 
@@ -32,6 +34,7 @@ _PROMPT, _WRITTEN = 24, 72  # tokens of a prompt, tokens the model adds
 def run(config: Config) -> int:
     """Train to --steps and report; returns the exit code. UserError for what a person can mend, else RunError."""
     check(config)
+    check_wandb(config.wandb)
     sizes = model_config(config)
     if (source := model_folder(config)) is not None and source.resolve() == config.folder.resolve():
         raise UserError("out", "must be another folder than the model's", config.folder)
@@ -59,13 +62,16 @@ def run(config: Config) -> int:
             shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
         first, state = checkpoints.restore(this.abstract) or (0, this.init())
         _say_where(this, first)
-        log = MetricsLog(config.folder if jax.process_index() == 0 else None, first)
+        mine = config.folder if jax.process_index() == 0 else None
+        log = MetricsLog(mine, first, start_wandb(config.wandb, mine, this.identity))
         stack.callback(log.close)
         log.header(devices=mesh.size, mesh=dict(mesh.shape), resumed_from=first or None)
         step = first
         if first < config.steps:
             with Display(config.steps, first, console) as display, StopRequest(display.say) as stop:
-                step, state = _train(this, checkpoints, log, display, stop, (first, state))
+                profile = stack.enter_context(Profile(profile_steps(config.profile), mine, display.say))
+                observer = Observer(this.sizes, this.batches, mesh, profile)
+                step, state = _train(this, checkpoints, log, display, stop, observer, (first, state))
             if step < config.steps:
                 say(f"{stop.asked}: saved after step {step}. The same command again resumes there.")
                 return PREEMPTED
@@ -85,27 +91,31 @@ def _say_where(this: Run, first: int) -> None:
 
 
 def _train(
-    this: Run, checkpoints: Checkpoints, log: MetricsLog, display: Display, stop: StopRequest,
+    this: Run, checkpoints: Checkpoints, log: MetricsLog, display: Display, stop: StopRequest, observer: Observer,
     begin: tuple[int, TrainState],
 ) -> tuple[int, TrainState]:  # fmt: skip
     """Steps up to --steps, or until a stop is asked for; (last finished step, state), saved."""
     config, (step, state) = this.config, begin
-    train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate), donate_argnums=0)
+    train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate, config.accumulate), donate_argnums=0)
     rate = schedule(config.optim, config.steps)
     while step < config.steps:
-        started = time.perf_counter()
-        state, result = train_step(state, this.batches.at(step))
+        observer.begin(step + 1)
+        batch = this.batches.at(step)
+        observer.timer.data_ready()
+        state, result = train_step(state, batch)
         result = jax.device_get(result)  # waits: hundreds of steps in flight at once can hang CPU devices
-        speed = float(result.losses.tokens) / (time.perf_counter() - started)
+        observer.finished(step + 1)
         learning_rate = float(jax.device_get(rate(step)))
         step += 1
         _check_finite(step, result, checkpoints.latest())
         losses = result.losses
+        seen = observer.values(step, float(losses.tokens))
+        seen |= {"z_loss": float(losses.z_loss)} if config.optim.z_loss else {}
         log.step(
             step, loss=float(losses.loss), aux_loss=float(losses.aux_loss), grad_norm=float(result.grad_norm),
-            learning_rate=learning_rate, tokens_per_second=speed, expert_load=_uneven(losses.load),
+            learning_rate=learning_rate, expert_load=_uneven(losses.load), **seen,
         )  # fmt: skip
-        display.step(step, float(losses.loss), speed)
+        display.step(step, float(losses.loss), seen["tokens_per_second"])
         stopping = stop.asked is not None and step < config.steps
         if step % config.save_every == 0 or step == config.steps or stopping:
             checkpoints.save(step, state, this.identity, this.config_json)

@@ -8,12 +8,17 @@ over chunks of the global sequence axis would have XLA gather the whole sequence
 
     forward alone          logits = h W          loss = lse(logits) - logits[label]
     with the gradient      + G = softmax(logits) - onehot(label)        dh = G W^T        dW += h^T G
+    with the z-loss        + z lse^2                                    G += 2 z lse softmax(logits)
+
+The z-loss keeps the softmax's denominator near 1 (PaLM, arXiv:2204.02311, section 5): else nothing holds logits from
+drifting all together, which costs digits in bfloat16.
 
 The loss of a step is the sum over all tokens divided **once** by their number: with means per device, padding and
 packing would weigh tokens differently on different meshes.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,20 +56,33 @@ def cross_entropy(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) -> j
     return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=_TOKENS, check_vma=False)(hidden, head, labels)
 
 
-def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, chunk: int = CHUNK) -> jax.Array:
-    """The sum of `cross_entropy` over all tokens of the global batch: float32 scalar.
+class TokenSums(NamedTuple):
+    """Sums over all predicted tokens of the global batch, float32 scalars. Only the objective has a gradient."""
+
+    objective: jax.Array
+    """Of cross-entropy + z_loss * lse^2."""
+    loss: jax.Array
+    """Of the cross-entropy."""
+    z: jax.Array
+    """Of lse^2, the squared logarithm of the softmax's denominator."""
+
+
+def cross_entropy_sum(hidden, head, labels, *, mesh, dtype, z_loss: float = 0.0, chunk: int = CHUNK) -> TokenSums:
+    """The sum of `cross_entropy` over all tokens of the global batch, with `z_loss` times the z-loss if that is > 0.
 
     Its gradient (reverse mode) is made with it and kept until the backward: float32, that of head [d, V] whole on every
     device, summed in float32 over chunks and devices.
     """
 
     def local(hidden, head, labels):
-        return _sum(jnp.dtype(dtype), chunk, hidden, head, labels)[None, None]
+        sums: Any = _sum(jnp.dtype(dtype), z_loss, chunk, hidden, head, labels)
+        return sums[None, None]
 
-    # a sum from each device, added by the outer sum: its transpose hands each device the factor of its own
-    in_specs = (_HIDDEN, PartitionSpec(), _TOKENS)
-    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=_TOKENS, check_vma=False)
-    return jnp.sum(run(hidden, head, labels))
+    # sums from each device, added by the outer sum: its transpose hands each device the factor of its own
+    in_specs, out_specs = (_HIDDEN, PartitionSpec(), _TOKENS), PartitionSpec(ROWS, "cp", None)
+    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    objective, loss, z = jnp.sum(run(hidden, head, labels), axis=(0, 1))
+    return TokenSums(objective, lax.stop_gradient(loss), lax.stop_gradient(z))
 
 
 def _chunks(hidden, labels, dtype, chunk: int):
@@ -92,19 +110,26 @@ def _lse(logits):
     return jax.nn.logsumexp(logits, axis=1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sum(dtype, chunk: int, hidden, head, labels):
-    """The sum over one device's tokens."""
+def _sums(z_loss: float, losses, labels, lse):
+    """What one chunk adds to TokenSums, float32 [3]."""
+    loss, z = jnp.sum(losses), jnp.sum(jnp.where(labels >= 0, lse * lse, 0.0))
+    return jnp.stack([loss + z_loss * z, loss, z])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _sum(dtype, z_loss: float, chunk: int, hidden, head, labels):
+    """TokenSums over one device's tokens, as [3]; only the first is differentiated."""
     head = head.astype(dtype)
 
     def add(total, x):
         logits = _logits(x[0], head)
-        return total + jnp.sum(_losses(logits, x[1], _lse(logits))), None
+        lse = _lse(logits)
+        return total + _sums(z_loss, _losses(logits, x[1], lse), x[1], lse), None
 
-    return lax.scan(add, jnp.float32(0), _chunks(hidden, labels, dtype, chunk))[0]
+    return lax.scan(add, jnp.zeros(3, jnp.float32), _chunks(hidden, labels, dtype, chunk))[0]
 
 
-def _sum_fwd(dtype, chunk: int, hidden, head, labels):
+def _sum_fwd(dtype, z_loss: float, chunk: int, hidden, head, labels):
     narrow = head.astype(dtype)
 
     def one(state, x):
@@ -114,22 +139,26 @@ def _sum_fwd(dtype, chunk: int, hidden, head, labels):
         lse = _lse(logits)
         # a comparison, not a scatter: it is part of the one pass that reads logits and writes grad
         own, real = jnp.arange(logits.shape[1])[None] == labels[:, None], (labels >= 0)[:, None]
-        grad = jnp.where(real, jnp.exp(logits - lse[:, None]) - own, 0.0).astype(dtype)
+        # the z-loss adds 2 z lse softmax, a factor of each row's softmax
+        softmax = jnp.exp(logits - lse[:, None])
+        softmax = softmax * (1 + 2 * z_loss * lse)[:, None] if z_loss else softmax
+        grad = jnp.where(real, softmax - own, 0.0).astype(dtype)
         h = jnp.where(real, h, 0)  # nan where nothing is predicted must not reach dhead as 0 * nan
         dh = jnp.matmul(grad, narrow.T, preferred_element_type=jnp.float32)
         dhead = dhead + jnp.matmul(h.T, grad, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(_losses(logits, labels, lse)), dhead), dh
+        return (total + _sums(z_loss, _losses(logits, labels, lse), labels, lse), dhead), dh
 
-    start = jnp.float32(0), jnp.zeros(head.shape, jnp.float32)
+    start = jnp.zeros(3, jnp.float32), jnp.zeros(head.shape, jnp.float32)
     (total, dhead), dh = lax.scan(one, start, _chunks(hidden, labels, dtype, chunk))
     dh = dh.reshape(-1, hidden.shape[-1])[: labels.size].reshape(hidden.shape)
     # float32 until it is multiplied by the factor: rounded once
     return total, (dh, dhead, jnp.zeros((), hidden.dtype), jnp.zeros((), head.dtype))
 
 
-def _sum_bwd(dtype, chunk: int, residuals, factor):
-    del dtype, chunk
+def _sum_bwd(dtype, z_loss: float, chunk: int, residuals, factors):
+    del dtype, z_loss, chunk
     dh, dhead, like_hidden, like_head = residuals
+    factor = factors[0]
     return (factor * dh).astype(like_hidden.dtype), (factor * dhead).astype(like_head.dtype), None
 
 

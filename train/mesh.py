@@ -81,7 +81,10 @@ def make_sharding(config: Config, sizes: ModelConfig, mesh: Mesh) -> Sharding:
 
 
 def check_batch(config: Config, shape: tuple[int, int, int]) -> None:
-    """UserError where the rows of a step cannot be cut over (dp, fsdp)."""
-    rows = shape[0] * shape[1]
+    """UserError where the rows of a step cannot be cut into micro-batches and those over (dp, fsdp)."""
+    rows, rule = shape[0] * shape[1], "dp * fsdp"
+    if config.accumulate > 1:
+        rule = f"accumulate * dp * fsdp = {config.accumulate} * {shape[0]} * {shape[1]}"
+        rows *= config.accumulate
     if config.batch % rows:
-        raise UserError("batch", f"must be divisible by dp * fsdp = {rows}", config.batch)
+        raise UserError("batch", f"must be divisible by {rule} = {rows}", config.batch)

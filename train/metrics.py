@@ -21,8 +21,10 @@ class MetricsLog:
     resumed.
     """
 
-    def __init__(self, folder: Path | None, first: int = 0) -> None:
+    def __init__(self, folder: Path | None, first: int = 0, wandb: Any = None) -> None:
+        """`wandb`: a run of Weights & Biases that is told the same numbers (train/wandb_run.py)."""
         self._file = self._events = None
+        self._wandb = wandb
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +46,8 @@ class MetricsLog:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def _line(self, values: dict[str, Any]) -> None:
         if self._file is not None:
@@ -51,10 +55,12 @@ class MetricsLog:
             self._file.flush()
 
     def close(self) -> None:
-        """Close both files."""
+        """Close both files, and the W&B run."""
         for file in (self._file, self._events):
             if file is not None:
                 file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 def read(path: Path, name: str) -> dict[int, float]:

@@ -23,10 +23,12 @@ _EVAL_TOKENS = 32768  # held-out places that are scored: enough for the second d
 class HeldOut:
     """The held-out batches that every evaluation of a run scores."""
 
-    def __init__(self, batches: Batches) -> None:
+    def __init__(self, batches: Batches, accumulate: int = 1) -> None:
+        """`batches` of 1 / accumulate of a training step's rows: what a device has room for."""
         self.batches = batches
-        # counted in tokens before padding, so that every mesh scores the same rows
-        self.count = min(len(batches), max(1, _EVAL_TOKENS // (batches.batch * batches.plan.seq_len)))
+        # counted in tokens before padding and in whole steps, so that every mesh scores the same rows
+        steps = max(1, _EVAL_TOKENS // (accumulate * batches.batch * batches.plan.seq_len))
+        self.count = min(len(batches), accumulate * steps)
 
     def loss(self, losses: Callable[..., Losses], params: nnx.State) -> float:
         """Mean cross-entropy in nats over the predicted tokens of these batches; losses(params, batch) -> Losses."""

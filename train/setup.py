@@ -17,6 +17,7 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
+from zigzag_jax.train.groups import check_groups
 from zigzag_jax.train.mesh import make_sharding
 from zigzag_jax.train.models import (
     config_json,
@@ -44,6 +45,8 @@ class Run:
     """What it was told."""
     identity: dict[str, Any]
     """What may not change when it is resumed, by the name of its flag."""
+    sizes: ModelConfig
+    """The model's sizes."""
     config_json: dict[str, Any]
     """The model's config.json."""
     dataset: Dataset
@@ -79,10 +82,16 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     sharding = make_sharding(config, sizes, mesh)
     make = maker(config, sizes, sharding)
     graphdef, shapes = abstract_state(make)
+    check_groups(config.optim.groups, shapes)
     tx = optimizer(config.optim, config.steps)
     coefficient = config.router.aux_coefficient
     coefficient = sizes.aux_coefficient if coefficient is None else coefficient
-    task = Task(graphdef, sharding, jnp.dtype(config.dtype), config.router.aux_loss or sizes.aux_loss, coefficient)
+    form, dtype = config.router.aux_loss or sizes.aux_loss, jnp.dtype(config.dtype)
+    task = Task(graphdef, sharding, dtype, form, coefficient, config.optim.z_loss)
+    if config.accumulate > 1 and task.counts_first:
+        say(
+            "accumulate: aux loss hf counts experts in a forward pass of its own; --router.aux-loss sequence needs none"
+        )
     if config.router.bias_rate > 0:
         say("router biases: this run's checkpoints cannot be exported for transformers, which has no place for them")
 
@@ -91,10 +100,11 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         where = state_shardings(shapes, tx, sharding).opt_state
         return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
 
+    count = config.accumulate
     train_plan = make_plan(dataset.train.lengths, config.seq_len, seed=config.seed)
     eval_plan = make_plan(dataset.held_out.lengths, config.seq_len, seed=_HELD_OUT_SEED)
-    batches = stack.enter_context(Batches(dataset.train, train_plan, config.batch, mesh))
-    held_out = stack.enter_context(Batches(dataset.held_out, eval_plan, config.batch, mesh, repeat=False))
+    batches = stack.enter_context(Batches(dataset.train, train_plan, config.batch, mesh, accumulate=count))
+    held_out = stack.enter_context(Batches(dataset.held_out, eval_plan, config.batch // count, mesh, repeat=False))
     say(
         f"model {config.model}: {sum(x.size for x in jax.tree.leaves(shapes)) / 1e6:.2f} M parameters; "
         f"data: {len(dataset.train.tokens):,} tokens in rows of {config.seq_len}, {train_plan.fill:.1%} full"
@@ -102,6 +112,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     return Run(
         config=config,
         identity=identity(config, sizes, dataset),
+        sizes=sizes,
         config_json=config_json(config, sizes, dataset.end_of_document),
         dataset=dataset,
         mesh=mesh,
@@ -110,7 +121,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         abstract=abstract_train_state(shapes, tx, sharding),
         init=init,
         batches=batches,
-        held_out=HeldOut(held_out),
+        held_out=HeldOut(held_out, count),
         writer=Writer(lambda sharding: maker(config, sizes, sharding), sharding),
         losses=jax.jit(task.losses),
         say=say,
@@ -130,7 +141,12 @@ def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, 
         f"{tokenizer_file(config) or 'trained on the data'} (digest {digest(dataset.tokenizer.to_str())})"
     )
     fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
+    if (config.router.aux_loss or sizes.aux_loss) == "batch":  # the one loss that micro-batches change
+        fixed["accumulate"] = config.accumulate
     for group in ("optim", "router"):
         values = dataclasses.asdict(getattr(config, group))
-        fixed |= {f"{group}.{name.replace('_', '-')}": x for name, x in values.items()}
+        # as JSON gives it back: a list, no tuple
+        fixed |= {
+            f"{group}.{name.replace('_', '-')}": list(x) if isinstance(x, tuple) else x for name, x in values.items()
+        }
     return fixed

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from zigzag_jax.models.balance import move_biases
 from zigzag_jax.models.sharding import Sharding, parameter_shardings
+from zigzag_jax.train.accumulate import losses_and_gradients
 from zigzag_jax.train.task import Losses, Task
 
 
@@ -36,9 +37,13 @@ def state_shardings(shapes: nnx.State, tx: optax.GradientTransformation, shardin
     """The NamedSharding of every array of the state; `shapes` are the parameters as shapes."""
     params = parameter_shardings(shapes, sharding)
     everywhere = NamedSharding(sharding.mesh, PartitionSpec())
-    opt_state = optax.tree.map_params(
-        tx, lambda _, own: own, jax.eval_shape(tx.init, shapes), params, transform_non_params=lambda _: everywhere
-    )
+    own = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def place(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        # a moment's path ends with that of its parameter (optax.tree.map_params cannot see through a partition's masks)
+        return next((own[path[n:]] for n in range(len(path)) if path[n:] in own), everywhere)
+
+    opt_state = jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, shapes))
     return TrainState(params, opt_state)
 
 
@@ -50,12 +55,14 @@ def abstract_train_state(shapes: nnx.State, tx: optax.GradientTransformation, sh
 
 
 def make_step(
-    task: Task, tx: optax.GradientTransformation, bias_rate: float = 0.0
+    task: Task, tx: optax.GradientTransformation, bias_rate: float = 0.0, accumulate: int = 1
 ) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """step(state, batch) -> (state, metrics), not yet jitted; `bias_rate` moves the routers' biases (balance.py)."""
+    """step(state, batch) -> (state, metrics), not yet jitted; `bias_rate` moves the routers' biases (balance.py),
+    `accumulate` is the number of micro-batches (accumulate.py).
+    """
 
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, StepMetrics]:
-        (_, losses), grads = jax.value_and_grad(task.objective, has_aux=True)(state.params, batch)
+        losses, grads = losses_and_gradients(task, state.params, batch, accumulate)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = cast(nnx.State, optax.apply_updates(cast(Any, state.params), updates))

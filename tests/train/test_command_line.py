@@ -103,6 +103,22 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path,
     assert losses(tmp_path) == losses(calm[0])
 
 
+def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
+    """One run that uses all of it, and writes every number."""
+    flags = ["--optim.name", "muon", "--optim.schedule", "wsd", "--optim.warmup", "0", "--optim.z-loss", "1e-4"]
+    flags += ["--optim.groups", "embedding.*=0.5", "*.route=1,0"]
+    done = run(tmp_path, corpus, *flags, "--accumulate", "2", "--steps", "2", "--profile", "2")
+    assert done.returncode == 0, done.stderr
+    assert "aux loss hf counts experts" in done.stdout
+    assert f"trace written to {tmp_path / 'profile'}" in done.stdout
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    numbers = {"step", "loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "expert_load", "tokens_per_second"}
+    numbers |= {"tokens_per_second_per_device", "time_data", "time_compute", "time_wait"}
+    steps = [line for line in lines(tmp_path) if "loss" in line]
+    assert [line.keys() for line in steps] == [numbers] * 2  # a CPU says neither memory nor what it can do
+    assert losses(tmp_path)[2] < losses(tmp_path)[1]
+
+
 def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
     out, _ = calm
     again = run(out, corpus)
@@ -130,6 +146,11 @@ def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str
         (("--steps", "-1"), "error: steps: must be >= 1, got -1"),
         (("--model", "none"), "error: model: must be one of"),
         (("--mesh.ep", "4"), "error: mesh.ep: must be 1, cp, fsdp or fsdp * cp = 1, 2, 1 or 2, got 4"),
+        (("--accumulate", "3"), "error: batch: must be divisible by accumulate * dp * fsdp = 3 * 2 * 1 = 6, got 4"),
+        (
+            ("--optim.groups", "heads=1"),
+            "error: optim.groups: must fit a name that no earlier group took, of embedding.",
+        ),
         (("--no-such-flag", "1"), "--no-such-flag"),
         (("--out", "/proc/zigzag"), "error: out: must be a folder that can be written"),
     ],

@@ -35,6 +35,12 @@ BAD = {
     "optim.weight-decay": Config(optim=OptimConfig(weight_decay=-1.0)),
     "router.bias-rate": Config(router=RouterConfig(bias_rate=float("inf"))),
     "router.aux-coefficient": Config(router=RouterConfig(aux_coefficient=-1.0)),
+    "optim.decay-fraction": Config(optim=OptimConfig(decay_fraction=0.0)),
+    "optim.muon-momentum": Config(optim=OptimConfig(muon_momentum=1.0)),
+    "optim.z-loss": Config(optim=OptimConfig(z_loss=-1e-4)),
+    "optim.groups": Config(optim=OptimConfig(groups=("*norm*",))),
+    "accumulate": Config(accumulate=0),
+    "profile": Config(profile="3:2"),
     "optim.warmup": Config(optim=OptimConfig(warmup=-1)),
 }
 
@@ -87,6 +93,12 @@ def test_help_names_every_flag_and_explains_it():
         "--hosts.process-id",
         "--hosts.timeout",
         "--optim.learning-rate",
+        "--optim.name",
+        "--optim.groups",
+        "--optim.z-loss",
+        "--accumulate",
+        "--wandb",
+        "--profile",
         "--remat",
     ]
     assert [flag for flag in flags if flag not in text] == []

@@ -136,6 +136,25 @@ def test_natural_rows_are_those_of_the_batch():
         assert natural[name].dtype == FIELDS[name][0]
 
 
+@pytest.mark.parametrize(("dp", "fsdp"), [(1, 1), (2, 1), (2, 2)])
+def test_micro_batches_are_the_same_rows_on_every_mesh(dp: int, fsdp: int):
+    """Piece m of what each device holds is, over all devices, rows m * 4 .. m * 4 + 4 of the step."""
+    store, ways = make_store(), dp * fsdp
+    plan = make_plan(store.lengths, 64, seed=5)
+    with Batches(store, plan, 12, make_mesh(dp=dp, fsdp=fsdp), accumulate=3) as batches:
+        rows = batches.rows(2).reshape(ways, 3, 4 // ways)
+        for m in range(3):
+            np.testing.assert_array_equal(rows[:, m].reshape(-1), plan.stream(24 + 4 * m, 4))
+        np.testing.assert_array_equal(np.asarray(batches.at(2)["tokens"]), batches.natural(batches.rows(2))["tokens"])
+        assert sum(batches.document_lengths(2)) == np.sum(batches.at(2)["real"])
+        assert len(batches.document_lengths(2)) == np.sum((batches.at(2)["positions"] == 0) & batches.at(2)["real"])
+        if ways == 4:
+            with pytest.raises(
+                UserError, match=r"^batch: must be a positive multiple of accumulate \* dp \* fsdp = 12"
+            ):
+                Batches(store, plan, 8, make_mesh(dp=dp, fsdp=fsdp), accumulate=3)
+
+
 def test_a_batch_is_a_function_of_the_step_alone():
     store = make_store()
     with Batches(store, make_plan(store.lengths, 64, seed=5), 4, make_mesh(cp=2)) as batches:

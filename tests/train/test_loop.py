@@ -15,8 +15,9 @@ from zigzag_jax.train.task import Losses
 
 @pytest.mark.parametrize(("loss", "norm"), [(np.nan, 1.0), (1.0, np.inf)])
 def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: float):
+    zero = jnp.float32(0)
     result = SimpleNamespace(
-        losses=Losses(jnp.float32(loss), jnp.float32(0), jnp.float32(1), jnp.zeros((0, 1))), grad_norm=np.float32(norm)
+        losses=Losses(jnp.float32(loss), zero, jnp.float32(1), jnp.zeros((0, 1)), zero), grad_norm=np.float32(norm)
     )
     with pytest.raises(RunError, match=r"^step 7: the .* is (nan|inf), .* of step 5"):
         _check_finite(7, result, 5)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def on_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def program(axes: tuple[int, int, int], ep: int) -> SimpleNamespace:
+def program(axes: tuple[int, int, int], ep: int, micro: int = 1) -> SimpleNamespace:
     """A compiled step on a mesh, where it begins, and its state as shapes with shardings."""
     mesh = make_mesh(*axes)
     config = Config(mesh=MeshConfig(*axes[:2], ep, axes[2]))
@@ -77,7 +77,7 @@ def program(axes: tuple[int, int, int], ep: int) -> SimpleNamespace:
     tx = optimizer(OptimConfig(warmup=2, learning_rate=1e-3), STEPS)
     params = init_state(make, sharding, jax.random.key(3))[1]
     opt_state = jax.jit(tx.init, out_shardings=state_shardings(shapes, tx, sharding).opt_state)(params)
-    step = jax.jit(make_step(task, tx, RATE), compiler_options=QUICK)
+    step = jax.jit(make_step(task, tx, RATE, micro), compiler_options=QUICK)
 
     def run(state: TrainState, n: int, packed: bool):
         batch = natural_batch(packed, n % (STEPS - 1))  # the last sees the first's batch
@@ -93,9 +93,9 @@ def flat(tree) -> list[np.ndarray]:
 
 
 @functools.cache
-def train(axes: tuple[int, int, int], ep: int) -> dict[bool, SimpleNamespace]:
-    """Five steps, of unpacked and of packed rows, by one compiled program."""
-    made = program(axes, ep)
+def train(axes: tuple[int, int, int], ep: int, micro: int = 1) -> dict[bool, SimpleNamespace]:
+    """Five steps, of unpacked and of packed rows, by one compiled program; `micro` micro-batches a step."""
+    made = program(axes, ep, micro)
 
     def run(packed: bool) -> SimpleNamespace:
         state, losses, grads = made.first, [], []
@@ -109,13 +109,14 @@ def train(axes: tuple[int, int, int], ep: int) -> dict[bool, SimpleNamespace]:
     return {packed: run(packed) for packed in (False, True)}
 
 
-MESHES = [((1, 1, 4), 1), ((1, 1, 3), 1), ((2, 1, 2), 1), ((2, 2, 2), 1), ((2, 2, 2), 4)]
+MESHES = [((1, 1, 4), 1, 1), ((1, 1, 3), 1, 1), ((2, 1, 2), 1, 2), ((2, 2, 2), 1, 1), ((2, 2, 2), 4, 1)]
+IDS = [f"dp{dp}-fsdp{fsdp}-cp{cp}-ep{ep}-micro{micro}" for (dp, fsdp, cp), ep, micro in MESHES]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
-@pytest.mark.parametrize(("axes", "ep"), MESHES, ids=["dp{}-fsdp{}-cp{}-ep{}".format(*axes, ep) for axes, ep in MESHES])
-def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, packed: bool):
-    one, other = train((1, 1, 1), 1)[packed], train(axes, ep)[packed]
+@pytest.mark.parametrize(("axes", "ep", "micro"), MESHES, ids=IDS)
+def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, micro: int, packed: bool):
+    one, other = train((1, 1, 1), 1)[packed], train(axes, ep, micro)[packed]
     for a, b in zip(one.losses, other.losses, strict=True):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), b, a)
     for a, b in zip(one.grads, other.grads, strict=True):

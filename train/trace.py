@@ -1,0 +1,66 @@
+"""--profile: a trace of some steps, in which is seen what metrics.jsonl cannot tell: kernels, copies, waiting."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import jax
+
+from zigzag_jax.train.errors import UserError
+
+FOLDER = "profile"
+
+
+def profile_steps(text: str | None) -> range:
+    """The steps, counted from 1, of --profile A:B (both traced) or N; UserError where it is neither.
+
+    >>> profile_steps("3:5"), profile_steps("7"), profile_steps(None)
+    (range(3, 6), range(7, 8), range(0, 0))
+    """
+    if text is None:
+        return range(0)
+    first, _, last = text.partition(":")
+    try:
+        steps = range(int(first), int(last or first) + 1)
+    except ValueError:
+        steps = range(0)
+    if not steps or steps.start < 1:
+        raise UserError("profile", "must be a step N or steps A:B, 1 <= A <= B", text)
+    return steps
+
+
+class Profile:
+    """Writes a trace of some steps (jax.profiler) to a folder; entered, it ends the trace however the run ends."""
+
+    def __init__(self, steps: range, run: Path | None, say: Callable[[str], None]) -> None:
+        """`run`: the run's folder; with None, in all processes but one, nothing is traced."""
+        self.steps, self.folder, self.say = steps, None if run is None else run / FOLDER, say
+        self._step: jax.profiler.StepTraceAnnotation | None = None  # of a step that is being traced
+
+    def before(self, step: int) -> None:
+        """Step number `step`, from 1, is about to begin."""
+        if self.folder is None or step not in self.steps:
+            return
+        if self._step is None:
+            jax.profiler.start_trace(self.folder)
+        self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
+        self._step.__enter__()
+
+    def after(self, step: int) -> None:
+        """It has finished."""
+        if self._step is not None:
+            self._step.__exit__(None, None, None)
+            if step + 1 not in self.steps:
+                self._stop()
+
+    def _stop(self) -> None:
+        self._step = None
+        jax.profiler.stop_trace()
+        self.say(f"trace written to {self.folder} (xprof or TensorBoard's profile plugin shows it)")
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._step is not None:
+            self._stop()
