@@ -5,6 +5,7 @@ joins the processes, for two that differ hang in their first common computation,
 process that is missing is not named by JAX.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -77,14 +78,18 @@ def _take_calls(port: int, me: dict[str, Any], end: float, timeout: int) -> Link
             server.settimeout(left)
             try:
                 peer, _ = server.accept()
+            except OSError:
+                continue  # nobody came in time
+            try:
                 peer.settimeout(min(left, 10.0))
                 it = json.loads(_read_line(peer))
                 process = int(it["process"])
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # late, or nobody of ours
+                peer.close()  # nobody of ours
+                continue
             if process in found:
-                answer: dict[str, Any] = {"user": ["hosts.process-id", "must be given to one process each", process]}
-                _tell({process: peer}, answer)
+                _tell({process: peer}, {"user": ["hosts.process-id", "must be given to one process each", process]})
+                peer.close()
                 continue
             found[process], lines[process] = it, peer
     hosts = [found[p]["host"] if p in found else "?" for p in range(size)]
@@ -99,27 +104,31 @@ def _take_calls(port: int, me: dict[str, Any], end: float, timeout: int) -> Link
 
 def _call(host: str, port: int, me: dict[str, Any], end: float, timeout: int) -> Link:
     while True:
+        peer = None
         try:
             peer = socket.create_connection((host, port), timeout=max(0.1, min(5.0, end - time.monotonic())))
-            peer.settimeout(
-                max(1.0, end - time.monotonic()) + 5.0
-            )  # process 0 waits as long for the others, then says so
+            peer.settimeout(max(1.0, end - time.monotonic()) + 5.0)  # process 0 waits as long for the others
             peer.sendall(json.dumps(me).encode() + b"\n")
             answer = json.loads(_read_line(peer))
             break
         except (OSError, ValueError) as error:
+            if peer is not None:
+                peer.close()
             if time.monotonic() > end:
                 text = f"process 0 did not answer at {host}:{port} within {timeout} s ({error or type(error).__name__})"
                 raise PeerError(text) from None
             time.sleep(0.2)
     if "hosts" not in answer:
+        peer.close()
         return _refuse({}, answer)
     return Link(me["process"], {0: peer}, answer["hosts"], patience(timeout))
 
 
 def _refuse(lines: Mapping[int, socket.socket], answer: dict[str, Any]) -> Link:
-    """Tell the others, and raise what they will raise."""
+    """Tell the others what they are to raise too, hang up, and raise it."""
     _tell(lines, answer)
+    for peer in lines.values():
+        peer.close()
     if "gone" in answer:
         raise PeerError(answer["gone"])
     raise UserError(*answer["user"])
@@ -127,10 +136,8 @@ def _refuse(lines: Mapping[int, socket.socket], answer: dict[str, Any]) -> Link:
 
 def _tell(lines: Mapping[int, socket.socket], answer: dict[str, Any]) -> None:
     for peer in lines.values():
-        try:
+        with contextlib.suppress(OSError):  # it died meanwhile; the wire will say so
             peer.sendall(json.dumps(answer).encode() + b"\n")
-        except OSError:
-            continue  # it died meanwhile; the wire will say so
 
 
 def _listener(port: int) -> socket.socket:

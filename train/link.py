@@ -13,6 +13,7 @@ Messages are JSON, one a line. To process 0: beat [step, doing], stop N, heard N
 stop N, agreed N, gone [process, why], behind TEXT, bye. Nothing here knows of JAX.
 """
 
+import contextlib
 import json
 import selectors
 import socket
@@ -23,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 _TICK = 1.0  # seconds between two beats
-_GRACE = 1.0  # seconds that process 0 stays to let the others hear why
+_GRACE = 1.0  # seconds that a process stays to let the others hear why it ends
 
 State = tuple[int, str]  # step, what is done in it
 
@@ -106,8 +107,10 @@ class Link:
             self._send_all(gone=[0, failed])
         else:
             self._send(0, failed=failed)
-        if self.process == 0 and failed is not None:
-            time.sleep(_GRACE)
+        for peer in list(self._peers.values()):
+            with contextlib.suppress(OSError):
+                peer.shutdown(socket.SHUT_WR)
+        self._thread.join(_GRACE)  # it goes on reading until the others have heard and hung up
 
     def __enter__(self) -> "Link":
         return self
@@ -123,6 +126,7 @@ class Link:
             if time.monotonic() >= due:
                 due = time.monotonic() + _TICK
                 self._beat()
+        self._selector.close()
 
     def _beat(self) -> None:
         self._states[self.process] = self._state
@@ -186,7 +190,9 @@ class Link:
 
     def _lose(self, p: int, why: str) -> None:
         self._drop(p)
-        if self.process == 0 and not self.closing:
+        if self.closing:
+            return
+        if self.process == 0:
             self._send_all(gone=[p, why])
         self._note(p, why)
 
