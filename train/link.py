@@ -104,7 +104,7 @@ class Link:
         if failed is None:
             self._send_all(bye=True)
         elif self.process == 0:
-            self._send_all(gone=[0, failed])
+            self._send_all(gone=[0, f"ended: {failed}"])
         else:
             self._send(0, failed=failed)
         for peer in list(self._peers.values()):

@@ -87,7 +87,8 @@ class Watchdog:
             if self.link.wait_for_gone(wait):
                 self._end(self._gone())
         self._done.set()
-        _catch_abort(None)
+        if self.link is not None:
+            _catch_abort(None)
 
     def _watch(self) -> None:
         last = time.monotonic()

@@ -163,12 +163,13 @@ def test_silence_counts_as_gone():
         assert found[0].gone[:2] == (1, "has not been heard of for 2 s")
 
 
-def test_why_a_process_ended_is_told():
+@pytest.mark.parametrize("failed", [0, 1])
+def test_why_a_process_ended_is_told(failed: int):
     with links(3) as found:
-        found[1].close("data: must exist")
+        found[failed].close("data: must exist")
         assert found[2].wait_for_gone(10)
         assert found[2].gone is not None
-        assert found[2].gone[:2] == (1, "ended: data: must exist")
+        assert found[2].gone[:2] == (failed, "ended: data: must exist")
 
 
 def test_a_good_bye_alarms_nobody():
