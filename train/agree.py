@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import zigzag_jax
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import PeerError, UserError
 from zigzag_jax.train.hosts import address
@@ -41,7 +40,8 @@ def facts(config: Config) -> Facts:
 def source_digest() -> str:
     """Digest of the installed Python files."""
     found = hashlib.sha256()
-    root = Path(zigzag_jax.__file__).parent
+    root = Path(__file__).parent.parent
+    assert root.name == "zigzag_jax"  # the package, not what a link in it stands for
     for folder in (root, root / "models", root / "train"):  # two of them are links in a checkout; rglob skips links
         for path in sorted(folder.rglob("*.py")):
             found.update(str(path.relative_to(folder)).encode() + path.read_bytes())

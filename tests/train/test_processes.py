@@ -106,6 +106,7 @@ def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: 
     group.wait_for(3)
     begin = time.monotonic()
     group.all[dead].kill()
+    group.all[dead].wait()
     code = group.all[1 - dead].wait(60)
     assert time.monotonic() - begin < 30
     assert code == 70, group.codes()
