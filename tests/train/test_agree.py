@@ -47,6 +47,7 @@ def links(size: int) -> Iterator[dict[int, Link]]:
 
 def cut(link: Link) -> None:
     """What the kernel does for a process that is killed."""
+    link.closing = True  # a dead process says nothing of what it sees
     for peer in list(link._peers.values()):
         peer.shutdown(socket.SHUT_RDWR)
 
