@@ -31,7 +31,9 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class HostsConfig:
-    """Several processes as one run; the same command on each, but for process_id."""
+    """Several processes as one run; the same command on each, but for process_id. Under srun, mpirun or a JobSet none
+    of these is needed (train/hosts.py).
+    """
 
     coordinator: str | None = None
     """ADDRESS:PORT of process 0."""
@@ -40,7 +42,9 @@ class HostsConfig:
     process_id: int = 0
     """Number of this process, 0 .. num_processes - 1."""
     timeout: int = 300
-    """Seconds to wait for the other processes at the start."""
+    """Seconds without a finished step, or without the others at the start, until a run ends with exit code 70; what
+    compiles has ten times that.
+    """
 
 
 @dataclass(frozen=True)

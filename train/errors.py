@@ -1,7 +1,8 @@
 """How a run ends: its exit codes, and the errors that end it with one line instead of a traceback."""
 
-# exit codes: finished, training cannot go on, a user's mistake, interrupted and saved, Ctrl-C twice
-DONE, FAILED, USER_ERROR, PREEMPTED, INTERRUPTED = 0, 1, 2, 75, 130
+# exit codes: finished, training cannot go on, a user's mistake, a peer is gone or a step hangs, interrupted and saved,
+# Ctrl-C twice
+DONE, FAILED, USER_ERROR, PEER_GONE, PREEMPTED, INTERRUPTED = 0, 1, 2, 70, 75, 130
 
 
 class UserError(ValueError):
@@ -14,3 +15,7 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """Training cannot go on; the command line prints `error: MESSAGE` and exits with 1."""
+
+
+class PeerError(RunError):
+    """A process of the run is not there; the command line prints `error: MESSAGE` and exits with 70."""

@@ -1,8 +1,12 @@
 """A run from its Config to its exit code: train, save, report; the same Config again resumes."""
 
+import dataclasses
 import math
+import os
 import shutil
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,22 +15,28 @@ from rich.console import Console
 from zigzag_jax.models.decode import write
 from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import copy_companions
+from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train import metrics, report
+from zigzag_jax.train.agree import call_roll, facts
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.display import Display
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import DONE, PREEMPTED, RunError, UserError
-from zigzag_jax.train.mesh import make_mesh, start_devices
+from zigzag_jax.train.hosts import find_hosts
+from zigzag_jax.train.link import Link
+from zigzag_jax.train.mesh import join, make_mesh, start_devices
 from zigzag_jax.train.metrics import MetricsLog
 from zigzag_jax.train.models import model_config, model_folder
 from zigzag_jax.train.observe import Observer
 from zigzag_jax.train.optim import schedule
+from zigzag_jax.train.replay import save_batch
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState, make_step
 from zigzag_jax.train.stop import StopRequest
 from zigzag_jax.train.trace import Profile, profile_steps
 from zigzag_jax.train.wandb_run import check_wandb, start_wandb
+from zigzag_jax.train.watchdog import PATIENT, Watchdog
 
 _PROMPT, _WRITTEN = 24, 72  # tokens of a prompt, tokens the model adds
 
@@ -35,17 +45,42 @@ def run(config: Config) -> int:
     """Train to --steps and report; returns the exit code. UserError for what a person can mend, else RunError."""
     check(config)
     check_wandb(config.wandb)
+    hosts, found = find_hosts(config.hosts, os.environ)
+    config = dataclasses.replace(config, hosts=hosts)
     sizes = model_config(config)
     if (source := model_folder(config)) is not None and source.resolve() == config.folder.resolve():
         raise UserError("out", "must be another folder than the model's", config.folder)
-    console = Console(soft_wrap=True, quiet=config.hosts.process_id != 0)
+    console = Console(soft_wrap=True, quiet=hosts.process_id != 0)
     say = lambda text: console.print(text, highlight=False, markup=False)
     use_cpu_without_gpu()
     if config.dry_run:
         describe(config, sizes, say)
         return DONE
     start_devices(config)
+    with ExitStack() as stack:
+        link = _join(config, found, stack, say)
+        watchdog = stack.enter_context(Watchdog(config.folder, config.hosts.timeout, link))
+        return _run(config, sizes, console, watchdog)
+
+
+def _join(config: Config, found: str, stack: ExitStack, say: Callable[[str], None]) -> Link | None:
+    """The wire to the other processes, where there are any."""
+    hosts = config.hosts
+    if hosts.num_processes == 1:
+        return None
+    say(f"process {hosts.process_id} of {hosts.num_processes}, coordinator {hosts.coordinator} (from {found})")
+    link = stack.enter_context(call_roll(config, facts(config)))
+    say(f"all processes are there and run the same: {', '.join(map(link.name, range(min(len(link.hosts), 16))))}")
+    join(hosts)
+    return link
+
+
+def _run(config: Config, sizes: ModelConfig, console: Console, watchdog: Watchdog) -> int:
+    """Train and report, with the devices there."""
+    say = lambda text: console.print(text, highlight=False, markup=False)
+    source = model_folder(config)
     mesh = make_mesh(config)
+    watchdog.on(mesh)
     try:
         config.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,13 +103,14 @@ def run(config: Config) -> int:
         log.header(devices=mesh.size, mesh=dict(mesh.shape), resumed_from=first or None)
         step = first
         if first < config.steps:
-            with Display(config.steps, first, console) as display, StopRequest(display.say) as stop:
+            with Display(config.steps, first, console) as display, StopRequest(display.say, watchdog.link) as stop:
                 profile = stack.enter_context(Profile(profile_steps(config.profile), mine, display.say))
                 observer = Observer(this.sizes, this.batches, mesh, profile)
-                step, state = _train(this, checkpoints, log, display, stop, observer, (first, state))
+                step, state = _train(this, checkpoints, log, display, stop, watchdog, observer, (first, state))
             if step < config.steps:
                 say(f"{stop.asked}: saved after step {step}. The same command again resumes there.")
                 return PREEMPTED
+        watchdog.doing(step, "writing the report after step", PATIENT)
         _report(this, step, state, log)
     return DONE
 
@@ -91,7 +127,8 @@ def _say_where(this: Run, first: int) -> None:
 
 
 def _train(
-    this: Run, checkpoints: Checkpoints, log: MetricsLog, display: Display, stop: StopRequest, observer: Observer,
+    this: Run, checkpoints: Checkpoints, log: MetricsLog, display: Display, stop: StopRequest, watchdog: Watchdog,
+    observer: Observer,
     begin: tuple[int, TrainState],
 ) -> tuple[int, TrainState]:  # fmt: skip
     """Steps up to --steps, or until a stop is asked for; (last finished step, state), saved."""
@@ -99,15 +136,18 @@ def _train(
     train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate, config.accumulate), donate_argnums=0)
     rate = schedule(config.optim, config.steps)
     while step < config.steps:
+        times = PATIENT if step == begin[0] else 1
+        watchdog.doing(step + 1, "reading the batch of step", times)
         observer.begin(step + 1)
         batch = this.batches.at(step)
         observer.timer.data_ready()
+        watchdog.doing(step + 1, "computing step", times)
         state, result = train_step(state, batch)
         result = jax.device_get(result)  # waits: hundreds of steps in flight at once can hang CPU devices
         observer.finished(step + 1)
         learning_rate = float(jax.device_get(rate(step)))
         step += 1
-        _check_finite(step, result, checkpoints.latest())
+        _check_finite(step, result, checkpoints.latest(), partial(save_batch, config.folder, step, batch))
         losses = result.losses
         seen = observer.values(step, float(losses.tokens))
         seen |= {"z_loss": float(losses.z_loss)} if config.optim.z_loss else {}
@@ -116,12 +156,14 @@ def _train(
             learning_rate=learning_rate, expert_load=_uneven(losses.load), **seen,
         )  # fmt: skip
         display.step(step, float(losses.loss), seen["tokens_per_second"])
-        stopping = stop.asked is not None and step < config.steps
+        stopping = stop.after(step) and step < config.steps
+        watchdog.doing(step, "saving after step", PATIENT)
         if step % config.save_every == 0 or step == config.steps or stopping:
             checkpoints.save(step, state, this.identity, this.config_json)
         if stopping:
             break
         if step % config.eval_every == 0 and step < config.steps:
+            watchdog.doing(step, "evaluating after step", PATIENT)
             loss = this.held_out.loss(this.losses, state.params)
             log.step(step, eval_loss=loss)
             display.say(f"step {step}: held-out loss {loss:.4f}")
@@ -135,11 +177,11 @@ def _uneven(load: np.ndarray) -> float:
     return float(np.max(load / np.maximum(even, 1.0), initial=1.0 if load.size == 0 else 0.0))
 
 
-def _check_finite(step: int, result: StepMetrics, saved: int | None) -> None:
+def _check_finite(step: int, result: StepMetrics, saved: int | None, keep: Callable[[], str]) -> None:
     for name, value in (("loss", result.losses.loss), ("gradient norm", result.grad_norm)):
         if not math.isfinite(value):
             kept = "no checkpoint was written" if saved is None else f"the newest checkpoint, of step {saved}, is whole"
-            raise RunError(f"step {step}: the {name} is {float(value)}, training stops; {kept}")
+            raise RunError(f"step {step}: the {name} is {float(value)}, training stops; {kept}; {keep()}")
 
 
 def _report(this: Run, step: int, state: TrainState, log: MetricsLog) -> None:

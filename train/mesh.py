@@ -16,6 +16,8 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, expert_rules
 from zigzag_jax.train.config import Config, HostsConfig, MeshConfig, expert_axes
 from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.hosts import local_devices
+from zigzag_jax.train.link import patience
 
 AXES = ("dp", "fsdp", "cp")
 ROWS = ("dp", "fsdp")  # mesh axes that cut the rows of a batch
@@ -32,7 +34,7 @@ def mesh_shape(config: MeshConfig, devices: int | None = None) -> tuple[int, int
 
 
 def start_devices(config: Config) -> None:
-    """Make the CPU pose as enough devices and join the other processes. Before any JAX computation."""
+    """Make the CPU pose as enough devices. Before any JAX computation, and before `join`."""
     hosts = config.hosts
     if on_cpu():
         size = math.prod(mesh_shape(config.mesh))
@@ -41,16 +43,19 @@ def start_devices(config: Config) -> None:
         jax.config.update("jax_num_cpu_devices", config.cpu_devices or size // hosts.num_processes)
     elif config.cpu_devices is not None:
         raise UserError("cpu-devices", "needs a run on the CPU (JAX_PLATFORMS=cpu)", config.cpu_devices)
-    if hosts.num_processes > 1:
-        _join(hosts)
 
 
-def _join(hosts: HostsConfig) -> None:
+def join(hosts: HostsConfig) -> None:
+    """Make the devices of all processes one set; the wire (link.py) already stands, so all are there."""
     if on_cpu():
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # its notices come from a thread, at no common step
     jax.distributed.initialize(
-        hosts.coordinator, hosts.num_processes, hosts.process_id, initialization_timeout=hosts.timeout
-    )
+        hosts.coordinator, hosts.num_processes, hosts.process_id, local_devices(os.environ),
+        cluster_detection_method="deactivate", initialization_timeout=hosts.timeout,
+        # the wire notices first and says it better; this is for what it cannot see
+        heartbeat_timeout_seconds=int(100 + patience(hosts.timeout)), shutdown_timeout_seconds=hosts.timeout,
+    )  # fmt: skip
 
 
 def make_mesh(config: Config) -> Mesh:

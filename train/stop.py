@@ -1,9 +1,15 @@
-"""Ctrl-C and SIGTERM ask a run to stop: it finishes its step, saves, and says so. Ctrl-C after that stops at once."""
+"""Ctrl-C and SIGTERM ask a run to stop: it finishes its step, saves, and says so. Ctrl-C after that stops at once.
+
+Of several processes any may get the signal, and all stop after the same step: saving needs all of them. The one that
+got it says so between two steps (`StopRequest.after`), and they stop after the next.
+"""
 
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
+
+from zigzag_jax.train.link import Link
 
 
 class StopRequest:
@@ -11,9 +17,9 @@ class StopRequest:
 
     _signals = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], link: Link | None = None) -> None:
         self.asked: str | None = None
-        self._say = say
+        self._say, self._link = say, link
         self._before: list[Any] = []
 
     def __enter__(self) -> "StopRequest":
@@ -23,6 +29,16 @@ class StopRequest:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in zip(self._signals, self._before, strict=True):
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def after(self, step: int) -> bool:
+        """Whether to stop now, `step` being finished; a stop that is asked for here comes after the next in all."""
+        if self._link is None:
+            return self.asked is not None
+        if self.asked is not None and self._link.stop_at is None:
+            self._link.stop_after(step + 1)
+        if self.asked is None and self._link.stop_at is not None:
+            self.asked = "a signal to another process"
+        return self._link.stop_at == step
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None and number == signal.SIGINT:

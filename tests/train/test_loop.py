@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from zigzag_jax.train import __main__ as command_line
-from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.errors import PeerError, RunError, UserError
 from zigzag_jax.train.loop import _check_finite, _uneven
 from zigzag_jax.train.report import HeldOut
 from zigzag_jax.train.task import Losses
@@ -19,8 +19,8 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: fl
     result = SimpleNamespace(
         losses=Losses(jnp.float32(loss), zero, jnp.float32(1), jnp.zeros((0, 1)), zero), grad_norm=np.float32(norm)
     )
-    with pytest.raises(RunError, match=r"^step 7: the .* is (nan|inf), .* of step 5"):
-        _check_finite(7, result, 5)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match=r"^step 7: the .* is (nan|inf), .* of step 5, is whole; its batch is there"):
+        _check_finite(7, result, 5, lambda: "its batch is there")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,7 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: fl
     [
         (UserError("batch", "must be even", 3), 2, "error: batch: must be even, got 3"),
         (RunError("step 1: no"), 1, "error: step 1: no"),
+        (PeerError("process 1 did not come"), 70, "error: process 1 did not come"),
         (KeyboardInterrupt(), 130, "interrupted; the same command again goes on"),
     ],
 )

@@ -1,0 +1,141 @@
+"""Real processes over gloo: the same weights as one, one killed, one told to stop, one that differs."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zigzag_jax.models.hf.checkpoint import Parameters
+
+FLAGS = ["--seq-len", "32", "--batch", "2", "--save-every", "2", "--mesh.cp", "4", "--hosts.timeout", "60"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "a.txt").write_text("".join(f"Line {n}: home after {n % 7} hops.\n" for n in range(2000)))
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+class Group:
+    """Processes of one run."""
+
+    def __init__(self, place: Path, out: Path, size: int, steps: int, *more: tuple[str, ...]):
+        self.out = out
+        port = free_port()
+        for i in range(size):
+            command = [sys.executable, "-m", "zigzag_jax.train", "--data", str(place / "a.txt"), "--out", str(out)]
+            command += [*FLAGS, "--steps", str(steps), *(more[i] if i < len(more) else ())]
+            if size > 1:
+                command += ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num-processes", str(size)]
+                command += ["--hosts.process-id", str(i)]
+            env = os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
+            with (place / f"{out.name}-{i}.err").open("w") as error:
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, env=env)
+            self.all = [*getattr(self, "all", []), process]
+        self.errors = [place / f"{out.name}-{i}.err" for i in range(size)]
+
+    def codes(self, seconds: float = 400) -> list[int]:
+        try:
+            return [process.wait(seconds) for process in self.all]
+        finally:
+            for process in self.all:
+                process.kill()
+
+    def last(self, i: int) -> str:
+        return (self.errors[i].read_text().strip().splitlines() or [""])[-1]
+
+    def wait_for(self, step: int, seconds: float = 400) -> None:
+        end = time.monotonic() + seconds
+        while max(losses(self.out), default=0) < step:
+            assert time.monotonic() < end
+            assert all(p.poll() is None for p in self.all), [path.read_text() for path in self.errors]
+            time.sleep(0.02)
+
+
+def losses(out: Path) -> dict[int, float]:
+    if not (out / "metrics.jsonl").exists():
+        return {}
+    lines = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines(keepends=True) if x.endswith("\n")]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def saved(out: Path) -> list[int]:
+    return sorted(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+def test_processes_that_differ_say_so(place: Path, tmp_path: Path):
+    group = Group(place, tmp_path / "differ", 2, 3, (), ("--seed", "1"))
+    assert group.codes() == [2, 2]
+    for i in range(2):
+        assert group.last(i).startswith("error: seed: must be the same in all processes, 0 in process 0 (")
+        assert ", got 1 in process 1 (" in group.last(i)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_as_one_process(place: Path, tmp_path: Path, size: int):
+    one, several = tmp_path / "one", tmp_path / f"of{size}"
+    assert Group(place, one, 1, 4).codes() == [0]
+    assert Group(place, several, size, 4).codes() == [0] * size
+    assert losses(several) == pytest.approx(losses(one), rel=1e-5)
+    want, got = Parameters(one / "checkpoints" / "4"), Parameters(several / "checkpoints" / "4")
+    assert list(want) == list(got)
+    for name in want:
+        np.testing.assert_allclose(got[name][:], want[name][:], rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [1, 0])
+def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: Path, dead: int):
+    out = tmp_path / f"dead{dead}"
+    group = Group(place, out, 2, 4000)
+    group.wait_for(3)
+    begin = time.monotonic()
+    group.all[dead].kill()
+    group.all[dead].wait()
+    code = group.all[1 - dead].wait(60)
+    assert time.monotonic() - begin < 30
+    assert code == 70, group.codes()
+    last = group.last(1 - dead)
+    assert last.startswith("error: step ")
+    assert f", mesh axis cp: process {dead} (" in last
+    assert "is gone" in last
+    assert f"the newest checkpoint is of step {saved(out)[-1]}" in last
+    steps = saved(out)[-1] + 1
+    assert Group(place, out, 2, steps).codes() == [0, 0]
+    assert saved(out)[-1] == steps
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_after_the_same_step(place: Path, tmp_path: Path):
+    group = Group(place, tmp_path / "term", 2, 4000)
+    group.wait_for(3)
+    group.all[1].send_signal(signal.SIGTERM)
+    assert group.codes(120) == [75, 75], [path.read_text() for path in group.errors]
+    assert saved(group.out)[-1] == max(losses(group.out))
+
+
+@pytest.mark.slow
+def test_one_that_is_frozen_is_named(place: Path, tmp_path: Path):
+    group = Group(place, tmp_path / "frozen", 2, 4000)
+    group.wait_for(2)
+    group.all[1].send_signal(signal.SIGSTOP)
+    assert group.all[0].wait(120) == 70
+    assert "process 1 (" in group.last(0)
+    assert "has not been heard of for 30 s" in group.last(0)
+    group.all[1].kill()
+    group.codes()

@@ -1,0 +1,95 @@
+"""A hang and a lost peer end in one line that names step, axis and process; a run that goes on is left alone."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from zigzag_jax.train.watchdog import Watchdog, axes_between, newest
+
+TWO_HOSTS = np.array([[[0, 0], [1, 1]], [[2, 2], [3, 3]]])  # dp 2, fsdp 2, cp 2
+
+
+@pytest.mark.parametrize(
+    ("mine", "other", "want"),
+    [(0, 1, ["fsdp"]), (0, 2, ["dp"]), (0, 3, ["dp", "fsdp"]), (3, None, ["dp", "fsdp"]), (1, 0, ["fsdp"])],
+)
+def test_axes_between(mine: int, other: int | None, want: list[str]):
+    assert axes_between(TWO_HOSTS, ("dp", "fsdp", "cp"), mine, other) == want
+
+
+def test_one_process_has_no_axis():
+    assert axes_between(np.zeros((1, 1, 4), int), ("dp", "fsdp", "cp"), 0) == []
+
+
+class Left(list[int]):
+    """Takes the exit code instead of leaving, and waits for the test to end."""
+
+    def __call__(self, code: int) -> None:
+        self.append(code)
+        time.sleep(0.1)
+
+
+def test_a_hang_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    (tmp_path / "checkpoints" / "6").mkdir(parents=True)
+    left = Left()
+    with Watchdog(tmp_path, 1, None, leave=left) as dog:
+        dog.on(jax.make_mesh((2,), ("cp",), devices=jax.devices()[:2]))
+        dog.doing(8, "computing step")
+        for _ in range(600):
+            if left:
+                break
+            time.sleep(0.05)
+    assert left == [70]
+    text = capfd.readouterr().err
+    last = text.strip().splitlines()[-1]
+    assert last.startswith("error: step 8: process 0 has been computing step 8 for 1 s")
+    assert "the newest checkpoint is of step 6" in last
+    assert "test_a_hang_is_named" in (tmp_path / "stacks-process-0.txt").read_text()
+
+
+def test_steps_that_finish_and_what_may_compile_are_left_alone(tmp_path: Path):
+    left = Left()
+    with Watchdog(tmp_path, 1, None, leave=left) as dog:
+        dog.doing(1, "computing step", 10)
+        time.sleep(1.8)
+        for step in range(2, 6):
+            dog.doing(step, "computing step")
+            time.sleep(0.4)
+    assert left == []
+
+
+def test_newest(tmp_path: Path):
+    assert newest(tmp_path) == "there is no checkpoint yet"
+    for name in ("3", "12", "9.corrupt", "12.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest(tmp_path) == "the newest checkpoint is of step 12"
+
+
+ABORT = """
+import os, socket, sys, threading, time
+from pathlib import Path
+from zigzag_jax.train.link import Link
+from zigzag_jax.train.watchdog import Watchdog
+mine, other = socket.socketpair()
+link = Link(1, {0: mine}, ["a", "b"], 10.0)
+with Watchdog(Path(sys.argv[1]), 100, link) as dog:
+    dog.doing(3, "computing step")
+    if sys.argv[2] == "gone":
+        threading.Timer(0.3, other.close).start()
+    os.abort()
+"""
+
+
+@pytest.mark.parametrize(("why", "code"), [("gone", 70), ("else", -6)])
+def test_abort_has_our_last_word_only_where_a_peer_is_gone(tmp_path: Path, why: str, code: int):
+    done = subprocess.run(
+        [sys.executable, "-c", ABORT, str(tmp_path), why], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    assert last.startswith("error: step 3: process 0 (a) is gone, as process 1 (b) sees it") == (why == "gone")
