@@ -84,12 +84,12 @@ def hop_bytes(rows: int, latent: int, rope: int, heads: int, dim: int, out_dim: 
 
 
 def choose_payload(cp: int, rows: int, length: int, sizes: tuple[int, int, int, int, int], itemsize: int, *,
-                   link: float = 300e9, flops: float = 500e12) -> Payload:  # fmt: skip
+                   link: float = 200e9, flops: float = 650e12) -> Payload:  # fmt: skip
     """The form that costs less: "expanded" where its hop flies under one step's kernel all the same.
 
     cp, rows (batch times local length), length (local), sizes = (latent, rope, heads, dim, out_dim). link: bytes a
-    second of one direction between neighbours (300e9: NVLink as NCCL reaches it; 50e9: one 400 Gb/s port). flops: what
-    the attention kernel does a second.
+    second of one direction between neighbours (200e9: a hop of 17 MB through NCCL between two H200 on NVLink; 50e9: one
+    400 Gb/s port). flops: what the attention kernel does a second (650e12: MLA's forward on an H100).
 
     >>> lite = (512, 64, 16, 192, 128)
     >>> choose_payload(4, 8192, 8192, lite, 2), choose_payload(4, 8192, 8192, lite, 2, link=50e9)
