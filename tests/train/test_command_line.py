@@ -103,6 +103,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path,
     assert losses(tmp_path) == losses(calm[0])
 
 
+@pytest.mark.slow
 def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     """One run that uses all of it, and writes every number."""
     flags = ["--optim.name", "muon", "--optim.schedule", "wsd", "--optim.warmup", "0", "--optim.z-loss", "1e-4"]
