@@ -29,7 +29,7 @@ lint: setup
 	.venv/bin/pyright
 
 test: lint $(if $(ARGS),,schedule)
-	JAX_PLATFORMS=cpu $(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not aot" $(or $(ARGS),$(LONGEST_FIRST))
+	JAX_PLATFORMS=cpu $(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),$(LONGEST_FIRST))
 
 # The CUDA compiler exists for Linux only.
 schedule: $(if $(filter Linux,$(shell uname -s)),.venv-aot/.ready)

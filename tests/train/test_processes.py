@@ -85,7 +85,7 @@ def test_processes_that_differ_say_so(place: Path, tmp_path: Path):
         assert ", got 1 in process 1 (" in group.last(i)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("size", [2, 4])
 def test_as_one_process(place: Path, tmp_path: Path, size: int):
     one, several = tmp_path / "one", tmp_path / f"of{size}"
@@ -98,7 +98,7 @@ def test_as_one_process(place: Path, tmp_path: Path, size: int):
         np.testing.assert_allclose(got[name][:], want[name][:], rtol=0, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("dead", [1, 0])
 def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: Path, dead: int):
     out = tmp_path / f"dead{dead}"
@@ -120,7 +120,7 @@ def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: 
     assert saved(out)[-1] == steps
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_a_signal_to_one_stops_all_after_the_same_step(place: Path, tmp_path: Path):
     group = Group(place, tmp_path / "term", 2, 4000)
     group.wait_for(3)
@@ -129,7 +129,7 @@ def test_a_signal_to_one_stops_all_after_the_same_step(place: Path, tmp_path: Pa
     assert saved(group.out)[-1] == max(losses(group.out))
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_one_that_is_frozen_is_named(place: Path, tmp_path: Path):
     group = Group(place, tmp_path / "frozen", 2, 4000)
     group.wait_for(2)
