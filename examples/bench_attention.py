@@ -15,11 +15,9 @@ and dv, as FlashAttention's backward does.
 """
 
 import argparse
-import datetime
 import functools
 import importlib.util
 import json
-import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +31,7 @@ from bench_common import (
     Heads,
     Inputs,
     documents,
+    facts,
     flops,
     pairs,
     shapes,
@@ -225,15 +224,10 @@ def contestants(args, x: Inputs) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result falls short of the bars or nothing could be checked."""
     args = parse(argv)
-    facts = {
-        "command": shlex.join(["python", "examples/bench_attention.py", *(sys.argv[1:] if argv is None else argv)]),
-        "card": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+    run = facts("bench_attention.py", argv)
     local = args.tokens // args.cp
-    print(f"    {facts['command']}\n")
-    print(f"{facts['card']}, jax {jax.__version__}, {facts['date']}; {local} tokens a rank, {args.dtype}.")
+    print(f"    {run['command']}\n")
+    print(f"{run['card']}, jax {jax.__version__}, {run['date']}; {local} tokens a rank, {args.dtype}.")
     clock = Clock(1, 1, 0.0, 256) if args.quick else Clock(5, 10, 0.3, 8192)
     results, failed = {}, False
     for model in args.models:
@@ -251,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
         checked = results[f"{model} check"]
         failed |= not checked or any(row["verdict"] != "ok" for row in checked)
     if args.json:
-        args.json.write_text(json.dumps({**facts, "results": results}, indent=1))
+        args.json.write_text(json.dumps({**run, "results": results}, indent=1))
     return int(failed)
 
 

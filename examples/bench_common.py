@@ -1,10 +1,13 @@
 """What bench_attention.py counts, compares with and takes times by; nothing here calls a kernel."""
 
+import datetime
 import functools
 import math
+import shlex
 import statistics
+import sys
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,16 @@ import numpy as np
 
 from zigzag_jax.layout import CHUNKS, Layout, global_positions
 from zigzag_jax.ranges import KeyRange, key_range, row_bounds, visible_bounds
+
+
+def facts(script: str, argv: list[str] | None) -> dict[str, Any]:
+    """What a benchmark's numbers are worth nothing without: the command, the card, the version, the day."""
+    return {
+        "command": shlex.join(["python", f"examples/{script}", *(sys.argv[1:] if argv is None else argv)]),
+        "card": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 class Heads(NamedTuple):

@@ -14,11 +14,9 @@ installed beside the GPU, runs in a process of its own right after.
 """
 
 import argparse
-import datetime
 import functools
 import importlib.util
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_common import Clock, relative, table
+from bench_common import Clock, facts, relative, table
 
 from zigzag_jax.kernels import GROUPED, grouped_implementation, grouped_matmul
 
@@ -197,13 +195,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result falls short of the bar or an implementation cannot."""
     args = parse(argv)
-    facts = {
-        "command": shlex.join(["python", "examples/bench_experts.py", *(sys.argv[1:] if argv is None else argv)]),
-        "card": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-    print(f"    {facts['command']}\n\n{facts['card']}, jax {facts['jax']}, {facts['date']}; {args.dtype}.")
+    run = facts("bench_experts.py", argv)
+    print(f"    {run['command']}\n\n{run['card']}, jax {run['jax']}, {run['date']}; {args.dtype}.")
     clock = Clock(1, 1, 0.0, 256) if args.quick else Clock(5, 10, 0.3, 8192)
     results, failed = {}, False
     for title in args.shapes:
@@ -224,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"\n{table(rows)}", flush=True)
         failed |= any(row["verdict"] != "ok" for row in checked)
     if args.json:
-        args.json.write_text(json.dumps({**facts, "results": results}, indent=1))
+        args.json.write_text(json.dumps({**run, "results": results}, indent=1))
     return int(failed)
 
 

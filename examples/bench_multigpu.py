@@ -16,11 +16,9 @@ and NCCL are the environment's: run it again under others and compare.
 
 import argparse
 import concurrent.futures
-import datetime
 import functools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import read_trace
-from bench_common import MODELS, Clock, Heads, Inputs, documents, relative, table
+from bench_common import MODELS, Clock, Heads, Inputs, documents, facts, relative, table
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -252,14 +250,11 @@ def main(argv: list[str] | None = None) -> int:
     if not 1 < devices <= len(jax.devices()):
         print(f"error: --devices: must be 2 to {len(jax.devices())} (what there is), got {devices}", file=sys.stderr)
         return 2
-    facts = {
-        "command": shlex.join(["python", "examples/bench_multigpu.py", *(sys.argv[1:] if argv is None else argv)]),
+    run = facts("bench_multigpu.py", argv) | {
         "cards": f"{devices} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
         "environment": {n: os.environ[n] for n in sorted(os.environ) if n.startswith("NCCL_") or n == "XLA_FLAGS"},
     }
-    print(f"    {facts['command']}\n\n{facts['cards']}, jax {facts['jax']}, {facts['date']}; {facts['environment']}")
+    print(f"    {run['command']}\n\n{run['cards']}, jax {run['jax']}, {run['date']}; {run['environment']}")
     models = {name: MODELS[name].smaller() if args.quick else MODELS[name] for name in ("qwen", "mla")}
     bench = Bench(
         devices,
@@ -276,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
         results[part] = rows = PARTS[part](bench)
         print(f"\n{part}: {PARTS[part].__doc__}\n\n{table(rows) if rows else 'Nothing here can run it.'}", flush=True)
         if args.out:
-            (args.out / "numbers.json").write_text(json.dumps({**facts, "results": results}, indent=1))
+            (args.out / "numbers.json").write_text(json.dumps({**run, "results": results}, indent=1))
     return int(any(row["verdict"] != "ok" for row in results.get("check", [])))
 
 

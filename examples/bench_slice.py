@@ -12,9 +12,7 @@ that of both: --only step for its own. --profile says which kernels a step's tim
 
 import argparse
 import dataclasses
-import datetime
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -25,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import read_trace
+from bench_common import facts
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -102,12 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     batch = random_batch(config.vocab_size, args.tokens, mesh)
     params = init_state(make, sharding, jax.random.key(0))[1]
     flops, count = training_flops(config, args.tokens), sum(x.size for x in jax.tree.leaves(shapes))
-    facts = {
-        "command": shlex.join(["python", "examples/bench_slice.py", *(sys.argv[1:] if argv is None else argv)]),
-        "card": jax.devices()[0].device_kind, "jax": jax.__version__, "date": datetime.date.today().isoformat(),
-        "parameters": count, "training TFLOP": flops / 1e12,
-    }  # fmt: skip
-    print(f"    {facts['command']}\n\n{facts['card']}, jax {facts['jax']}, {facts['date']}")
+    run = facts("bench_slice.py", argv) | {"parameters": count, "training TFLOP": flops / 1e12}
+    print(f"    {run['command']}\n\n{run['card']}, jax {run['jax']}, {run['date']}")
     print(f"{args.layers} layers of {args.model}: {count / 1e9:.2f} B parameters, {flops / 1e12:.1f} TFLOP a step")
     samples, rest = (1, 0.0) if args.quick else (7, 0.3)
     results = {}
@@ -148,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"trace of one step in {args.profile}; kernels by their time:")
             print(read_trace.busiest([e for events in read_trace.read(args.profile).values() for e in events]))
     if args.json:
-        args.json.write_text(json.dumps({**facts, "results": results}, indent=1))
+        args.json.write_text(json.dumps({**run, "results": results}, indent=1))
     return int(not all(np.isfinite(row["loss"]) for row in results.values()))
 
 

@@ -152,24 +152,28 @@ class _Routing(NamedTuple):
 
 
 def exchanged_experts(
-    plan: Exchange, specs: Experts, x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: Experts
-) -> jax.Array:
+    plan: Exchange, specs: Experts, x: jax.Array, experts: jax.Array, weights: jax.Array, sizes: jax.Array,
+    matrices: Experts,
+) -> jax.Array:  # fmt: skip
     """Tokens x [T, d] through their experts [T, k] on other devices, added by weights [T, k]: [T, d]. In a shard_map.
 
-    `matrices` are this device's float32 pieces, cut as `specs` say: the experts over plan.axes; what is cut over other
-    axes is gathered here.
+    sizes int32 [E]: how many of this device's pairs chose each expert. `matrices` are this device's float32 pieces, cut
+    as `specs` say: the experts over plan.axes; what is cut over other axes is gathered here.
     """
-    routing = _route(plan, experts, matrices.gate.shape[0])
+    routing = _route(plan, experts, sizes)
     rest = Experts(*(P(None, *spec[1:]) for spec in specs))
     return _exchanged(plan, rest, routing, x, weights.astype(jnp.float32), matrices)
 
 
-def _route(plan: Exchange, experts: jax.Array, own: int) -> _Routing:
-    """`own` is E / n."""
-    choice, count = experts.reshape(-1), plan.devices * own
-    pair = jnp.argsort(choice, stable=True).astype(jnp.int32)
-    inverse = jnp.zeros_like(pair).at[pair].set(jnp.arange(pair.size, dtype=jnp.int32), unique_indices=True)
-    sizes = jnp.sum(choice[:, None] == jnp.arange(count)[None], axis=0, dtype=jnp.int32)
+def sort_pairs(experts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Pairs (token, choice) of experts [T, k] sorted by expert, as token * k + choice, and the inverse: int32 [N]."""
+    pair = jnp.argsort(experts.reshape(-1), stable=True).astype(jnp.int32)
+    return pair, jnp.zeros_like(pair).at[pair].set(jnp.arange(pair.size, dtype=jnp.int32), unique_indices=True)
+
+
+def _route(plan: Exchange, experts: jax.Array, sizes: jax.Array) -> _Routing:
+    choice, own = experts.reshape(-1), sizes.size // plan.devices
+    pair, inverse = sort_pairs(experts)
     sizes = lax.all_gather(sizes, plan.axes).reshape(plan.devices, plan.devices, own)  # from, to, expert
     me, ranges = lax.axis_index(plan.axes), jnp.sum(sizes, axis=2, dtype=jnp.int32)
     begin = jnp.cumsum(ranges[me]) - ranges[me]

@@ -37,6 +37,7 @@ from zigzag_jax.models.exchange import (
     block_rows,
     exchanged_experts,
     gather_gate_up,
+    sort_pairs,
     swiglu,
     weighted,
 )
@@ -121,7 +122,7 @@ class MoE(nnx.Module):
         return run(x, real, weights, extras)
 
     def _experts(self, specs, tokens: tuple[int, ...]):
-        """What a device does with its tokens [T, d], Routes and pieces of the matrices."""
+        """What a device does with its tokens [T, d], Routes, their counts [E] and pieces of the matrices."""
         sharding, implementation = self.sharding, self.options.implementation
         pieces = Experts(*specs[1:])
         if not (axes := sharding.expert_axes):
@@ -132,7 +133,9 @@ class MoE(nnx.Module):
         own = math.prod(tokens) // math.prod(sharding.mesh.shape[axis] for axis in cut)
         rows = self.options.exchange_rows or block_rows(own * self.router.top_k, devices)
         plan = Exchange(axes, sharding.mesh.axis_names, devices, rows, implementation)
-        return lambda x, routes, matrices: exchanged_experts(plan, pieces, x, routes.experts, routes.weights, matrices)
+        return lambda x, routes, sizes, matrices: exchanged_experts(
+            plan, pieces, x, routes.experts, routes.weights, sizes, matrices
+        )
 
 
 def _local_moe(x, real, weights, extras, *, router: Router, experts, specs, axes) -> tuple[jax.Array, LayerStats]:
@@ -151,17 +154,14 @@ def _local_moe(x, real, weights, extras, *, router: Router, experts, specs, axes
         counts, probs = lax.psum((counts.astype(jnp.float32), probs), axes)
         stats = LayerStats(counts, probs, routes.experts.reshape(*shape[:2], -1))
     with jax.named_scope("experts"):
-        y = experts(x, routes, Experts(*weights[1:]))
+        y = experts(x, routes, jnp.sum(taken, axis=0, dtype=jnp.int32), Experts(*weights[1:]))
     return y.reshape(shape), stats
 
 
-def _all_experts(matmul, specs: Experts, x: jax.Array, routes: Routes, matrices: Experts) -> jax.Array:
+def _all_experts(matmul, specs: Experts, x: jax.Array, routes: Routes, sizes, matrices: Experts) -> jax.Array:
     """Tokens [T, d] through their experts, all of which are gathered here."""
     gate_up, down = gather_gate_up(specs, matrices, x.dtype), gather(matrices.down, specs.down, x.dtype)
-    choice = routes.experts.reshape(-1)
-    sizes = jnp.sum(choice[:, None] == jnp.arange(down.shape[0])[None], axis=0, dtype=jnp.int32)
-    order = jnp.argsort(choice, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
+    order, inverse = sort_pairs(routes.experts)
     inner = swiglu(matmul(_dispatch(x, order, inverse), gate_up, sizes))
     scale = _permuted(routes.weights.astype(jnp.float32).reshape(-1, 1), order, inverse)
     pairs = _permuted(matmul(weighted(inner, scale), down, sizes), inverse, order)

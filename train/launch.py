@@ -21,7 +21,7 @@ from types import FrameType
 import tyro
 
 from zigzag_jax.models.devices import has_gpu
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import USER_ERROR, UserError
 
 _GRACE = 60.0  # seconds; the longest silence after which a process calls another gone
 
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lines = commands(config, flags, port)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2
+        return USER_ERROR
     processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:

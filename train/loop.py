@@ -60,7 +60,7 @@ def run(config: Config) -> int:
     with ExitStack() as stack:
         link = _join(config, found, stack, say)
         watchdog = stack.enter_context(Watchdog(config.folder, config.hosts.timeout, link))
-        return _run(config, sizes, console, watchdog)
+        return _run(config, sizes, console, say, watchdog)
 
 
 def _join(config: Config, found: str, stack: ExitStack, say: Callable[[str], None]) -> Link | None:
@@ -75,9 +75,8 @@ def _join(config: Config, found: str, stack: ExitStack, say: Callable[[str], Non
     return link
 
 
-def _run(config: Config, sizes: ModelConfig, console: Console, watchdog: Watchdog) -> int:
+def _run(config: Config, sizes: ModelConfig, console: Console, say: Callable[[str], None], watchdog: Watchdog) -> int:
     """Train and report, with the devices there."""
-    say = lambda text: console.print(text, highlight=False, markup=False)
     source = model_folder(config)
     mesh = make_mesh(config)
     watchdog.on(mesh)

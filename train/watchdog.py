@@ -134,7 +134,7 @@ class Watchdog:
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # another thread is at it
         if self.link is not None:
-            self.link.close(f"{why}")
+            self.link.close(why)
         stacks = self.folder / f"stacks-process-{self.process}.txt"
         try:
             with stacks.open("w") as file:

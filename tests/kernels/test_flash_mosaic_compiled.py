@@ -9,7 +9,6 @@ where STACK says so. The waits for wgmma are counted in the PTX: those that the 
 import re
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import pytest
 from h100 import h100s, on
@@ -59,16 +58,11 @@ class Report(NamedTuple):
 
 
 @pytest.fixture
-def compiled(capfd, monkeypatch):
+def compiled(compiler_says):
     """A function that compiles and returns the report."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
 
     def run(f, *args) -> Report:
-        lowered = jax.jit(f).lower(*args)
-        capfd.readouterr()
-        lowered.compile()
-        text = "".join(capfd.readouterr())
+        text = compiler_says(f, *args)
         stack = re.findall(r"(\d+) bytes stack frame", text)
         assert stack, "no report of ptxas"
         waits = len(re.findall(r"wgmma\.wait_group", text))

@@ -65,24 +65,9 @@ def check(text: str) -> None:
     assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n256k16", text)) == 4
 
 
-@pytest.fixture
-def compiled(capfd, monkeypatch):
-    """A function that compiles and returns what the compiler said."""
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTX", "1")
-
-    def run(f, *args) -> str:
-        lowered = jax.jit(f).lower(*args)
-        capfd.readouterr()
-        lowered.compile()
-        return "".join(capfd.readouterr())
-
-    return run
-
-
 @pytest.mark.parametrize(("shape", "which", "dtype", "out_dtype"), cases())
-def test_kernel(compiled, shape, which, dtype, out_dtype):
-    check(compiled(*calls(shape, which, dtype, out_dtype)))
+def test_kernel(compiler_says, shape, which, dtype, out_dtype):
+    check(compiler_says(*calls(shape, which, dtype, out_dtype)))
 
 
 def test_a_layer_computes_its_schedule_once():

@@ -143,7 +143,8 @@ def test_rounds_follow_the_largest_range_of_all_devices(routing):
     spec = P(("dp", "fsdp"), "cp", None)
 
     def local(experts):
-        routing = exchange._route(plan, experts.reshape(-1, TOP_K), EXPERTS // 4)
+        sizes = jnp.bincount(experts.reshape(-1), length=EXPERTS).astype(jnp.int32)
+        routing = exchange._route(plan, experts.reshape(-1, TOP_K), sizes)
         return routing.rounds[None, None, None], routing.arriving[None]
 
     run = jax.shard_map(local, mesh=where.mesh, in_specs=spec, out_specs=(spec, P(("dp", "cp"))), check_vma=False)

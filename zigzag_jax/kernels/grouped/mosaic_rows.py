@@ -82,7 +82,7 @@ def schedule(group_sizes, rows: int, stride: int | None = None) -> Schedule:
     owner = jnp.tile(jnp.append(jnp.arange(groups, dtype=jnp.int32), i32(-1)), count)
     origin = begin // 8 * 8
     tiles = jnp.where(end > begin, -(-(end - origin) // TILE), 0)
-    upto = running_sum(tiles, len(begin))
+    upto = running_sum(tiles)
     # a group has at most 7 rows before it and one less than a tile after it
     t = jnp.arange((rows + len(begin) * (7 + TILE - 1)) // TILE, dtype=jnp.int32)
     mine = (upto[None] > t[:, None]) & ((upto - tiles)[None] <= t[:, None])  # [T, R (G + 1)]
@@ -94,14 +94,13 @@ def schedule(group_sizes, rows: int, stride: int | None = None) -> Schedule:
 
 def bounds(group_sizes, start: int, stop: int):
     """Where each group [G] begins if the first begins at `start`, and where the last ends, `stop` at most: [G + 1]."""
-    g = jnp.arange(group_sizes.shape[0] + 1)
-    ends = start + jnp.where(g[:, None] > g[None, :-1], group_sizes[None], 0).sum(1, dtype=jnp.int32)
-    return jnp.minimum(ends, stop)
+    return jnp.minimum(start + running_sum(jnp.pad(group_sizes, (1, 0))), stop)
 
 
-def running_sum(x, count: int):
-    """Inclusive running sums of a short int32 vector, the last repeated up to `count`."""
-    return jnp.where(jnp.arange(count)[:, None] >= jnp.arange(x.shape[0])[None], x[None], 0).sum(1, dtype=jnp.int32)
+def running_sum(x):
+    """Inclusive running sums of a short int32 vector."""
+    at = jnp.arange(x.shape[0])
+    return jnp.where(at[:, None] >= at[None], x[None], 0).sum(1, dtype=jnp.int32)
 
 
 def product(rows, matrices, schedule: Schedule, transposed: bool, out_dtype, tuning: GroupedTuning) -> jax.Array:
