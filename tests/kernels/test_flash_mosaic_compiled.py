@@ -37,8 +37,10 @@ FORMS = {  # carry, result, a range for each of two batch rows
     "carry-batch": (True, F32, True),
     "last": (True, jnp.bfloat16, False),
 }
-# bytes of stack that are left: some addresses of the widest heads, and the slope of MLA's softcap, which no model has
+# bytes of stack that are left: some addresses of the widest heads and of a softcap's carry at D = 128 (six values, each
+# stored and loaded once), and the slope of MLA's softcap, which no model has
 STACK = {
+    ("forward", 128, "softcap"): 24,
     ("forward", 192, ""): 16,
     ("forward", 192, "softcap"): 32,
     ("forward", 256, ""): 40,
