@@ -1,5 +1,6 @@
 """`python -m zigzag_jax.train`: the fields of train/config.py as flags."""
 
+import errno
 import os
 import sys
 import traceback
@@ -10,6 +11,8 @@ import tyro
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import FAILED, INTERRUPTED, PEER_GONE, USER_ERROR, PeerError, RunError, UserError
 from zigzag_jax.train.loop import run
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(f"error: {error}", FAILED)
     except KeyboardInterrupt:
         return _fail(f"interrupted; the same command again goes on from what is saved in {config.folder}", INTERRUPTED)
+    except OSError as error:
+        if error.errno not in _STORAGE:
+            raise
+        return _fail(f"error: {error.strerror}: {error.filename or config.folder}", FAILED)
     except Exception:
         if not jax.distributed.is_initialized():
             raise

@@ -3,21 +3,31 @@
 Each holds the state, a small JSON with what the run was (`identity`), and the model's config.json, so that it can be
 exported alone (models/hf/checkpoint.py reads it). A folder appears under its final name only
 when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed STEP.corrupt, and the one
-before it used; if none can be read, that is an error and all stay as they are: the cause may be the machine.
+before it used; if none can be read, that is an error and all stay as they are: the cause may be the machine. One that
+cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does then.
 """
 
 import json
+import logging
+import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from zigzag_jax.models.hf.checkpoint import CONFIG, STATE
 from zigzag_jax.train.errors import RunError, UserError
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
+
+
+class SaveError(Exception):
+    """A checkpoint that could not be written; its text is the reason. The state and older checkpoints are whole."""
 
 
 class Checkpoints:
@@ -28,6 +38,7 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        logging.getLogger("absl").addFilter(_not_said_twice)
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -48,16 +59,41 @@ class Checkpoints:
         """Begin to save the state after `step` finished steps, what the run was, and the model's config.json.
 
         A small state is on disk when this returns; the files of a large one are written while training goes on.
+        Raises SaveError, for an earlier step's files too.
         """
         if step == self.latest():
             return
         about = {"identity": ocp.args.JsonSave(identity), CONFIG: ocp.args.JsonSave(config)}
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **about)
-        if not self._manager.save(step, args=args):
-            raise RunError(f"step {step}: the checkpoint was refused, the newest is {self.latest()}")
-        begin = time.monotonic()
-        while self._manager.is_saving_in_progress() and time.monotonic() - begin < _PATIENCE:
-            time.sleep(0.005)
+        with self._saving():
+            if not self._manager.save(step, args=args):
+                raise RunError(f"step {step}: the checkpoint was refused, the newest is {self.latest()}")
+            begin = time.monotonic()
+            while self._manager.is_saving_in_progress() and time.monotonic() - begin < _PATIENCE:
+                time.sleep(0.005)
+        self.check()
+
+    def check(self) -> None:
+        """SaveError where files that were being written in the background could not be."""
+        if not self._manager.is_saving_in_progress():
+            self.wait()  # which raises what the background met; orbax' check_for_errors raises nothing by then
+
+    def wait(self) -> None:
+        """Return when all that was begun is on disk, or raise SaveError."""
+        with self._saving():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except RunError:
+            raise
+        except Exception as error:  # OSError, or whatever the libraries below make of it
+            if jax.process_count() == 1:  # else another process may still be writing there
+                for path in self.folder.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(path, ignore_errors=True)
+            raise SaveError(_reason(error)) from error
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that can be read, or None; `abstract` are shapes with shardings.
@@ -92,17 +128,24 @@ class Checkpoints:
             self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({_reason(error)})")
         self._manager = self._open()
 
-    def wait(self) -> None:
-        """Return when all that was begun is on disk."""
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
-        """Finish writing and stop."""
+        """Finish writing and stop; that something could not be written is for `wait` to say."""
+        with suppress(SaveError):
+            self.wait()
         self._manager.close()
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if found := re.search(r"([^:]+) \[os_error_code", str(error)):  # as tensorstore ends what the system told it
+        return found[1].strip()
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _not_said_twice(record: logging.LogRecord) -> bool:
+    """Orbax writes a traceback of every error that it also raises."""
+    return record.levelno != logging.ERROR or "orbax" not in record.pathname
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any]) -> None:

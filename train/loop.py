@@ -4,9 +4,10 @@ import dataclasses
 import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ from zigzag_jax.train.models import model_config, model_folder
 from zigzag_jax.train.observe import Observer
 from zigzag_jax.train.optim import schedule
 from zigzag_jax.train.replay import save_batch
+from zigzag_jax.train.saving import Saver
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState, make_step
 from zigzag_jax.train.stop import StopRequest
@@ -80,26 +82,27 @@ def _run(config: Config, sizes: ModelConfig, console: Console, say: Callable[[st
     source = model_folder(config)
     mesh = make_mesh(config)
     watchdog.on(mesh)
-    try:
+    with _writable(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError("out", f"must be a folder that can be written ({error.strerror})", config.folder) from None
     with ExitStack() as stack:
         this = set_up(config, sizes, mesh, stack, say)
-        checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, say)
+        with _writable(config.folder):
+            checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, say)
         stack.callback(checkpoints.close)
         if (old := checkpoints.identity()) is not None:
             check_identity(old, this.identity)
         if jax.process_index() == 0:  # beside the checkpoints, for an export; not before this run may write here
-            if source is not None:
-                copy_companions(source, config.folder)
-            shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
+            with _writable(config.folder):
+                if source is not None:
+                    copy_companions(source, config.folder)
+                shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
         first, state = checkpoints.restore(this.abstract) or (0, this.init())
         _say_where(this, first)
         mine = config.folder if jax.process_index() == 0 else None
-        log = MetricsLog(mine, first, start_wandb(config.wandb, mine, this.identity))
-        stack.callback(log.close)
-        log.header(devices=mesh.size, mesh=dict(mesh.shape), resumed_from=first or None)
+        with _writable(config.folder):
+            log = MetricsLog(mine, first, start_wandb(config.wandb, mine, this.identity), say)
+            stack.callback(log.close)
+            log.header(devices=mesh.size, mesh=dict(mesh.shape), resumed_from=first or None)
         step = first
         if first < config.steps:
             with Display(config.steps, first, console) as display, StopRequest(display.say, watchdog.link) as stop:
@@ -112,6 +115,14 @@ def _run(config: Config, sizes: ModelConfig, console: Console, say: Callable[[st
         watchdog.doing(step, "writing the report after step", PATIENT)
         _report(this, step, state, log)
     return DONE
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError("out", f"must be a folder that can be written ({error.strerror})", folder) from None
 
 
 def _say_where(this: Run, first: int) -> None:
@@ -134,6 +145,9 @@ def _train(
     config, (step, state) = this.config, begin
     train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate, config.accumulate), donate_argnums=0)
     rate = schedule(config.optim, config.steps)
+    about = (this.identity, this.config_json)
+    saver = Saver(checkpoints, config.save_every, about, display.say, alone=watchdog.link is None)
+    saving = lambda: watchdog.doing(step, "saving after step", PATIENT)
     while step < config.steps:
         times = PATIENT if step == begin[0] else 1
         watchdog.doing(step + 1, "reading the batch of step", times)
@@ -156,9 +170,8 @@ def _train(
         )  # fmt: skip
         display.step(step, float(losses.loss), seen["tokens_per_second"])
         stopping = stop.after(step) and step < config.steps
-        watchdog.doing(step, "saving after step", PATIENT)
-        if step % config.save_every == 0 or step == config.steps or stopping:
-            checkpoints.save(step, state, this.identity, this.config_json)
+        saving()
+        saver.after(step, state, now=stopping or step == config.steps)
         if stopping:
             break
         if step % config.eval_every == 0 and step < config.steps:
@@ -166,7 +179,7 @@ def _train(
             loss = this.held_out.loss(this.losses, state.params)
             log.step(step, eval_loss=loss)
             display.say(f"step {step}: held-out loss {loss:.4f}")
-    checkpoints.wait()
+    saver.finish(step, state, saving)
     return step, state
 
 

@@ -2,14 +2,19 @@
 
 Each start of a run writes a header {"devices", "mesh", "resumed_from"}; then each finished step {"step", "loss", ...}
 in full precision, flushed at once. Only training lines carry `loss`; evaluation writes `eval_loss`. A resumed run may
-write a step again: the last line counts.
+write a step again: the last line counts. Lines that a full disk does not take wait in memory for the next one.
 """
 
+import contextlib
+import errno
 import json
+import os
+from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from zigzag_jax.train.tensorboard import Events
 
 FILE = "metrics.jsonl"
 
@@ -21,10 +26,18 @@ class MetricsLog:
     resumed.
     """
 
-    def __init__(self, folder: Path | None, first: int = 0, wandb: Any = None) -> None:
-        """`wandb`: a run of Weights & Biases that is told the same numbers (train/wandb_run.py)."""
+    def __init__(
+        self, folder: Path | None, first: int = 0, wandb: Any = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`wandb`: a run of Weights & Biases that is told the same numbers (train/wandb_run.py).
+
+        `say` gets a line when numbers cannot be written, and when they can again. OSError where the file cannot be
+        opened.
+        """
         self._file = self._events = None
-        self._wandb = wandb
+        self._wandb, self._say = wandb, say
+        self._waiting = b""  # lines that the disk has not taken
+        self._failing = False
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,32 +46,64 @@ class MetricsLog:
             text = path.read_bytes()
             with path.open("rb+") as file:
                 file.truncate(text.rfind(b"\n") + 1)
-        self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), write_to_disk=True, purge_step=first + 1)
+        self._file = path.open("ab", buffering=0)
+        self._events = Events(folder / "tensorboard", first + 1)
 
     def header(self, **values: Any) -> None:
-        """The first line of a start."""
+        """The first line of a start. OSError where it cannot be written."""
         self._line(values)
 
     def step(self, step: int, **values: float) -> None:
-        """One line, and one event a value, at `step`."""
-        self._line({"step": step, **values})
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(name, value, step)
+        """One line, and one event a value, at `step`. What the disk does not take is written with a later step."""
+        failed = None
+        try:
+            self._line({"step": step, **values})
+        except OSError as error:
+            failed = error
+        try:
+            if self._events is not None:
+                self._events.scalars(step, values)
+        except OSError as error:
+            failed = error
+        if (failed is not None) != self._failing:
+            self._failing = failed is not None
+            self._say(
+                f"step {step}: metrics cannot be written ({failed.strerror}); they are kept and tried again"
+                if failed
+                else f"step {step}: all metrics are written again"
+            )
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def _line(self, values: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        self._waiting += json.dumps(values).encode() + b"\n"
+        self._write(self._file)
+
+    def _write(self, file: FileIO) -> None:
+        """Append all lines that wait, or none of them."""
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(self._waiting) != len(self._waiting):  # a disk takes a part, and refuses the rest
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
+        self._waiting = b""
 
     def close(self) -> None:
-        """Close both files, and the W&B run."""
+        """Close both files, and the W&B run. Says so where numbers are lost."""
+        try:
+            if self._file is not None and self._waiting:
+                self._write(self._file)
+        except OSError as error:
+            lines, self._waiting = self._waiting.count(b"\n"), b""
+            self._say(f"the last {lines} lines of metrics cannot be written and are lost ({error.strerror})")
         for file in (self._file, self._events):
             if file is not None:
-                file.close()
+                with contextlib.suppress(OSError):  # said when it first failed
+                    file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

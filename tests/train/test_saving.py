@@ -1,0 +1,170 @@
+"""A disk without room: training goes on, tries again, and loses neither the state, nor a checkpoint, nor a number.
+
+The disk is full for this process only: a limit on the size of files makes the system refuse to write, in Python and in
+the libraries below it.
+"""
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zigzag_jax.train import metrics
+from zigzag_jax.train.checkpoint import Checkpoints, SaveError
+from zigzag_jax.train.errors import RunError
+from zigzag_jax.train.metrics import MetricsLog
+from zigzag_jax.train.saving import Saver
+
+
+def room(size: int) -> None:
+    """Let files of this process grow to `size` bytes; -1: without limit."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextmanager
+def full(size: int = 65536) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room(size)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def state(seed: int) -> dict:
+    """A quarter of a megabyte that does not compress."""
+    return {"w": jnp.asarray(np.random.default_rng(seed).normal(size=65536), jnp.float32)}
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def make(tmp_path: Path, said: list[str]):
+    checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
+    yield lambda **options: Saver(checkpoints, 2, ({}, {}), said.append, **{"alone": True, "retry": 0.0, **options})
+    checkpoints.close()
+
+
+def restored(saver: Saver) -> tuple[int, np.ndarray]:
+    step, got = saver.checkpoints.restore(jax.eval_shape(lambda: {"w": jnp.zeros(65536)})) or pytest.fail(
+        "nothing restored"
+    )
+    return step, np.asarray(got["w"])
+
+
+def test_training_goes_on_and_saves_when_there_is_room(make: Callable[..., Saver], said: list[str], capfd):
+    saver = make()
+    saver.after(1, state(1))
+    assert saver.checkpoints.latest() is None  # not due
+    saver.after(2, state(2))
+    with full():
+        saver.after(3, state(3))
+        assert said == []
+        saver.after(4, state(4))
+        saver.after(5, state(5))  # not due by its number: the one before failed
+        assert [line.split(";")[0].split(" (")[1] for line in said] == ["File too large)"] * 2
+        assert "of step 2, is whole" in said[0]
+        assert [p.name for p in saver.checkpoints.folder.iterdir()] == ["2"]
+    saver.after(6, state(6))
+    saver.finish(6, state(6))
+    assert said[2:] == ["step 6: saving again"]
+    step, got = restored(saver)
+    assert step == 6
+    np.testing.assert_array_equal(got, state(6)["w"])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_no_more_tries_than_it_says(make: Callable[..., Saver], said: list[str]):
+    saver = make(retry=1000.0)
+    with full():
+        for step in range(2, 8):
+            saver.after(step, state(step))
+    assert [line.split(":")[0] for line in said] == ["step 2", "step 4", "step 6"]
+
+
+def test_a_finished_run_waits_for_room(make: Callable[..., Saver], said: list[str]):
+    saver = make()
+    with full():
+        saver.after(3, state(3), now=True)
+        saver.finish(3, state(3), working=lambda: room(-1))
+    assert restored(saver)[0] == 3
+    assert said[-1] == "step 3: saving again"
+
+
+def test_and_ends_with_an_error_when_there_is_none(make: Callable[..., Saver]):
+    saver = make(give_up=0.2)
+    saver.after(2, state(2))
+    with full():
+        saver.after(3, state(3), now=True)
+        rule = r"step 3: the state could not be saved in 0.2 s \(File too large\); the newest checkpoint, of step 2"
+        with pytest.raises(RunError, match=rule):
+            saver.finish(3, state(3))
+    assert restored(saver)[0] == 2
+
+
+def test_one_of_several_processes_ends(make: Callable[..., Saver]):
+    saver = make(alone=False)
+    with full(), pytest.raises(RunError, match=r"step 2: the state cannot be saved .*there is no checkpoint yet"):
+        saver.after(2, state(2))
+
+
+def test_what_fails_in_the_background_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
+    monkeypatch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
+    checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
+    with full():
+        checkpoints.save(1, state(1), {}, {})
+        with pytest.raises(SaveError, match="File too large"):
+            checkpoints.wait()
+        checkpoints.check()  # and only once
+    checkpoints.save(1, state(1), {}, {})
+    checkpoints.wait()
+    assert checkpoints.latest() == 1
+    checkpoints.close()
+
+
+def test_metrics_wait_for_room(tmp_path: Path, said: list[str]):
+    log = MetricsLog(tmp_path, say=said.append)
+    log.header(devices=1)
+    path = tmp_path / metrics.FILE
+    log.step(1, loss=1.0)
+    with full(path.stat().st_size + 10):  # room for a part of a line
+        log.step(2, loss=2.0)
+        log.step(3, loss=3.0)
+        assert metrics.read(path, "loss") == {1: 1.0}
+    log.step(4, loss=4.0)
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"devices": 1}, *({"step": n, "loss": float(n)} for n in (1, 2, 3, 4))]
+    assert said == [
+        "step 2: metrics cannot be written (File too large); they are kept and tried again",
+        "step 4: all metrics are written again",
+    ]
+
+
+def test_numbers_that_are_lost_are_said(tmp_path: Path, said: list[str]):
+    log = MetricsLog(tmp_path, say=said.append)
+    with full(10):
+        log.step(1, loss=1.0)
+        with pytest.raises(OSError, match=r"No space left|File too large"):
+            log.header(devices=1)
+        log.close()
+    assert said[-1].startswith("the last 2 lines of metrics cannot be written and are lost")
+    log.close()  # TensorBoard's file keeps what it could not write until it is closed with room
+
+
+def test_what_waits_is_written_at_the_end(tmp_path: Path, said: list[str]):
+    log = MetricsLog(tmp_path, say=said.append)
+    with full(10):
+        log.step(1, loss=1.0)
+    log.close()
+    assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 1.0}
+    assert len(said) == 1
