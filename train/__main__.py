@@ -15,9 +15,13 @@ from zigzag_jax.train.loop import run
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    config = tyro.cli(Config, args=arguments, prog="python -m zigzag_jax.train")
+def main(arguments: list[str] | None = None, default: Config | None = None, about: str | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    A script of its own (examples/pretrain_*.py) gives other defaults, and what --help says `about` it.
+    """
+    prog = "python -m zigzag_jax.train" if about is None else None
+    config = tyro.cli(Config, args=arguments, prog=prog, description=about, default=default or Config())
     try:
         return run(config)
     except UserError as error:

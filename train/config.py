@@ -171,6 +171,8 @@ def _at_least(least: int, **values: int | None) -> None:
 def check(config: Config) -> None:
     """Raise UserError for a value that no run can have."""
     mesh, hosts, optim = config.mesh, config.hosts, config.optim
+    if not config.model:
+        raise UserError("model", "must be a model's name or folder", config.model)
     _at_least(1, mesh__dp=mesh.dp, mesh__fsdp=mesh.fsdp, mesh__ep=mesh.ep, mesh__cp=mesh.cp)
     _at_least(2, seq_len=config.seq_len)
     _at_least(1, steps=config.steps, batch=config.batch, accumulate=config.accumulate)

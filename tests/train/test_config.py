@@ -12,6 +12,7 @@ from zigzag_jax.train.errors import UserError
 
 BAD = {
     "steps": Config(steps=0),
+    "model": Config(model=""),
     "seq-len": Config(seq_len=1),
     "batch": Config(batch=0),
     "seed": Config(seed=-1),
