@@ -127,9 +127,9 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[bytes]:
 
 
 def _parquet(piece: Piece, field: str) -> Iterator[str]:
-    import pyarrow as pa  # `_open_parquet` says what to install where it is not there
-
     file = _open_parquet(piece.file)
+    import pyarrow as pa
+
     schema = file.schema_arrow
     names = [name for name, kind in zip(schema.names, schema.types, strict=True) if _is_string(kind)]
     if field not in names:
@@ -144,8 +144,8 @@ def _parquet(piece: Piece, field: str) -> Iterator[str]:
                     raise UserError("data", f'each row must have a string "{field}"', f"{piece.file} row {row}")
                 yield text
                 row += 1
-    except pa.ArrowException as error:
-        raise UserError("data", f"must be a whole parquet file ({error})", piece.file) from None
+    except (pa.ArrowException, OSError) as error:  # what it raises for damaged pages
+        raise _damaged(error, piece.file) from None
 
 
 def _is_string(kind: Any) -> bool:
@@ -164,4 +164,8 @@ def _open_parquet(file: Path) -> Any:
     try:
         return parquet.ParquetFile(file)
     except pa.ArrowException as error:
-        raise UserError("data", f"must be a whole parquet file ({error})", file) from None
+        raise _damaged(error, file) from None
+
+
+def _damaged(error: Exception, file: Path) -> UserError:
+    return UserError("data", f"must be a whole parquet file ({' '.join(str(error).split())})", file)
