@@ -51,7 +51,8 @@ class Batches:
         each device holds, are the plan's rows in their order, whatever the mesh.
 
         With `repeat` the stream goes on epoch after epoch (training). Without, it is one pass over the plan: len(self)
-        batches, the last filled up with blank rows, so that each token is scored once (evaluation).
+        batches, the last filled up with blank rows, so that each token is scored once (evaluation; of a mixture as
+        many rows as its sources have, mixed).
         Raises UserError("batch", ...) when rows do not come out even over dp * fsdp, ValueError for a plan of another
         store.
         """

@@ -66,7 +66,10 @@ def unfinished(folder: Path) -> Path:
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """What meta.json says. Raises OSError or ValueError: not there, damaged, or of another format."""
-    meta = json.loads((folder / META).read_text("utf-8"))
+    try:
+        meta = json.loads((folder / META).read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{META}: {error}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise ValueError(f"{META} must say format {FORMAT!r}")
     return meta
@@ -80,6 +83,8 @@ def read_dataset(folder: Path, *, field: str, remedy: str) -> Dataset[TokenStore
         sides = {side: read_store(folder, side, dtype=meta["dtype"], **sizes[side]) for side in SIDES}
         tokenizer = load_tokenizer(folder)
         rest = {name: meta[name] for name in ("vocab_size", "end_of_document", "digest")}
+        if (ids := id_count(tokenizer)) != rest["vocab_size"]:
+            raise ValueError(f"{TOKENIZER} must have {rest['vocab_size']} tokens, got {ids}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(field, f"must hold whole tokens ({error}); {remedy}", folder) from None
     return Dataset(train=sides["train"], held_out=sides["held_out"], tokenizer=tokenizer, folder=folder, **rest)

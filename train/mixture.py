@@ -43,11 +43,10 @@ class MixedStore:
     names: tuple[str, ...]
     """What to call them."""
 
-    @functools.cached_property
+    @property
     def offsets(self) -> np.ndarray:
         """int64 [D + 1]: where each document begins, and N."""
-        parts = [store.offsets[:-1] + base for store, base in zip(self.stores, self._bases[:-1], strict=True)]
-        return np.concatenate([*parts, self._bases[-1:]])
+        return self._offsets
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,6 +66,11 @@ class MixedStore:
         bases = self._bases.tolist()
         parts = [self.stores[k].read(max(0, begin - bases[k]), end - bases[k]) for k in range(first, last + 1)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    @functools.cached_property
+    def _offsets(self) -> np.ndarray:
+        parts = [store.offsets[:-1] + base for store, base in zip(self.stores, self._bases[:-1], strict=True)]
+        return np.concatenate([*parts, self._bases[-1:]])
 
     @functools.cached_property
     def _bases(self) -> np.ndarray:

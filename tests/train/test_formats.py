@@ -87,7 +87,9 @@ def test_parquet_that_will_not_do_is_named(tmp_path: Path):
     write_parquet(path, [*TEXTS[:25], None, *TEXTS[25:]])
     with pytest.raises(UserError, match=r'^data: each row must have a string "text", got .*a\.parquet row 25$'):
         all_of(path, 100)
-    with pytest.raises(UserError, match=r"^text-field: must name a column of strings of a\.parquet, which has text, got"):
+    with pytest.raises(
+        UserError, match=r"^text-field: must name a column of strings of a\.parquet, which has text, got"
+    ):
         all_of(path, 100, "id")
     whole = path.read_bytes()
     for damage in (whole[:-5], whole[: len(whole) // 2], whole[:20] + bytes(500) + whole[520:], b""):

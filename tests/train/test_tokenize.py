@@ -136,12 +136,13 @@ def test_broken_off_at_its_end_it_goes_on_from_there(
             raise KeyboardInterrupt
         real(*arguments, **more)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(module, when, interrupt)
-        make(config(place, out, workers=4))
+        with pytest.raises(KeyboardInterrupt):
+            make(config(place, out, workers=4))
     assert work.exists()
     assert out.exists() == (when == "rmtree")
-    monkeypatch.setattr(command, "run_tasks", lambda make, tasks, workers, watch: pytest.fail() if tasks else None)
+    monkeypatch.setattr(command, "run_tasks", lambda make, tasks, *rest: tasks and pytest.fail("a shard is missing"))
     said = make(config(place, out))
     assert ("is whole already" in said) == (when == "rmtree")
     assert contents(out) == contents(calm)
@@ -169,7 +170,7 @@ def test_another_request_does_not_go_on_with_it(place: Path, tmp_path: Path, mon
             make(config(place, out, **{"data": (data,)} | changed))
         assert caught.value.field == field
     os.utime(data / "a.txt", (1, 1))
-    with pytest.raises(UserError, match="^data: must stay"):
+    with pytest.raises(UserError, match=r"^data: must stay"):
         make(config(place, out, data=(data,)))
 
 
@@ -250,9 +251,9 @@ def test_an_empty_corpus_and_text_that_is_none_are_refused(place: Path, tmp_path
 def test_the_folder_may_not_lie_in_the_data_nor_be_written_twice_at_once(place: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"^out: must not lie in the data"):
         make(config(place, place / "data" / "c" / "out"))
-    with command._alone(unfinished(tmp_path / "out")):
-        with pytest.raises(UserError, match=r"^out: must be written by one command at a time"):
-            make(config(place, tmp_path / "out"))
+    at_once = pytest.raises(UserError, match=r"^out: must be written by one command at a time")
+    with command._alone(unfinished(tmp_path / "out")), at_once:
+        make(config(place, tmp_path / "out"))
 
 
 def test_data_that_changes_meanwhile_is_noticed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
