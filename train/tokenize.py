@@ -119,7 +119,10 @@ def _files(config: TokenizeConfig) -> list[Path]:
 
 def _request(config: TokenizeConfig, found: list[Path]) -> dict[str, Any]:
     """All that decides the result, by the name of its flag."""
-    stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in found for stat in [file.stat()]]
+    try:
+        stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in found for stat in [file.stat()]]
+    except OSError as error:
+        raise UserError("data", f"must be readable ({error.strerror})", error.filename) from None
     given = None if config.tokenizer is None else same_ids(load_tokenizer(config.tokenizer))
     return {
         "data": [str(path.expanduser().absolute()) for path in config.data],

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from zigzag_jax.train import tokenize as command
 from zigzag_jax.train.dataset import read_dataset, unfinished
+from zigzag_jax.train.display import TokenDisplay
 from zigzag_jax.train.errors import RunError, UserError
 from zigzag_jax.train.shards import cut
 from zigzag_jax.train.split import parts
@@ -276,3 +277,20 @@ def test_a_full_disk_is_told(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
         make(config(place, tmp_path / "out"))
     with pytest.raises(UserError, match=r"^out: must be a folder with room to write in"):
         make(config(place, Path("/proc/zigzag/out")))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr("zigzag_jax.train.display.time.monotonic", lambda: next(clock))
+    with Path(os.devnull).open("w") as null:
+        console = Console(file=null, record=True, width=100, force_terminal=terminal)
+        with TokenDisplay(1000, 400, console) as display:
+            for n in range(1, 5):
+                display.show((10 * n, 30_000_000 * n, 150 * n))
+    lines = [line for line in console.export_text().splitlines() if line.strip()]
+    if terminal:
+        assert "100%" in lines[-1]
+        assert "40 documents  5.0 MB/s" in lines[-1]
+    else:  # a line after 12 s, in which 300 of 600 bytes were done, and after 24
+        assert lines == ["70%  20 documents  5.0 MB/s  12 s left", "100%  40 documents  5.0 MB/s  0 s left"]
