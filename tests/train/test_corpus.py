@@ -151,7 +151,7 @@ def test_documents_stream(tmp_path):
 
 @pytest.mark.parametrize(
     "texts",
-    [texts_of(2000), texts_of(FEW), texts_of(FEW - 1), ["one text"] * 200, ["a", "bc"], ["a book\n" * 4000]],
+    [texts_of(2000), texts_of(FEW), texts_of(FEW - 1), ["one text"] * 200, ["ab", "cd"], ["a book\n" * 4000]],
     ids=["many", "few", "too-few", "all-alike", "two", "one"],
 )
 def test_the_rule_is_known_early_and_then_each_document_is_decided_by_itself(texts):

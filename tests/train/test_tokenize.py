@@ -204,7 +204,7 @@ def test_what_is_wrong_in_a_worker_is_one_line(
     lines = [json.dumps({"text": text}) for text in TEXTS]
     lines[380] = '{"text": 3}'
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    flags = ["--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "2"]
+    flags = ["--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out"), "--workers", "1"]
     assert command.main([*flags, "--tokenizer", str(place)]) == 2
     assert capsys.readouterr().err == (
         f'error: data: each JSONL line must be an object with a string "text", got {tmp_path}/a.jsonl:381\n'

@@ -61,8 +61,8 @@ def test_every_task_is_done_once_and_progress_adds_up(tmp_path: Path):
     ("what", "kind", "said"),
     [
         (["sleep", "user"], UserError, "^data: must be better, got .*1$"),
-        (["full"], OSError, "No space left"),
-        (["bug"], RunError, "^a worker failed; the same command"),
+        pytest.param(["full"], OSError, "No space left", marks=pytest.mark.slow),
+        pytest.param(["bug"], RunError, "^a worker failed; the same command", marks=pytest.mark.slow),
         (["kill"], RunError, r"^a worker was killed by signal 9 \(is there memory"),
     ],
     ids=lambda x: x[-1] if isinstance(x, list) else "",
