@@ -102,9 +102,11 @@ class Config:
     random_init: bool = False
     """Take a model folder's sizes only, with random weights."""
     data: Path | None = None
-    """A text or JSONL file or a folder of them; default: the source text of Python's own library."""
+    """Text (a file or a folder), a folder of tokens, or a mixture of these (docs/data.md); default: the source text of
+    Python's own library.
+    """
     tokenizer: Path | None = None
-    """A tokenizer.json; default: the model folder's, or a byte-level BPE trained on the data, once."""
+    """A tokenizer.json; default: the model folder's, the tokens' own, or a byte-level BPE trained on the text, once."""
     out: Path | None = None
     """Folder of checkpoints, metrics and pictures; default runs/MODEL."""
     steps: int = 400

@@ -2,8 +2,7 @@
 
 A *document* is one string that was written as a whole; packing and attention keep documents apart, so the cut matters.
 
-    notes.txt, a.md, x.py     one file, one document (any file that is UTF-8)
-    pages.jsonl               one line, one document: {"text": "..."}
+    a file                    text, .jsonl, .jsonl.gz or .parquet: `zigzag_jax.train.formats` says what a document is
     a folder                  every file below it, sorted by its path; hidden files and `__pycache__` are passed over
     nothing (None)            the .py files of the running interpreter's standard library and the topics of `help()`
 
@@ -15,12 +14,12 @@ of `zigzag_jax.train.store` notices.
 Documents stream: nothing here holds more than one file (JSONL: one line) in memory.
 """
 
-import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.formats import Piece, read
 
 # Not text to learn from: other people's packages, tests (odd encodings on purpose), tables of code points, a folder
 # that newer Pythons lack, and pydoc_data (its one file is the repr of prose that `_standard_library` yields as such).
@@ -30,51 +29,30 @@ _NOT_PROSE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "e
 def documents(path: str | Path | None) -> Iterator[str]:
     """The documents under `path` in a fixed order; blank ones are left out.
 
-    Raises UserError("data", ...) at the first document (never at the call): the path does not exist, a folder holds no
-    file, a file is not UTF-8 or cannot be read, a JSONL line is no object with a string "text" (file and line named).
+    Raises UserError at the first document (never at the call) for what `files` and `read` refuse.
     """
-    texts = _standard_library() if path is None else _files(Path(path).expanduser())
-    return (text for text in texts if text.strip())
-
-
-def _files(path: Path) -> Iterator[str]:
-    if path.is_file():
-        yield from _read(path)
+    if path is None:
+        yield from (text for text in _standard_library() if text.strip())
         return
+    for file in files(Path(path).expanduser()):
+        yield from read(Piece(file))
+
+
+def files(path: Path) -> list[Path]:
+    """The file `path`, or those of the folder `path` in a fixed order. Raises UserError("data", ...) where none is."""
+    if path.is_file():
+        return [path]
     if not path.is_dir():
         raise UserError("data", "must be a file or a folder that exists", path)
     # compared by parts, as strings: the order is the same under every locale and file system
-    files = sorted((p for p in path.rglob("*") if _is_data(p.relative_to(path)) and p.is_file()), key=lambda p: p.parts)
-    if not files:
+    found = sorted((p for p in path.rglob("*") if _is_data(p.relative_to(path)) and p.is_file()), key=lambda p: p.parts)
+    if not found:
         raise UserError("data", "must be a folder that holds text files", path)
-    for file in files:
-        yield from _read(file)
+    return found
 
 
 def _is_data(relative: Path) -> bool:
     return not any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-
-
-def _read(file: Path) -> Iterator[str]:
-    try:
-        if file.suffix == ".jsonl":
-            with file.open("rb") as lines:
-                yield from (_json_text(line, f"{file}:{n}") for n, line in enumerate(lines, 1) if line.strip())
-        else:
-            yield file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError("data", "must be UTF-8 text", f"{file} (byte {error.start})") from None
-    except OSError as error:
-        raise UserError("data", f"must be readable ({error.strerror})", file) from None
-
-
-def _json_text(line: bytes, place: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-        text.encode()  # refuses what is no string, and half a surrogate pair, which JSON can spell and UTF-8 cannot
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError("data", 'each JSONL line must be an object with a string "text"', place) from None
-    return text
 
 
 def _standard_library() -> Iterator[str]:

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from zigzag_jax.layout import padded, zigzag_indices
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.packing import Plan
-from zigzag_jax.train.token_file import TokenStore
+from zigzag_jax.train.token_file import Tokens
 
 FIELDS = {"tokens": (np.int32, 0), "labels": (np.int32, -1), "positions": (np.int32, 0), "real": (np.bool_, False)}
 """The arrays of a batch: dtype, and the value on a pad."""
@@ -43,7 +43,7 @@ class Batches:
     """
 
     def __init__(
-        self, store: TokenStore, plan: Plan, batch: int, mesh: Mesh, *, repeat: bool = True, accumulate: int = 1
+        self, store: Tokens, plan: Plan, batch: int, mesh: Mesh, *, repeat: bool = True, accumulate: int = 1
     ) -> None:
         """`batch` rows a step over the whole mesh, whose axes are named dp, fsdp and cp.
 
@@ -51,7 +51,8 @@ class Batches:
         each device holds, are the plan's rows in their order, whatever the mesh.
 
         With `repeat` the stream goes on epoch after epoch (training). Without, it is one pass over the plan: len(self)
-        batches, the last filled up with blank rows, so that each token is scored once (evaluation).
+        batches, the last filled up with blank rows, so that each token is scored once (evaluation; of a mixture as
+        many rows as its sources have, mixed).
         Raises UserError("batch", ...) when rows do not come out even over dp * fsdp, ValueError for a plan of another
         store.
         """
@@ -59,8 +60,8 @@ class Batches:
         if batch < 1 or batch % (ways * accumulate):
             rule = f"dp * fsdp = {ways}" if accumulate == 1 else f"accumulate * dp * fsdp = {accumulate * ways}"
             raise UserError("batch", f"must be a positive multiple of {rule}", batch)
-        if plan.sizes.sum() != len(store.tokens):
-            raise ValueError(f"plan must be made of this store's {len(store.tokens)} tokens, got {plan.sizes.sum()}")
+        if plan.sizes.sum() != store.size:
+            raise ValueError(f"plan must be made of this store's {store.size} tokens, got {plan.sizes.sum()}")
         self.store, self.plan, self.batch, self.repeat = store, plan, batch, repeat
         self.cp = mesh.shape["cp"]
         self.seq_len = padded(plan.seq_len, self.cp)
@@ -144,7 +145,7 @@ class Batches:
         return block
 
 
-def _read_run(store: TokenStore, plan: Plan, row: int, lo: int, out: Block) -> None:
+def _read_run(store: Tokens, plan: Plan, row: int, lo: int, out: Block) -> None:
     """Fill `out` (arrays [n] that hold pads) with the places lo .. lo + n of a row, natural order."""
     hi = lo + len(out["tokens"])
     begin, end = plan.bounds[row], plan.bounds[row + 1]
@@ -157,8 +158,8 @@ def _read_run(store: TokenStore, plan: Plan, row: int, lo: int, out: Block) -> N
             continue
         here = slice(first - lo, last - lo)
         source = int(plan.starts[p]) + first - column
-        out["tokens"][here] = store.tokens[source : source + last - first]
+        out["tokens"][here] = store.read(source, source + last - first)
         out["positions"][here] = np.arange(first - column, last - column)
         out["real"][here] = True
         targets = last - first - int(plan.ends[p] and last == column + size)  # nothing follows a document's last token
-        out["labels"][here][:targets] = store.tokens[source + 1 : source + 1 + targets]
+        out["labels"][here][:targets] = store.read(source + 1, source + 1 + targets)

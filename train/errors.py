@@ -12,6 +12,9 @@ class UserError(ValueError):
         super().__init__(f"{field}: {rule}, got {value}")
         self.field, self.rule, self.value = field, rule, value
 
+    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, object]]:
+        return UserError, (self.field, self.rule, self.value)  # so that a process can send it to another
+
 
 class RunError(RuntimeError):
     """Training cannot go on; the command line prints `error: MESSAGE` and exits with 1."""

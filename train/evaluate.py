@@ -26,11 +26,13 @@ from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config, MeshConfig, check
 from zigzag_jax.train.data import BLANK, Batches, Block
+from zigzag_jax.train.dataset import Dataset
 from zigzag_jax.train.errors import DONE, USER_ERROR, UserError
 from zigzag_jax.train.mesh import make_mesh, make_sharding, start_devices
+from zigzag_jax.train.open_data import open_data
 from zigzag_jax.train.packing import make_plan
-from zigzag_jax.train.store import Dataset, open_dataset
 from zigzag_jax.train.task import Task
+from zigzag_jax.train.token_file import Tokens
 
 _LINE_EVERY = 10.0  # seconds between lines of progress
 
@@ -42,7 +44,7 @@ class EvaluateConfig:
     folder: Annotated[Path, tyro.conf.Positional]
     """A Hugging Face folder, an imported one, a run or one of its checkpoints."""
     data: Path | None = None
-    """A text or JSONL file or a folder of them; default: the source text of Python's own library."""
+    """Text (a file or a folder), a folder of tokens or a mixture; default: the source text of Python's own library."""
     tokenizer: Path | None = None
     """A tokenizer.json; default: the one in the folder."""
     part: Literal["all", "held-out"] = "all"
@@ -88,7 +90,7 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
     start_devices(trainer)
     source, sizes = _open(config.folder)
     sharding = make_sharding(trainer, sizes, make_mesh(trainer))
-    dataset = open_dataset(config.data, config.tokenizer or source.beside / "tokenizer.json", say=say)
+    dataset = open_data(config.data, config.tokenizer or source.beside / "tokenizer.json", say=say)
     if dataset.vocab_size > sizes.vocab_size:
         raise UserError("tokenizer", f"must have at most the model's {sizes.vocab_size} tokens", dataset.vocab_size)
     how = {"dtype": jnp.dtype(config.dtype), "router_bias": source.router_bias}
@@ -119,13 +121,13 @@ def _open(folder: Path) -> tuple[Source, ModelConfig]:
 
 
 def _losses(
-    config: EvaluateConfig, dataset: Dataset, task: Task, params: Any, say: Callable[[str], None]
+    config: EvaluateConfig, dataset: Dataset[Tokens], task: Task, params: Any, say: Callable[[str], None]
 ) -> Iterator[Block]:
     """The arrays of each batch's rows in natural order, `losses` among them."""
     mesh, run = task.sharding.mesh, jax.jit(task.token_losses)
     left, spoken = config.rows, time.monotonic()
     for store in (dataset.held_out,) if config.part == "held-out" else (dataset.train, dataset.held_out):
-        if not len(store.tokens):
+        if not store.size:
             continue
         with Batches(store, make_plan(store.lengths, config.seq_len, seed=0), config.batch, mesh, repeat=False) as all_:
             for n in range(len(all_)):

@@ -28,6 +28,7 @@ from zigzag_jax.train.hosts import find_hosts
 from zigzag_jax.train.link import Link
 from zigzag_jax.train.mesh import join, make_mesh, start_devices
 from zigzag_jax.train.metrics import MetricsLog
+from zigzag_jax.train.mixture import shares
 from zigzag_jax.train.models import model_config, model_folder
 from zigzag_jax.train.observe import Observer
 from zigzag_jax.train.optim import schedule
@@ -201,6 +202,8 @@ def _report(this: Run, step: int, state: TrainState, log: MetricsLog) -> None:
     config, say = this.config, this.say
     loss = this.held_out.loss(this.losses, state.params)
     log.step(step, eval_loss=loss)
+    for line in shares(this.dataset.train, this.batches.plan, step * config.batch):
+        say(line)
     unigram, bigram = this.held_out.baselines(this.dataset)
     say(f"held-out loss {loss:.3f} nats a token; unigram model {unigram:.3f}, bigram model {bigram:.3f}")
     prompts = report.prompts(this.dataset, 2, min(_PROMPT, config.seq_len - 1)).tolist()

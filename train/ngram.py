@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zigzag_jax.train.token_file import TokenStore
+from zigzag_jax.train.token_file import Tokens
 
 _RUN = 1 << 16  # tokens read in one piece when only a part of a large store is counted
 
@@ -55,17 +55,15 @@ class NGram:
         return float(-np.log(p).mean()), float(-np.log(interpolated).mean())
 
 
-def fit(store: TokenStore, vocab_size: int, *, limit: int = 10_000_000) -> NGram:
+def fit(store: Tokens, vocab_size: int, *, limit: int = 10_000_000) -> NGram:
     """Count the neighbours in `store`, whose ids are below `vocab_size`.
 
     Of a store of more than `limit` tokens, runs that are evenly spread over it and make up about `limit` tokens: enough
     for a baseline, and a second or two for any corpus. Raises ValueError when no document has two tokens.
     """
-    stride = -(-len(store.tokens) // limit) * _RUN
-    run = len(store.tokens) if stride == _RUN else _RUN
-    keys = np.concatenate(
-        [_keys(store, at, at + run, vocab_size) for at in range(0, len(store.tokens), max(stride, run))]
-    )
+    stride = -(-store.size // limit) * _RUN
+    run = store.size if stride == _RUN else _RUN
+    keys = np.concatenate([_keys(store, at, at + run, vocab_size) for at in range(0, store.size, max(stride, run))])
     if not len(keys):
         raise ValueError("store must hold a document of two tokens or more, got none")
     pairs, counts = np.unique(keys, return_counts=True)
@@ -75,10 +73,10 @@ def fit(store: TokenStore, vocab_size: int, *, limit: int = 10_000_000) -> NGram
     return NGram(unigram, sums(h), np.bincount(h, minlength=vocab_size), pairs, counts)
 
 
-def _keys(store: TokenStore, begin: int, end: int, vocab_size: int) -> np.ndarray:
+def _keys(store: Tokens, begin: int, end: int, vocab_size: int) -> np.ndarray:
     """Keys h * V + w of the neighbours with both tokens in tokens[begin:end] and in one document."""
-    end = min(end, len(store.tokens))
-    tokens = store.tokens[begin:end].astype(np.int64)
+    end = min(end, store.size)
+    tokens = store.read(begin, end).astype(np.int64)
     keys = tokens[:-1] * vocab_size + tokens[1:]
     # what follows a document's last token is another document: drop those pairs
     inside = slice(*np.searchsorted(store.offsets, [begin + 1, end]))

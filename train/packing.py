@@ -62,13 +62,23 @@ class Plan:
 
     def stream(self, first: int, count: int) -> np.ndarray:
         """Rows number `first` to `first + count` of the endless stream: int64 [count], each in 0 .. rows - 1."""
-        numbers = np.arange(first, first + count, dtype=np.int64)
-        epochs, places = np.divmod(numbers, self.rows)
-        rows = np.empty(count, np.int64)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            rows[here] = _epoch_order(self.rows, self.seed, int(epoch))[places[here]]
-        return rows
+        return in_order(self.rows, self.seed, np.arange(first, first + count, dtype=np.int64))
+
+
+def in_order(rows: int, seed: int, numbers: np.ndarray) -> np.ndarray:
+    """The rows, of `rows`, that have these int64 [n] numbers in the endless stream: int64 [n]."""
+    epochs, places = np.divmod(numbers, rows)
+    found = np.empty(len(numbers), np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        found[here] = _epoch_order(rows, seed, int(epoch))[places[here]]
+    return found
+
+
+def cut_count(lengths: np.ndarray, seq_len: int) -> tuple[int, int]:
+    """How many documents are longer than a row and so are cut, and into how many pieces all of these."""
+    long = lengths[lengths > seq_len]
+    return len(long), int((-(-long // seq_len)).sum())
 
 
 def make_plan(lengths: np.ndarray, seq_len: int, *, seed: int, open_rows: int = 1024) -> Plan:
@@ -131,15 +141,20 @@ def _pack(sizes: np.ndarray, seq_len: int, open_rows: int) -> tuple[np.ndarray, 
     return order, np.searchsorted(row_of[order], np.arange(rows + 1))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=64)  # the current epoch of every source of a mixture
 def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return _shuffle(rows, seed, f"epoch {epoch}")
 
 
 def _shuffle(n: int, seed: int, what: str) -> np.ndarray:
-    """A permutation int64 [n] that depends on the arguments alone: sort by the splitmix64 hash of each index."""
+    """A permutation int64 [n] that depends on the arguments alone: sort by the hash of each index."""
+    return np.argsort(hashes(n, seed, what), kind="stable")
+
+
+def hashes(n: int, seed: int, what: str) -> np.ndarray:
+    """uint64 [n]: the splitmix64 hash of each index, salted with the rest."""
     salt = hashlib.blake2b(f"{seed} {what}".encode(), digest_size=8).digest()
     x = np.arange(n, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.frombuffer(salt, "<u8")  # wraps at 2**64
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+    return x ^ (x >> np.uint64(31))

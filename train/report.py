@@ -14,8 +14,9 @@ from flax import nnx
 
 from zigzag_jax.train import metrics, ngram
 from zigzag_jax.train.data import BLANK, Batches
-from zigzag_jax.train.store import Dataset
+from zigzag_jax.train.dataset import Dataset
 from zigzag_jax.train.task import Losses
+from zigzag_jax.train.token_file import Tokens
 
 _EVAL_TOKENS = 32768  # held-out places that are scored: enough for the second digit, seconds on a CPU
 
@@ -37,21 +38,21 @@ class HeldOut:
         tokens = np.array([float(p.tokens) for p in parts])
         return float(np.dot([float(p.loss) for p in parts], tokens) / tokens.sum())
 
-    def baselines(self, dataset: Dataset) -> tuple[float, float]:
+    def baselines(self, dataset: Dataset[Tokens]) -> tuple[float, float]:
         """(unigram, bigram) cross-entropy in nats on the same tokens."""
         rows = np.concatenate([self.batches.rows(n) for n in range(self.count)])
         block = self.batches.natural(rows[rows != BLANK])
         return ngram.fit(dataset.train, dataset.vocab_size).cross_entropy(block["tokens"], block["labels"])
 
 
-def prompts(dataset: Dataset, rows: int, length: int) -> np.ndarray:
+def prompts(dataset: Dataset[Tokens], rows: int, length: int) -> np.ndarray:
     """The first `length` tokens of `rows` held-out documents that are long enough: int32 [rows, length]."""
     store = dataset.held_out
     long = np.flatnonzero(store.lengths > length)
     if not len(long):
         return np.zeros((rows, length), np.int32)
     chosen = store.offsets[long[np.linspace(0, len(long) - 1, rows).astype(int)]]
-    return np.stack([store.tokens[at : at + length] for at in chosen]).astype(np.int32)
+    return np.stack([store.read(at, at + length) for at in chosen]).astype(np.int32)
 
 
 def draw_loss(metrics_path: Path, baselines: tuple[float, float], picture: Path) -> None:

@@ -17,8 +17,10 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
+from zigzag_jax.train.dataset import Dataset
 from zigzag_jax.train.groups import check_groups
 from zigzag_jax.train.mesh import make_sharding
+from zigzag_jax.train.mixture import plan_rows, shares
 from zigzag_jax.train.models import (
     config_json,
     first_parameters,
@@ -27,12 +29,13 @@ from zigzag_jax.train.models import (
     tokenizer_file,
     weights_digest,
 )
+from zigzag_jax.train.open_data import open_data
 from zigzag_jax.train.optim import optimizer
-from zigzag_jax.train.packing import make_plan
+from zigzag_jax.train.packing import cut_count
 from zigzag_jax.train.report import HeldOut
 from zigzag_jax.train.step import TrainState, abstract_train_state, state_shardings
-from zigzag_jax.train.store import Dataset, open_dataset
 from zigzag_jax.train.task import Losses, Task
+from zigzag_jax.train.token_file import Tokens
 
 _HELD_OUT_SEED = 0  # the held-out rows are the same whatever the run's seed
 
@@ -49,7 +52,7 @@ class Run:
     """The model's sizes."""
     config_json: dict[str, Any]
     """The model's config.json."""
-    dataset: Dataset
+    dataset: Dataset[Tokens]
     """Its text."""
     mesh: Mesh
     """Its devices."""
@@ -77,7 +80,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     """Build the run; what has to be closed at its end goes on `stack`. UserError for data or a tokenizer that won't
     do.
     """
-    dataset = open_dataset(config.data, tokenizer_file(config), process_index=jax.process_index(), say=say)
+    dataset = open_data(config.data, tokenizer_file(config), process_index=jax.process_index(), say=say)
     sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
     sharding = make_sharding(config, sizes, mesh)
     make = maker(config, sizes, sharding)
@@ -101,14 +104,18 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
 
     count = config.accumulate
-    train_plan = make_plan(dataset.train.lengths, config.seq_len, seed=config.seed)
-    eval_plan = make_plan(dataset.held_out.lengths, config.seq_len, seed=_HELD_OUT_SEED)
+    train_plan = plan_rows(dataset.train, config.seq_len, seed=config.seed)
+    eval_plan = plan_rows(dataset.held_out, config.seq_len, seed=_HELD_OUT_SEED)
     batches = stack.enter_context(Batches(dataset.train, train_plan, config.batch, mesh, accumulate=count))
     held_out = stack.enter_context(Batches(dataset.held_out, eval_plan, config.batch // count, mesh, repeat=False))
     say(
         f"model {config.model}: {sum(x.size for x in jax.tree.leaves(shapes)) / 1e6:.2f} M parameters; "
-        f"data: {len(dataset.train.tokens):,} tokens in rows of {config.seq_len}, {train_plan.fill:.1%} full"
+        f"data: {dataset.train.size:,} tokens in rows of {config.seq_len}, {train_plan.fill:.1%} full"
     )
+    long, cuts = cut_count(dataset.train.lengths, config.seq_len)
+    say(f"{long:,} of {len(dataset.train.lengths):,} documents are longer than a row: cut into {cuts:,} pieces")
+    for line in shares(dataset.train, train_plan, config.steps * config.batch):
+        say(f"in {config.steps} steps, {line}")
     return Run(
         config=config,
         identity=identity(config, sizes, dataset),
@@ -128,7 +135,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     )
 
 
-def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, Any]:
+def identity(config: Config, sizes: ModelConfig, dataset: Dataset[Tokens]) -> dict[str, Any]:
     """What may not change when a run is resumed; the mesh, --steps and what is only said or saved may."""
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
     model = f"{config.model} (sizes {digest(repr(dataclasses.asdict(sizes)))})"
@@ -137,9 +144,7 @@ def identity(config: Config, sizes: ModelConfig, dataset: Dataset) -> dict[str, 
         "weights": weights_digest(config),
         "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})",
     }
-    fixed["tokenizer"] = (
-        f"{tokenizer_file(config) or 'trained on the data'} (digest {digest(dataset.tokenizer.to_str())})"
-    )
+    fixed["tokenizer"] = f"{tokenizer_file(config) or 'of the data'} (digest {digest(dataset.tokenizer.to_str())})"
     fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
     if (config.router.aux_loss or sizes.aux_loss) == "batch":  # the one loss that micro-batches change
         fixed["accumulate"] = config.accumulate

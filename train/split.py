@@ -8,6 +8,10 @@ document is held out, cut at a line end: the model is then asked to go on with a
 
 `survey` reads the text once, to know which of the two rules holds and what the text's digest is; `split` reads it
 again. In between nothing is kept but the `Survey`, whatever the size of the corpus.
+
+Which rule holds needs no whole reading as a rule: once FEW documents are seen, one of them held out and one not, no
+later document changes it. `ends_held_out` stops there, after some 50 to 150 documents, and from then on `parts` decides
+each document by itself, in whichever process reads it.
 """
 
 import hashlib
@@ -43,9 +47,26 @@ def survey(texts: Iterable[str]) -> Survey:
         held += _is_held_out(digest)
         characters += len(text)
         count += 1
-    if characters < 2 * max(count, 1):
-        raise UserError("data", "must hold text to train on and text to hold out", f"{characters} characters")
-    return Survey(count, characters, total.hexdigest(), ends=count < FEW or held in {0, count})
+    _check(count, characters)
+    return Survey(count, characters, total.hexdigest(), ends=not _whole(count, held))
+
+
+def ends_held_out(texts: Iterable[str]) -> bool:
+    """`survey(texts).ends`, read no further than needed. Raises UserError("data", ...) as `survey` does."""
+    characters, held, count = 0, 0, 0
+    for text in texts:
+        held += _is_held_out(_digest(text))
+        characters += len(text)
+        count += 1
+        if _whole(count, held):
+            return False
+    _check(count, characters)
+    return True
+
+
+def parts(text: str, ends: bool) -> list[tuple[bool, str]]:
+    """Pairs (held out?, text) of one document: itself, or with `ends` what stands before its cut and behind it."""
+    return _parts(text, b"" if ends else _digest(text), ends)
 
 
 def split(texts: Iterable[str], found: Survey) -> Iterator[tuple[bool, str]]:
@@ -57,13 +78,26 @@ def split(texts: Iterable[str], found: Survey) -> Iterator[tuple[bool, str]]:
     for text in texts:
         digest = _digest(text)
         total.update(digest)
-        if not found.ends:
-            yield _is_held_out(digest), text
-        else:
-            cut = _cut(text)
-            yield from ((held, part) for held, part in ((False, text[:cut]), (True, text[cut:])) if part)
+        yield from _parts(text, digest, found.ends)
     if total.hexdigest() != found.digest:
         raise UserError("data", "must not change while it is read", "other text at the second reading")
+
+
+def _parts(text: str, digest: bytes, ends: bool) -> list[tuple[bool, str]]:
+    if not ends:
+        return [(_is_held_out(digest), text)]
+    cut = _cut(text)
+    return [(held, part) for held, part in ((False, text[:cut]), (True, text[cut:])) if part]
+
+
+def _whole(count: int, held: int) -> bool:
+    """Whether whole documents are held out: there are enough, and the hash picks some."""
+    return count >= FEW and 0 < held < count
+
+
+def _check(count: int, characters: int) -> None:
+    if characters < 2 * max(count, 1):
+        raise UserError("data", "must hold text to train on and text to hold out", f"{characters} characters")
 
 
 def _cut(text: str) -> int:

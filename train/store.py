@@ -13,51 +13,26 @@ the others wait for the name to appear, which needs a cache that all hosts see.
 A later start reads the text once to know its key (a second for a gigabyte or so) and tokenises nothing.
 """
 
-import contextlib
 import hashlib
-import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from zigzag_jax.train.corpus import documents
+from zigzag_jax.train.dataset import FORMAT, Dataset, add_documents, finish, read_dataset, write_sides
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.split import Survey, split, survey
-from zigzag_jax.train.token_file import TokenStore, TokenWriter, read_store, token_dtype
-from zigzag_jax.train.tokenizer import encode, end_of_document, id_count, load_tokenizer, train_tokenizer
+from zigzag_jax.train.token_file import TokenStore
+from zigzag_jax.train.tokenizer import id_count, load_tokenizer, train_tokenizer
 
-_FORMAT = "zigzag_jax tokens 1"  # part of the key: another format, split rule or encoding gets another number
-_BATCH = 4_000_000  # characters tokenised at once
 _ABANDONED = 3600.0  # seconds without a write after which an unfinished folder counts as a killed builder's
-_SIDES = ("train", "held_out")
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A tokenised corpus."""
-
-    train: TokenStore
-    """What the model sees."""
-    held_out: TokenStore
-    """What it is scored on and never trained on; a few per cent, see `zigzag_jax.train.split`."""
-    tokenizer: Tokenizer
-    """The one that was given or trained."""
-    vocab_size: int
-    """Rows that an embedding table needs."""
-    end_of_document: int
-    """The id that closes each document."""
-    digest: str
-    """Hex digest of the tokens of both sides and their offsets: equal digests, equal batches."""
-    folder: Path
-    """Where it lies, tokenizer.json beside the tokens."""
 
 
 def open_dataset(
@@ -68,7 +43,7 @@ def open_dataset(
     process_index: int = 0,
     say: Say = lambda text: None,
     wait_s: float = 3600.0,
-) -> Dataset:
+) -> Dataset[TokenStore]:
     """Find the tokens of `data` (None: the default corpus) in the cache, or build them.
 
     `tokenizer` is a tokenizer.json, None trains one of `vocab_size` tokens. Only process 0 builds; the others wait up
@@ -78,30 +53,19 @@ def open_dataset(
     found = survey(documents(data))
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     how = f"train {vocab_size}" if given is None else given.to_str()
-    key = hashlib.blake2b("\n".join((_FORMAT, found.digest, how)).encode(), digest_size=16).hexdigest()
+    key = hashlib.blake2b("\n".join((FORMAT, found.digest, how)).encode(), digest_size=16).hexdigest()
     folder = cache_folder() / key
     if not folder.exists():
         if process_index == 0:
             _build(folder, lambda: split(documents(data), found), found, given or vocab_size, say)
         else:
             _wait(folder, wait_s, say)
-    return _open(folder)
+    return read_dataset(folder, field="ZIGZAG_CACHE", remedy="delete that folder")
 
 
 def cache_folder() -> Path:
     """$ZIGZAG_CACHE, or ~/.cache/zigzag_jax; read at the call, not at import."""
     return Path(os.environ.get("ZIGZAG_CACHE") or "~/.cache/zigzag_jax").expanduser().absolute()
-
-
-def _open(folder: Path) -> Dataset:
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        sides = {side: read_store(folder, side, dtype=meta["dtype"], size=meta["tokens"][side]) for side in _SIDES}
-        tokenizer = load_tokenizer(folder)
-        rest = {name: meta[name] for name in ("vocab_size", "end_of_document", "digest")}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError("ZIGZAG_CACHE", f"must hold whole tokens ({error}); delete that folder", folder) from None
-    return Dataset(train=sides["train"], held_out=sides["held_out"], tokenizer=tokenizer, folder=folder, **rest)
 
 
 def _wait(folder: Path, wait_s: float, say: Say) -> None:
@@ -168,36 +132,11 @@ def _publish(work: Path, folder: Path) -> None:
 
 def _write(work: Path, pairs: Iterator[tuple[bool, str]], found: Survey, tokenizer: Tokenizer, say: Say) -> dict:
     """Write all files into `work`; returns {side: tokens}."""
-    vocab, end = id_count(tokenizer), end_of_document(tokenizer)
-    dtype = token_dtype(vocab)
     done, told = 0, time.monotonic()
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(TokenWriter(work, side, dtype=dtype, end_of_document=end)) for side in _SIDES]
-        for batch in _batches(pairs):
-            for (held_out, _), ids in zip(batch, encode(tokenizer, [text for _, text in batch]), strict=True):
-                writers[held_out].add(ids)
-            done += sum(len(text) for _, text in batch)
+    with write_sides(work, tokenizer) as writers:
+        for _, characters in add_documents(writers, tokenizer, pairs):
+            done += characters
             if time.monotonic() - told > 2:
                 told = time.monotonic()
                 say(f"tokenised {done / 1e6:.1f} of {found.characters / 1e6:.1f} MB")
-        for writer in writers:
-            writer.sync()
-    sizes = {side: writer.size for side, writer in zip(_SIDES, writers, strict=True)}
-    digest = hashlib.blake2b("".join(w.hash.hexdigest() for w in writers).encode(), digest_size=16).hexdigest()
-    meta = {"dtype": dtype, "tokens": sizes, "vocab_size": vocab, "end_of_document": end, "digest": digest}
-    (work / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
-    (work / "meta.json").write_text(json.dumps(meta, indent=1))
-    return sizes
-
-
-def _batches(pairs: Iterator[tuple[bool, str]]) -> Iterator[list[tuple[bool, str]]]:
-    """The pairs in lists of about _BATCH characters."""
-    batch, size = [], 0
-    for pair in pairs:
-        batch.append(pair)
-        size += len(pair[1])
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+    return finish(work, tokenizer, writers, found.digest)["tokens"]

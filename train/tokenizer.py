@@ -9,7 +9,9 @@ Whatever the tokenizer, two rules hold here:
 - such special tokens are never read out of the text: "<|endoftext|>" inside a document is thirteen characters.
 """
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from zigzag_jax.train.errors import UserError
 END_OF_DOCUMENT = "<|endoftext|>"
 _ENDS = (END_OF_DOCUMENT, "<｜end▁of▁sentence｜>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")
 _SEGMENT = 1 << 16  # characters encoded at once: an Encoding takes some 100 bytes a token, a book would take gigabytes
+_SEGMENTS = 256  # of which as many are held at once, for the same reason
 _SAMPLE = 32_000_000  # characters that are plenty to train a BPE on
 
 
@@ -79,10 +82,20 @@ def end_of_document(tokenizer: Tokenizer) -> int:
     return found
 
 
+def same_ids(tokenizer: Tokenizer) -> str:
+    """Hex digest of all that decides which ids a text gets: equal for two files of one tokenizer."""
+    parts = json.loads(tokenizer.to_str())
+    what = {name: parts[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+
+
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
     """One int64 array [tokens] a text, without any special token."""
     parts = [_segments(text) for text in texts]
-    encoded = iter(tokenizer.encode_batch_fast([s for part in parts for s in part], add_special_tokens=False))
+    encoded = itertools.chain.from_iterable(
+        tokenizer.encode_batch_fast(list(some), add_special_tokens=False)
+        for some in itertools.batched((s for part in parts for s in part), _SEGMENTS)
+    )
     ids = [[np.array(next(encoded).ids, np.int64) for _ in part] for part in parts]
     return [np.concatenate(part) if part else np.zeros(0, np.int64) for part in ids]
 

@@ -8,7 +8,7 @@ import pytest
 
 from zigzag_jax.train.corpus import documents
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.split import split, survey
+from zigzag_jax.train.split import FEW, ends_held_out, parts, split, survey
 
 
 def write(folder, files):
@@ -147,3 +147,23 @@ def test_text_that_changes_between_two_readings_is_noticed():
 def test_documents_stream(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"text": f"t{i}"}) for i in range(5)) + "\n{broken")
     assert list(itertools.islice(documents(tmp_path), 5)) == [f"t{i}" for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [texts_of(2000), texts_of(FEW), texts_of(FEW - 1), ["one text"] * 200, ["ab", "cd"], ["a book\n" * 4000]],
+    ids=["many", "few", "too-few", "all-alike", "two", "one"],
+)
+def test_the_rule_is_known_early_and_then_each_document_is_decided_by_itself(texts):
+    found = survey(texts)
+    assert ends_held_out(texts) == found.ends
+    assert [pair for text in texts for pair in parts(text, found.ends)] == list(split(texts, found))
+
+
+def test_many_documents_are_not_all_read_to_know_the_rule():
+    stream = iter(texts_of(2000))
+    assert not ends_held_out(stream)
+    assert len(list(stream)) > 1700  # the hash picks one of 33: none of 300 would be one chance in ten thousand
+    for texts in ([], ["a"]):
+        with pytest.raises(UserError, match="to hold out"):
+            ends_held_out(texts)

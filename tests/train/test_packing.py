@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.packing import _pack, make_plan
+from zigzag_jax.train.packing import _pack, cut_count, make_plan
 
 
 def lengths_of(n, mean=200, seed=0):
@@ -147,3 +147,10 @@ def test_a_row_of_nothing_is_refused(seq_len):
 def test_documents_of_nothing_are_refused(lengths):
     with pytest.raises(ValueError, match="at least one document"):
         make_plan(np.array(lengths, np.int64), 4, seed=0)
+
+
+@pytest.mark.parametrize(("lengths", "seq_len"), CASES.values(), ids=CASES.keys())
+def test_how_many_documents_are_cut_into_how_many_pieces(lengths, seq_len):
+    documents, pieces = cut_count(lengths, seq_len)
+    assert documents == (lengths > seq_len).sum()
+    assert pieces - documents == len(make_plan(lengths, seq_len, seed=0).sizes) - len(lengths)

@@ -11,6 +11,7 @@ from zigzag_jax.train.tokenizer import (
     end_of_document,
     id_count,
     load_tokenizer,
+    same_ids,
     train_tokenizer,
 )
 
@@ -102,3 +103,20 @@ def test_a_broken_file_is_named(tmp_path, content):
     with pytest.raises(UserError, match=r"tokenizer\.json") as caught:
         load_tokenizer(tmp_path / "tokenizer.json")
     assert caught.value.field == "tokenizer"
+
+
+def test_how_much_is_encoded_at_once_does_not_matter(monkeypatch):
+    texts = ["a ring is a line that comes home\n" * n for n in (1, 0, 4000, 7)]
+    tokenizer = train_tokenizer(texts, characters=sum(map(len, texts)), vocab_size=270)
+    want = encode(tokenizer, texts)
+    monkeypatch.setattr("zigzag_jax.train.tokenizer._SEGMENTS", 1)
+    for got, those in zip(encode(tokenizer, texts), want, strict=True):
+        np.testing.assert_array_equal(got, those)
+    assert [len(those) > 0 for those in want] == [True, False, True, True]
+
+
+def test_tokenizers_that_give_the_same_ids_are_the_same(tmp_path):
+    one, other = (train_tokenizer(["a ring comes home " * 9], characters=162, vocab_size=size) for size in (270, 265))
+    one.enable_truncation(max_length=4)
+    one.save(str(tmp_path / "tokenizer.json"))
+    assert same_ids(load_tokenizer(tmp_path)) == same_ids(one) != same_ids(other)

@@ -1,0 +1,200 @@
+"""`python -m zigzag_jax.train.tokenize --data PATH .. --out DIR`: text to tokens, once, by all cores.
+
+DIR then goes to the trainer as --data: it starts at once, whatever the size of the corpus, since nothing is read,
+hashed or tokenised. Several --data are one corpus, in the order given.
+
+The work lies in DIR.unfinished until DIR is whole. Kill it whenever you like: the same command again goes on with the
+shards that are missing (`zigzag_jax.train.shards`), and DIR is byte for byte what an undisturbed run, with any number
+of --workers, would have made. What the work was begun with stands in its plan.json; another request is refused.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from rich.console import Console
+
+from zigzag_jax.train.corpus import files
+from zigzag_jax.train.dataset import FORMAT, META, TOKENIZER, is_dataset, read_meta, unfinished, write_whole
+from zigzag_jax.train.display import TokenDisplay
+from zigzag_jax.train.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
+from zigzag_jax.train.formats import TEXT_FIELD, Piece, read
+from zigzag_jax.train.shards import SHARD, Shard, ShardWriter, clean, cut, join
+from zigzag_jax.train.split import ends_held_out, parts, survey
+from zigzag_jax.train.tokenizer import id_count, load_tokenizer, same_ids, train_tokenizer
+from zigzag_jax.train.workers import run_tasks
+
+_PLAN = "plan.json"
+_GOES_ON = "the same command again goes on"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TokenizeConfig:
+    """Tokenise text into a folder that the trainer takes as --data."""
+
+    data: tuple[Path, ...]
+    """Files and folders: text, .jsonl, .jsonl.gz, .parquet."""
+    out: Path
+    """The new folder."""
+    tokenizer: Path | None = None
+    """A tokenizer.json or a folder that holds one; default: a byte-level BPE trained on the text."""
+    vocab_size: int | None = None
+    """Tokens of the one to train; default 1024."""
+    text_field: str = TEXT_FIELD
+    """The key of JSONL objects, the column of parquet files."""
+    workers: int | None = None
+    """Processes; default: one a core."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    config = tyro.cli(TokenizeConfig, args=arguments, prog="python -m zigzag_jax.train.tokenize")
+    try:
+        tokenize(config, Console(soft_wrap=True))
+        return DONE
+    except (UserError, RunError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return USER_ERROR if isinstance(error, UserError) else FAILED
+    except KeyboardInterrupt:
+        sys.stderr.write(f"interrupted; {_GOES_ON}\n")
+        return INTERRUPTED
+
+
+def tokenize(config: TokenizeConfig, console: Console) -> None:
+    """Make `config.out`, or go on with it. Raises UserError for what a person can mend, RunError for a lost worker."""
+    say: Say = lambda text: console.print(text, highlight=False, markup=False)
+    _check(config)
+    found = _files(config)
+    request = _request(config, found)
+    source = _digest(json.dumps(request))
+    out = config.out.expanduser().absolute()
+    work = unfinished(out)
+    if _is_made(out, source):
+        shutil.rmtree(work, ignore_errors=True)
+        say(f"{out} is whole already")
+        return
+    try:
+        with _alone(work):
+            ends = _begin(config, found, request, work, say)
+            shards = cut(found)
+            _work(config, shards, work, ends, console)
+            if _request(config, _files(config)) != request:
+                raise UserError("data", f"must not change while it is read (delete {work})", "another size or date")
+            meta = join(shards, work, work / "whole", source)
+            os.rename(work / "whole", out)
+            shutil.rmtree(work)
+    except OSError as error:
+        rule = f"must be a folder with room to write in ({error.strerror or error}); then {_GOES_ON}"
+        raise UserError("out", rule, out) from None
+    say(f"{out}: {meta['tokens']['train']:,} tokens to train on, {meta['tokens']['held_out']:,} held out")
+
+
+def _check(config: TokenizeConfig) -> None:
+    if config.workers is not None and config.workers < 1:
+        raise UserError("workers", "must be >= 1", config.workers)
+    if config.tokenizer is not None and config.vocab_size is not None:
+        raise UserError("vocab-size", "must be left out where --tokenizer is given", config.vocab_size)
+    out = config.out.expanduser().absolute()
+    for path in config.data:
+        if out.is_relative_to(path.expanduser().absolute()):
+            raise UserError("out", f"must not lie in the data {path}", config.out)
+
+
+def _files(config: TokenizeConfig) -> list[Path]:
+    return [file for path in config.data for file in files(path.expanduser().absolute())]
+
+
+def _request(config: TokenizeConfig, found: list[Path]) -> dict[str, Any]:
+    """All that decides the result, by the name of its flag."""
+    try:
+        stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in found for stat in [file.stat()]]
+    except OSError as error:
+        raise UserError("data", f"must be readable ({error.strerror})", error.filename) from None
+    given = None if config.tokenizer is None else same_ids(load_tokenizer(config.tokenizer))
+    return {
+        "data": [str(path.expanduser().absolute()) for path in config.data],
+        "text-field": config.text_field,
+        "tokenizer": given,
+        "vocab-size": (config.vocab_size or 1024) if given is None else None,
+        "files": _digest(json.dumps(stats)),
+        "version": f"{FORMAT}, shards of {SHARD}",
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _is_made(out: Path, source: str) -> bool:
+    """Whether `out` is there and what was asked for. UserError where it is something else."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    with contextlib.suppress(OSError, ValueError):
+        if read_meta(out).get("source") == source:
+            return True
+    what = f"which holds the tokens of another request or of data that has changed since ({META})"
+    raise UserError("out", "must be a new folder", f"{out}, {what if is_dataset(out) else 'which is not empty'}")
+
+
+@contextlib.contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """The work folder, with nobody else in it. The lock goes with the process, however that ends."""
+    work.mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("out", "must be written by one command at a time", work) from None
+        yield
+
+
+def _begin(config: TokenizeConfig, found: list[Path], request: dict[str, Any], work: Path, say: Say) -> bool:
+    """Tokenizer and plan, made or found in the work folder; returns whether ends are held out."""
+    if (work / _PLAN).exists():
+        plan = json.loads((work / _PLAN).read_text())
+        for name, value in request.items():
+            if plan[name] != value:
+                field = {"files": "data", "version": "out"}.get(name, name)
+                raise UserError(field, f"must stay what {work} was begun with, {plan[name]} (or delete that)", value)
+        say(f"going on with {work}")
+        return plan["ends"]
+    texts = lambda: itertools.chain.from_iterable(read(Piece(file), config.text_field) for file in found)
+    if config.tokenizer is not None:
+        tokenizer, ends = load_tokenizer(config.tokenizer), ends_held_out(texts())
+    else:
+        say("reading all text to train a tokenizer, in one process")
+        whole = survey(texts())
+        ends = whole.ends
+        kept = (part for text in texts() for held_out, part in parts(text, ends) if not held_out)
+        tokenizer = train_tokenizer(kept, characters=whole.characters, vocab_size=request["vocab-size"])
+        say(f"trained a tokenizer of {id_count(tokenizer)} tokens")
+    write_whole(work / TOKENIZER, tokenizer.to_str(pretty=True))
+    write_whole(work / _PLAN, json.dumps(request | {"ends": ends}, indent=1))
+    return ends
+
+
+def _work(config: TokenizeConfig, shards: list[Shard], work: Path, ends: bool, console: Console) -> None:
+    """Tokenise the shards that are missing."""
+    clean(work)
+    missing = [shard for shard in shards if not shard.folder(work).is_dir()]
+    total, left = sum(shard.size for shard in shards), sum(shard.size for shard in missing)
+    make = functools.partial(ShardWriter, work, config.text_field, ends)
+    with TokenDisplay(total, total - left, console) as display:
+        run_tasks(make, missing, config.workers or os.cpu_count() or 1, display.show)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
