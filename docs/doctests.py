@@ -9,15 +9,10 @@ _EXAMPLE = re.compile(r"^>>> .*(?:\n(?!\s*\n).*)*", re.MULTILINE)  # up to the n
 
 
 def fenced(text: str) -> str:
-    """The docstring with its unindented examples fenced.
+    r"""The docstring with its unindented examples fenced.
 
-    >>> print(fenced("Adds.\\n\\n>>> 1 + 1\\n2").replace("`", "'"))
-    Adds.
-    <BLANKLINE>
-    '''python
-    >>> 1 + 1
-    2
-    '''
+    >>> fenced("Adds.\n\n>>> 1 + 1\n2\n\nMore.")
+    'Adds.\n\n```python\n>>> 1 + 1\n2\n```\n\nMore.'
     """
     return _EXAMPLE.sub(lambda match: f"```python\n{match[0].rstrip()}\n```", text)
 
