@@ -1,6 +1,7 @@
 # make train    set everything up and train a small MoE language model over a cp ring; again: it resumes
 # make test    set everything up and pass the tests, one deviceless compile for GPUs among them (15 minutes at most on two cores)
 # make check   what takes longer: slow tests, the wheel, the newest jax (30 minutes at most)
+# make docs    the docs site, in site/
 # make train ARGS="--steps 1000 --mesh.cp 4"     any flag of python -m zigzag_jax.train
 # make test ARGS="tests/test_ring.py -k cp4"     a part
 
@@ -9,7 +10,7 @@ LONGEST_FIRST = tests/train tests/models tests
 # tests mostly wait for XLA, and code that runs once need not be fast; what compiles for GPUs takes the default
 QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
 
-.PHONY: setup train test schedule lint check clean
+.PHONY: setup train test schedule lint check docs clean
 
 
 setup: .venv/.ready
@@ -39,5 +40,9 @@ schedule: $(if $(filter Linux,$(shell uname -s)),.venv-aot/.ready)
 check: setup
 	scripts/check
 
+# The pages as a site, in site/; open site/index.html.
+docs: setup
+	scripts/docs
+
 clean:
-	rm -rf .venv .venv-* build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* build dist site *.egg-info .pytest_cache .ruff_cache

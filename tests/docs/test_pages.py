@@ -1,0 +1,33 @@
+"""The Python of the pages runs as printed, and the pictures are what the code draws."""
+
+import re
+import runpy
+import sys
+
+import pytest
+from pages import DOCS, PAGES, relative
+
+pytestmark = pytest.mark.source
+WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=relative)
+def test_the_python_of_a_page_runs_as_printed(page, tmp_path):
+    file = tmp_path / "page.py"
+    file.write_text("\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)))
+    runpy.run_path(str(file))
+
+
+def test_the_pictures_are_what_the_code_draws(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS / "pictures"))
+    drawn = runpy.run_path(str(DOCS / "pictures" / "make.py"))["PICTURES"]
+    for name in ("canvas", "draw_balance", "draw_experts", "draw_layout", "draw_ring"):
+        sys.modules.pop(name)
+    assert {f"{name}.svg" for name in drawn} == {file.name for file in (DOCS / "pictures").glob("*.svg")}
+    for name, draw in drawn.items():
+        assert draw().svg() == (DOCS / "pictures" / f"{name}.svg").read_text(), f"{name}: run docs/pictures/make.py"
+
+
+def test_every_picture_is_shown_with_words_for_who_cannot_see_it():
+    shown = {name for page in PAGES for name in re.findall(r"!\[[^\]]{20,}\]\([^)]*?(\w+\.svg)\)", page.read_text())}
+    assert shown == {file.name for file in (DOCS / "pictures").glob("*.svg")}
