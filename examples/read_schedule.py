@@ -58,7 +58,7 @@ def attention(
     return Program(compiled.as_text() or "")
 
 
-def draw(program: Program, name: str | None = None, indent: str = "") -> Iterator[str]:
+def draw(program: Program, name: str = "", indent: str = "") -> Iterator[str]:
     """The lines of the picture of one computation (default: the entry) and of the loops in it."""
     name = name or program.entry
     flights = {flight.name: flight for flight in program.flights_of(name, 1) if flight.size >= SMALL}
@@ -71,7 +71,8 @@ def draw(program: Program, name: str | None = None, indent: str = "") -> Iterato
 
     for x in program.computations[name]:
         flight, lane = flights.get(x.name), next((at for at, own in enumerate(lanes) if own in _ended(x)), None)
-        if flight is None and lane is None and not (text := _launch(program, x)):
+        text = _launch(program, x)
+        if flight is None and lane is None and not text:
             small += bool(program.work(x))
             continue
         if small:

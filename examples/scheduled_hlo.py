@@ -130,7 +130,7 @@ class Program:
         if "is_scheduled=true" not in text.split("\n", 1)[0]:
             raise ValueError("text must be a scheduled module (HloModule ..., is_scheduled=true), got another")
         self.computations: dict[str, tuple[Instruction, ...]] = {}
-        self.entry, lines = "", []
+        self.entry, name, lines = "", "", []
         for line in text.splitlines():
             if head := _HEAD.match(line):
                 name, lines = head[1], []
@@ -144,7 +144,7 @@ class Program:
         """Instructions in all computations."""
         return sum(map(len, self.computations.values()))
 
-    def launched(self, name: str | None = None, times: float = 1) -> Iterator[tuple[str, float]]:
+    def launched(self, name: str = "", times: float = 1) -> Iterator[tuple[str, float]]:
         """Computations whose instructions are launched one by one, with how often each runs: the entry, the bodies of
         loops, branches (as if each were taken). Not the insides of fusions: a fusion is one launch.
         """

@@ -9,6 +9,7 @@ pytestmark = pytest.mark.source
 
 KV = "bf16[1,8192,4,128]{3,2,1,0}"  # 8 MiB
 KERNEL = 'custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(f)/shard_map/flash_fwd/mpmd_map"}'
+SYNC = 'backend_config={"is_sync":true}'
 TEXT = f"""HloModule jit_f, is_scheduled=true, entry_computation_layout={{()->{KV}}}
 
 %inside (p: {KV}) -> {KV} {{
@@ -23,7 +24,7 @@ TEXT = f"""HloModule jit_f, is_scheduled=true, entry_computation_layout={{()->{K
   %fused = {KV} fusion(%x), kind=kCustom, calls=%inside
   %done.1 = {KV} collective-permute-done(%start.1)
   %copied = {KV} copy(%done.1)
-  %start.2 = (({KV}, /*index=1*/{KV}), ({KV}, {KV})) collective-permute-start(%x, %copied), backend_config={{"is_sync":true}}
+  %start.2 = (({KV}, /*index=1*/{KV}), ({KV}, {KV})) collective-permute-start(%x, %copied), {SYNC}
   %done.2 = ({KV}, {KV}) collective-permute-done(%start.2)
   ROOT %t = (s32[], {KV}) tuple(%x, %x)
 }}
@@ -104,7 +105,9 @@ def test_the_picture(program, tmp_path, capsys):
     ]
     numbers = "\n".join(summary(program))
     assert "kernels run: flash_fwd 3" in numbers
-    assert "collective-permute: 6 transfers, 72.0 MiB a device\n    of 2 in the text 1 are synchronous, 1 have" in numbers
+    assert (
+        "collective-permute: 6 transfers, 72.0 MiB a device\n    of 2 in the text 1 are synchronous, 1 have" in numbers
+    )
     assert "copies of 1 MiB or more: 24.0 MiB" in numbers
     (tmp_path / "hlo.txt").write_text(TEXT)
     assert main([str(tmp_path / "hlo.txt")]) == 0

@@ -9,7 +9,6 @@ import contextlib
 import pytest
 from overlap import check, copied, flown
 from read_schedule import attention
-from scheduled_hlo import Program
 
 import zigzag_jax.ring
 
@@ -35,38 +34,42 @@ def test_every_hop_has_a_kernel_above_it(cp: int, length: int):
 
 
 # ------------------------------------------------------------------------------------------- what XLA needs to be told
-# From here on the kernel is the reference's, a loop over tiles of keys, which takes less time to compile.
-PAYLOAD = 2 * VALUES * 32768  # bytes of a hop that XLA does not put into one permute (it merges up to 30 MiB)
-
-
-def alone(program: Program) -> float:
+# From here on the kernel is the reference's, a loop over tiles of keys, which takes less time to compile. Straight-line
+# code over four ranks.
+def alone(length: int, gradient: bool, **options) -> float:
     """Share of the permuted bytes that fly above no kernel."""
-    found = flown(program, ("while",))
+    program = attention(4, length, gradient=gradient, implementation="reference", options=options)
+    found = flown(program, ("while", "matmul"))
+    payload = 2 * VALUES * length  # bytes; its gradient has twice as many
+    assert sum(found.values()) == payload * (3 * 4 if gradient else 3)
     return found.get("nothing", 0.0) / sum(found.values())
 
 
-@pytest.fixture(scope="module")
-def forward():
-    """A function that compiles the forward over four H100s, 32768 tokens each."""
-    return lambda **options: attention(4, 32768, gradient=False, implementation="reference", options=options)
-
-
-def test_without_barriers_the_check_fails(forward, monkeypatch):
-    assert flown(forward(), ("while",)) == {"while": 3 * PAYLOAD}
-    monkeypatch.setattr(zigzag_jax.ring.lax, "optimization_barrier", lambda x: x)
-    assert alone(forward()) > 0
-
-
-@pytest.mark.slow
-def test_the_attribute_is_needed_where_k_and_v_do_not_fit_one_permute(forward, monkeypatch):
+def without_attribute(monkeypatch) -> None:
     monkeypatch.setattr(zigzag_jax.ring, "set_xla_metadata", lambda **_: contextlib.nullcontext())
-    assert alone(forward()) == 0.5  # k or v of every hop
+
+
+def test_without_barriers_the_check_fails(monkeypatch):
+    assert alone(32768, False) == 0
+    monkeypatch.setattr(zigzag_jax.ring.lax, "optimization_barrier", lambda x: x)
+    assert alone(32768, False) > 0
 
 
 @pytest.mark.slow
-def test_the_scheduler_is_needed_and_is_on(forward):
-    assert alone(forward(xla_gpu_enable_latency_hiding_scheduler=True)) == 0
-    assert alone(forward(xla_gpu_enable_latency_hiding_scheduler=False)) == 1
+def test_without_the_attribute_half_of_the_bytes_fly_alone(monkeypatch):
+    without_attribute(monkeypatch)
+    assert alone(32768, True) == 0.5
+
+
+@pytest.mark.slow
+def test_one_flag_of_xla_would_do_in_the_attributes_place(monkeypatch):
+    without_attribute(monkeypatch)
+    assert alone(32768, True, xla_gpu_collective_permute_combine_threshold_bytes=2**30) == 0
+
+
+@pytest.mark.slow
+def test_the_scheduler_that_hides_latency_is_needed():
+    assert alone(8192, True, xla_gpu_enable_latency_hiding_scheduler=False) > 0.5
 
 
 @pytest.mark.slow
