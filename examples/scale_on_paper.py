@@ -66,7 +66,7 @@ def row(p: Point) -> dict:
 
 
 def draw(points: list[Point], path: Path, title: str) -> None:
-    """Share of the ideal over cp: a colour a length, the ring's lines whole and the all-gather's broken."""
+    """Share of the ideal over cp: a colour a length, the ring's lines whole and the all-gather's dashed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +83,7 @@ def draw(points: list[Point], path: Path, title: str) -> None:
     axes.set(xlabel="cp", ylabel="% of ideal", ylim=(0, 103), title=title)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
-    axes.legend(title="ring (all-gather broken)")
+    axes.legend(title="ring (all-gather dashed)")
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
