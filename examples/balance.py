@@ -7,32 +7,11 @@ work is counted in scores, pairs of a query and a key it sees, from the library'
 rank is busy all the time.
 """
 
-import jax.numpy as jnp
 import numpy as np
 
-from zigzag_jax.layout import Layout, global_positions
-from zigzag_jax.ranges import key_range, visible_bounds
+from zigzag_jax.cost import busiest, lock_step, pairs
 
 LENGTH = 4096
-
-
-def scores(cp: int, layout: Layout, positions: np.ndarray | None = None, window: int | None = None) -> np.ndarray:
-    """Scores of each (step, rank), float64 [cp, cp]; positions int32 [1, LENGTH] in natural order."""
-    local = LENGTH // cp
-    work = np.zeros((cp, cp))
-    for rank in range(cp):
-        g = global_positions(rank, cp, local, layout)
-        own = None if positions is None else jnp.asarray(positions[:, np.asarray(g)])
-        lo, hi = visible_bounds(g, own, window)
-        for step in range(cp):
-            keys = key_range(lo, hi, (rank - step) % cp, cp, local, layout)
-            work[step, rank] = np.maximum(np.asarray(keys.stop) - np.asarray(keys.start), 0).sum()
-    return work
-
-
-def critical_path(work: np.ndarray) -> float:
-    """Sum over steps of the busiest rank's scores, as a multiple of the mean rank's."""
-    return float(work.max(axis=1).sum() / work.sum(axis=0).mean())
 
 
 def documents(count: int, seed: int) -> np.ndarray:
@@ -47,14 +26,18 @@ def documents(count: int, seed: int) -> np.ndarray:
 def main() -> None:
     """Print the table."""
     rows = [documents(8, seed) for seed in range(8)]
-    print("| cp | zigzag | contiguous | contiguous / zigzag | zigzag, 8 documents | zigzag, window 512 |")
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
+    names = ("cp", "zigzag", "contiguous", "contiguous / zigzag", "zigzag, 8 documents", "zigzag, window 512")
+    print("| " + " | ".join([*names, "all-gather, 8 documents"]) + " |")
+    print("| " + " | ".join(["---:"] * (len(names) + 1)) + " |")
     for cp in (2, 4, 8):
-        zigzag, naive = scores(cp, "zigzag"), scores(cp, "contiguous")
+        local = LENGTH // cp
+        zigzag, naive = pairs(cp, local), pairs(cp, local, layout="contiguous")
         ratio = naive.max(axis=1).sum() / zigzag.max(axis=1).sum()
-        packed = np.mean([critical_path(scores(cp, "zigzag", positions=row)) for row in rows])
-        windowed = critical_path(scores(cp, "zigzag", window=512))
-        columns = (critical_path(zigzag), critical_path(naive), ratio, packed, windowed)
+        packed = [pairs(cp, local, positions=row) for row in rows]
+        columns = (
+            lock_step(zigzag), lock_step(naive), ratio, np.mean([lock_step(work) for work in packed]),
+            lock_step(pairs(cp, local, window=512)), np.mean([busiest(work) for work in packed]),
+        )  # fmt: skip
         print(f"| {cp} | " + " | ".join(f"{x:.2f}" for x in columns) + " |")
 
 

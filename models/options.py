@@ -15,7 +15,7 @@ class KernelOptions:
     """How keys reach the queries; None lets the library choose."""
 
     payload: Literal["latent", "expanded"] | None = None
-    """What of DeepSeek's keys and values travels; None lets a cost rule choose (zigzag_jax/mla.py)."""
+    """What of DeepSeek's keys and values travels; None lets a cost rule choose (zigzag_jax/cost.py)."""
 
     exchange_rows: int | None = None
     """Rows that a device sends to each other one in a round of the experts' exchange (exchange.py); None: a quarter

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import from_zigzag, to_zigzag
-from zigzag_jax.mla import Latent, choose_payload, hop_bytes, latent_attention
+from zigzag_jax.mla import Latent, hop_bytes, latent_attention
 
 B, S, H, R, N, ROPE, E = 2, 48, 4, 12, 8, 4, 6
 SCALE = 0.2
@@ -98,13 +98,9 @@ def test_bfloat16_error_does_not_grow_with_cp():
     assert np.isfinite(want).all()
 
 
-def test_the_rule_and_the_bytes():
-    lite = (512, 64, 16, 192, 128)
-    assert hop_bytes(8192, *lite, 2) == {"latent": 8192 * 576 * 2, "expanded": 8192 * 5120 * 2}
-    assert choose_payload(1, 8192, 8192, lite, 2) == "expanded"
-    # short shards: the kernel of a step is too short to hide the large hop
-    assert choose_payload(8, 512, 512, lite, 2) == "latent"
-    assert choose_payload(4, 32768, 32768, lite, 2) == "expanded"
+def test_the_bytes_of_a_hop():
+    sizes = hop_bytes(8192, latent=512, rope=64, heads=16, dim=192, out_dim=128, itemsize=2)
+    assert sizes == {"latent": 8192 * 576 * 2, "expanded": 8192 * 5120 * 2}
 
 
 GOOD = dict(q=(1, 8, 2, 6), latent=(1, 8, 5), k_pe=(1, 8, 2), kv_b=(5, 2, 7))

@@ -13,17 +13,17 @@ gradient of kv_b is summed over hops in float32 in the one, and is one matmul in
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from zigzag_jax.attention import attention_bounds, attention_plan
+from zigzag_jax.cost import Payload, choose_payload
 from zigzag_jax.layout import CHUNKS
 from zigzag_jax.ring import ring
 
-Payload = Literal["latent", "expanded"]
 PAYLOADS: tuple[Payload, ...] = ("latent", "expanded")
 
 _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -83,26 +83,6 @@ def hop_bytes(rows: int, latent: int, rope: int, heads: int, dim: int, out_dim: 
     }
 
 
-def choose_payload(cp: int, rows: int, length: int, sizes: tuple[int, int, int, int, int], itemsize: int, *,
-                   link: float = 200e9, flops: float = 650e12) -> Payload:  # fmt: skip
-    """The form that costs less: "expanded" where its hop flies under one step's kernel all the same.
-
-    cp, rows (batch times local length), length (local), sizes = (latent, rope, heads, dim, out_dim). link: bytes a
-    second of one direction between neighbours (200e9: a hop of 17 MB through NCCL between two H200 on NVLink; 50e9: one
-    400 Gb/s port). flops: what the attention kernel does a second (650e12: MLA's forward on an H100).
-
-    >>> lite = (512, 64, 16, 192, 128)
-    >>> choose_payload(4, 8192, 8192, lite, 2), choose_payload(4, 8192, 8192, lite, 2, link=50e9)
-    ('expanded', 'latent')
-    """
-    latent, rope, heads, dim, out_dim = sizes
-    if cp == 1:
-        return "expanded"  # nothing travels
-    sent = hop_bytes(rows, latent, rope, heads, dim, out_dim, itemsize)["expanded"]
-    step = heads * rows * length * (dim + out_dim) / flops  # half of all pairs, two flops each
-    return "expanded" if sent / link < step else "latent"
-
-
 def latent_attention(
     q, latent, k_pe, kv_b, *, positions=None, window=None, scale=None, mesh, spec, axis_name="cp", payload=None,
     strategy=None, implementation=None, deterministic=False, grad_dtype=None,
@@ -121,7 +101,7 @@ def latent_attention(
       mesh: see positions.
       spec: PartitionSpec(batch axes, axis_name, None, None) of q.
       axis_name: see positions.
-      payload: "latent", "expanded", or None, which is choose_payload's for this mesh.
+      payload: "latent", "expanded", or None, which is the cost rule's for this mesh (cost.choose_payload).
       strategy: see positions.
       implementation: see positions.
       deterministic: see positions.
@@ -143,7 +123,7 @@ def latent_attention(
     def attend(q, latent, k_pe, kv_b, extras: dict[str, jax.Array]):
         make = Latent(nope)
         form = payload or choose_payload(
-            mesh.shape[axis_name], q.shape[0] * q.shape[1], q.shape[1],
+            mesh.shape[axis_name], q.shape[0], q.shape[1],
             (latent.shape[2], k_pe.shape[2], *q.shape[2:], kv_b.shape[2] - nope), q.dtype.itemsize,
         )  # fmt: skip
         plan = attention_plan(
@@ -187,4 +167,4 @@ def _check(q, latent, k_pe, kv_b, mesh, spec, axis_name) -> None:
         raise ValueError(f"sequence length must be divisible by {parts} (2 * cp), got {q.shape[1]}: pad it")
 
 
-__all__ = ["Latent", "Payload", "choose_payload", "expand", "hop_bytes", "latent_attention"]
+__all__ = ["Latent", "Payload", "expand", "hop_bytes", "latent_attention"]

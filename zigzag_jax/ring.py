@@ -253,7 +253,9 @@ def _ring_backward(plan: Plan, params, q, payload, lo, hi, out, lse, dout, dlse)
     hops = _backward_hops(plan.live, plan.cp)
     moved = payload
     if len(plan.live) > 1:
-        moved, dout = lax.optimization_barrier((_rotate(plan, payload, plan.live[1]), dout))
+        # Not before the forward's end: XLA would take its first hop for this one and keep what came all the while.
+        first, _ = lax.optimization_barrier((payload, lse))
+        moved, dout = lax.optimization_barrier((_rotate(plan, first, plan.live[1]), dout))
     delta = _delta(out, dout, dlse)
     dout = dout.astype(q.dtype)
 

@@ -1,0 +1,46 @@
+"""What the schedule of a ring must look like, as rules over examples/scheduled_hlo.py's reading of it.
+
+P bytes of payload and G of its gradient (float32) a hop, cp steps; in the scheduled HLO, every loop counted as often as
+it runs,
+
+    (cp - 1) P                       fly above a forward kernel,
+    (cp - 2) P + (cp - 1) G          above a backward kernel,
+    P                                above the matmul that makes dout: the backward's first hop, posted early,
+
+and nothing above nothing; each kernel runs cp times, and nobody gathers or copies keys or values.
+"""
+
+from collections import defaultdict
+
+from scheduled_hlo import Program
+
+KERNELS = ("flash_fwd", "flash_bwd", "matmul")
+
+
+def flown(program: Program, kernels=KERNELS) -> dict[str, float]:
+    """Bytes that a rank permutes, by what runs meanwhile: the first of `kernels` that does, or nothing."""
+    found: dict[str, float] = defaultdict(float)
+    for flight in program.flights():
+        if flight.kind == "collective-permute":
+            above = next((kernel for kernel in kernels if kernel in flight.under and flight.asynchronous), "nothing")
+            found[above] += flight.times * flight.size
+    return dict(found)
+
+
+def check(program: Program, cp: int, length: int, payload: int, layers: int = 1) -> None:
+    """The rules, for forward and backward of `layers` layers with `length` tokens a rank whose hop is of `payload`
+    bfloat16 values a token.
+    """
+    values = payload * length * layers
+    want = {"flash_fwd": 2 * (cp - 1) * values, "flash_bwd": (2 * (cp - 2) + 4 * (cp - 1)) * values}
+    assert flown(program) == want | {"matmul": 2 * values}
+    kernels = program.kernels()
+    assert (kernels["flash_fwd"], kernels["flash_bwd"]) == (layers * cp, layers * cp)
+    gathered = [x for f in program.flights() if f.kind == "all-gather" for x in f.got]
+    assert not [str(x) for x in gathered if max(x.shape) >= length]  # no weight is as long as a rank's sequence
+
+
+def copied(program: Program, length: int, *widths: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of copies of [B, length, *width] for any of the widths."""
+    shapes = [x.shape for x, _ in program.copies(least=1)]
+    return [shape for shape in shapes if any(shape[1:] == (length, *width) for width in widths)]

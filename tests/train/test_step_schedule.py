@@ -1,0 +1,66 @@
+"""The schedule of the trainer's own step for H100s that are not there: in a model's layers too, scanned and
+recomputed, the hops fly above the kernels (overlap.py has the rules).
+
+Two layers of the real sizes but for the vocabulary and the number of experts, which cost compile time only.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from h100 import h100s
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from overlap import check, copied
+from scheduled_hlo import Program
+
+from zigzag_jax.models.options import KernelOptions
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.registry import ModelConfig, model_of
+from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.train.config import OptimConfig
+from zigzag_jax.train.mesh import AXES, ROWS
+from zigzag_jax.train.optim import optimizer
+from zigzag_jax.train.step import abstract_train_state, make_step
+from zigzag_jax.train.task import Task
+
+pytestmark = [pytest.mark.aot, pytest.mark.slow]
+
+LAYERS = 2
+LENGTH = 8192  # tokens a rank: longer than any dimension of a weight
+LESS = {"vocab_size": 1024, "num_hidden_layers": LAYERS}
+
+
+def step_schedule(sizes: ModelConfig, cp: int, options: KernelOptions) -> Program:
+    """One step of AdamW on one row."""
+    mesh = Mesh(h100s(cp).devices.reshape(1, 1, cp), AXES)
+    sharding = Sharding(mesh)
+    build = lambda rngs: model_of(sizes)(
+        sizes, sharding, rngs=rngs, dtype=jnp.bfloat16, remat="attention", options=options
+    )
+    graphdef, shapes = abstract_state(build)
+    tx = optimizer(OptimConfig(), 10)
+    task = Task(graphdef, sharding, jnp.dtype(jnp.bfloat16), sizes.aux_loss, sizes.aux_coefficient)
+    place = NamedSharding(mesh, P(ROWS, "cp"))
+    array = lambda dtype: jax.ShapeDtypeStruct((1, LENGTH * cp), dtype, sharding=place)
+    batch = {name: array(jnp.int32) for name in ("tokens", "labels", "positions")} | {"real": array(jnp.bool_)}
+    step = jax.jit(make_step(task, tx), donate_argnums=0)
+    return Program(step.lower(abstract_train_state(shapes, tx, sharding), batch).compile().as_text() or "")
+
+
+def test_qwen3_moe():
+    sizes = dataclasses.replace(PRESETS["qwen3-30b-a3b"], **LESS, num_experts=16)
+    program = step_schedule(sizes, 4, KernelOptions(implementation="mosaic"))
+    check(program, 4, LENGTH, sizes.hop_values["k, v"], LAYERS)
+    assert not copied(program, LENGTH, (4, 128), (32, 128))
+
+
+def test_deepseek_v2_with_its_latent_on_the_ring():
+    sizes = dataclasses.replace(PRESETS["deepseek-v2-lite"], **LESS, n_routed_experts=16, first_k_dense_replace=0)
+    program = step_schedule(sizes, 8, KernelOptions(implementation="mosaic", payload="latent"))
+    check(program, 8, LENGTH, sizes.hop_values["latent"], LAYERS)
+    assert not copied(program, LENGTH, (16, 192), (16, 128), (16, 256))
+    # Of the latent one, 8 MiB every other step of the backward's loop: its share of kv_b's gradient is made when the
+    # next one has come. Another in the text: the last layer's loop stands by itself.
+    assert len(copied(program, LENGTH, (512,))) <= 2
