@@ -88,7 +88,7 @@ def test_padding_changes_nothing():
     check((hidden[:, :SHORT], stats, gradients), want, np.ones((ROWS, SHORT), bool))
 
 
-@pytest.mark.parametrize("remat", ["attention", "full"])
+@pytest.mark.parametrize("remat", ["attention", "full", "offload"])
 def test_remat_changes_nothing(remat):
     check(run((1, 1, 4), "packed", remat=remat), run((1, 1, 4), "packed"), np.ones((ROWS, LENGTH), bool))
 
@@ -99,7 +99,7 @@ def test_remat_attention_does_not_run_the_ring_again():
         return gradient.lower(state, put(batch("plain"), where)).as_text().count("collective_permute")
 
     counts = {remat: permutes(remat) for remat in REMAT}
-    assert counts["attention"] == counts["none"] < counts["full"]
+    assert counts["attention"] == counts["offload"] == counts["none"] < counts["full"]
 
 
 def test_rope_positions_are_the_models_own():
