@@ -8,14 +8,14 @@ that one confirms it or gives a better line.
 from collections.abc import Callable
 
 MOST = 2**24  # tokens of a row: past any use, and what positions and rows are counted in is int32
-_CLOSE = 64  # a part of the length that is not worth another measurement
+_SHY = 64  # aim shorter than the line says by this part of the length: a length that just fails costs a measurement
 
 
 def longest(peak: Callable[[int], int], room: int, fixed: int, start: int, unit: int) -> int | None:
     """The longest multiple of `unit` known to have a peak(length) of at most `room`; None where none has.
 
     `start` is measured first; `fixed` is a guess of peak(0) that makes a line of it. Where peak grows with the length
-    and is near to affine the answer is the true one to a 64th, mostly after three measurements; ten at most.
+    and is near to affine the answer is the true one to a 32nd, mostly after three measurements; ten at most.
     """
     points: list[tuple[int, int]] = []
     fits, fails, at = 0, MOST + 1, start
@@ -23,8 +23,9 @@ def longest(peak: Callable[[int], int], room: int, fixed: int, start: int, unit:
         value = peak(at)
         points.append((at, value))
         fits, fails = (max(fits, at), fails) if value <= room else (fits, min(fails, at))
-        at = max(min(_where([(0, fixed), *points], room), fails - 1) // unit, 1) * unit
-        if at >= fails or at - fits <= fits // _CLOSE:
+        end = min(_where([(0, fixed), *points], room), fails - 1)
+        at = max((end - end // _SHY) // unit, 1) * unit
+        if at >= fails or at <= fits or end - fits <= 2 * end // _SHY:
             break
     return fits // unit * unit or None
 

@@ -116,7 +116,9 @@ def _timed(config: PlanConfig, build: Callable[[Config], Program], say: Say) -> 
     say(f"compiling for rows of {config.seq_len} tokens, remat {config.remat} (minutes for a large model) ..")
     begin = time.monotonic()
     footprint = measure(config, build(config))
-    say(f".. peak {footprint.peak / GIB:.2f} GiB a device ({time.monotonic() - begin:.0f} s)")
+    total, flying = footprint.hops
+    took = time.monotonic() - begin
+    say(f".. peak {footprint.peak / GIB:.2f} GiB a device, {flying} of {total} hops above other work ({took:.0f} s)")
     return footprint
 
 
@@ -142,11 +144,9 @@ def breakdown(footprint: Footprint, parts: dict[str, int], say: Say) -> None:
 
 def verdict(footprint: Footprint, pool: Pool, memory: int, say: Say) -> bool:
     """Whether the run fits, and how closely."""
-    total, flying = footprint.hops
     room = pool.room(footprint.state)
     say(f"{pool.size / GIB:10.2f}  what JAX has of a card's {memory / GIB:.2f}")
-    say(f"{room / GIB:10.2f}  what XLA fills of it before it recomputes and stops overlapping")
-    say(f"hops of the ring in the program: {total}, of which {flying} fly above other work\n")
+    say(f"{room / GIB:10.2f}  what XLA fills of it before it recomputes and stops overlapping\n")
     over = footprint.peak - room
     if over > 0:
         say(f"does not fit: {over / GIB:.2f} GiB too much a device")
@@ -166,8 +166,8 @@ def say_longest(
         say(f"no seq-len fits: parameters, optimiser and gradients alone take {fixed / GIB:.2f} GiB")
         return None
     length = longest(peak, room, fixed, config.seq_len, 2 * cp * TILE)
-    more = " or more" if length is not None and length > MOST - 2 * cp * TILE else ""
-    say("no seq-len fits" if length is None else f"longest seq-len that fits: {length}{more}")
+    more = ", or more" if length is not None and length > MOST * 31 // 32 else ""
+    say("no seq-len fits" if length is None else f"longest seq-len that fits, to 3%: {length}{more}")
     return length
 
 

@@ -37,7 +37,7 @@ def a_device(values: int, itemsize: int, rows: int = ROWS) -> int:
 @pytest.mark.parametrize(("remat", "accumulate"), [("attention", 1), ("offload", 2)])
 def test_the_input_the_attention_and_its_lse(remat: str, accumulate: int):
     found, rows = kept(remat, accumulate), ROWS // accumulate
-    heads, size = SIZES.num_attention_heads, SIZES.head_dim
+    heads, size = SIZES.num_attention_heads, SIZES.rotary_size  # all of a head
     want = [a_device(SIZES.hidden_size, 2, rows), a_device(heads * size, 2, rows), a_device(heads, 4, rows)]
     assert sorted(found.values()) == sorted(want)
     assert all(kind.on_host == (remat == "offload") for kind in found)

@@ -59,7 +59,7 @@ def test_a_run_that_fits(cards):
     for size, what in [("6.00", "parameters"), ("12.00", "optimiser"), ("7.00", "temporary"), ("25.00", "peak")]:
         assert f"{size}  {what}" in text
     assert f"0.50  kept by the layers, from each {INPUT} in all" in text
-    assert "46, of which 40 fly" in text
+    assert "40 of 46 hops above other work" in text
     # 79.10 GiB * 0.92 = 72.77; 18 of it are taken, and a twentieth of the rest is XLA's
     assert "fits, 45.03 GiB left" in text
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in text
@@ -71,8 +71,10 @@ def test_a_run_that_does_not_fit_says_by_how_much_and_what_would(cards):
     code, text = said(seq_len=262144)
     assert code == 1
     assert "does not fit: 17.97 GiB too much a device" in text  # 18 + 6 + 64 of 70.03
-    longest = int((70.03 - 24) * 4096) // 1024 * 1024  # chunks of 128 tokens, eight of them
-    assert f"longest seq-len that fits: {longest}" in text
+    end = (70.03 - 24) * 4096
+    answer = int(text.rpartition("longest seq-len that fits, to 3%: ")[2])
+    assert end * 31 / 32 < answer <= end
+    assert answer % (8 * 128) == 0
     assert text.count("compiling") <= 3
 
 
