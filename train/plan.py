@@ -165,9 +165,10 @@ def say_longest(
     if fixed > room:
         say(f"no seq-len fits: parameters, optimiser and gradients alone take {fixed / GIB:.2f} GiB")
         return None
-    length = longest(peak, room, fixed, config.seq_len, 2 * cp * TILE)
+    unit = 2 * cp * TILE
+    length = longest(peak, room, fixed, config.seq_len, unit)
     more = ", or more" if length is not None and length > MOST * 31 // 32 else ""
-    say("no seq-len fits" if length is None else f"longest seq-len that fits, to 3%: {length}{more}")
+    say(f"no multiple of {unit} fits" if length is None else f"longest seq-len that fits, to 3%: {length}{more}")
     return length
 
 
