@@ -160,7 +160,7 @@ def test_kernel_options_reach_both_kernels():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="remat must be one of none, attention, full, got 'some'"):
+    with pytest.raises(ValueError, match="remat must be one of none, attention, full, offload, got 'some'"):
         init_state(lambda rngs: Qwen3Moe(TINY, sharding(), rngs=rngs, remat="some"), sharding(), jax.random.key(0))
     graphdef, state = build(TINY, sharding(2, 2, 2))
     tokens = jnp.zeros((3, LENGTH), jnp.int32)

@@ -7,9 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.kernels import HOPPER
+from zigzag_jax.models.sharding import gather
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.footprint import Footprint, known_parts, measure
 from zigzag_jax.train.mesh import AXES
@@ -70,3 +76,25 @@ def test_offload_takes_off_the_device_what_the_layers_keep(footprints):
 def test_every_hop_flies(footprints, remat: str):
     total, flying = footprints[remat][0].hops
     assert total == flying >= 3  # k and v forward, k and v backward, their gradient home; XLA may join two arrays
+
+
+@pytest.mark.parametrize("spec", [P(None, "cp"), P(None, None, "cp")], ids=["embed-first", "embed-last"])
+def test_gathered_layers_make_no_second_copy_of_all_parameters(spec: P):
+    """Nor of all gradients: XLA would transpose whole stacks ahead of their loop if the gather asked it to."""
+    mesh, layers, size = described_mesh("h100", (2,), ("cp",), 0.92), 16, (8, 512, 512)
+
+    def one(x, w):
+        whole = gather(w, spec, jnp.bfloat16)
+        return jnp.einsum("td,edm->tm", x, whole), None
+
+    def loss(stack, x):
+        local = lambda stack, x: jnp.sum(lax.scan(jax.checkpoint(one), x, stack)[0].astype(jnp.float32))[None]
+        in_specs = (P(None, *spec), P("cp"))
+        return jnp.sum(jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P("cp"), check_vma=False)(stack, x))
+
+    array = lambda shape, dtype, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    stack = array((layers, *size), jnp.float32, P(None, *spec))
+    compiled = jax.jit(jax.grad(loss)).lower(stack, array((512, 512), jnp.bfloat16, P("cp"))).compile()
+    needs = compiled.memory_analysis()
+    assert needs is not None
+    assert needs.temp_size_in_bytes < needs.argument_size_in_bytes / 2
