@@ -9,7 +9,7 @@ class KernelOptions:
     """Choices of `zigzag_attention` and `grouped_matmul`; change them to compare, or to compile for another machine."""
 
     implementation: str | None = None
-    """A kernel by name, for both; None takes this backend's."""
+    """A kernel by name, for both; None takes this backend's, "hopper" a Hopper GPU's."""
 
     strategy: Literal["ring", "allgather"] | None = None
     """How keys reach the queries; None lets the library choose."""

@@ -153,7 +153,10 @@ def _gather(spec: P, dtype: jnp.dtype, w: jax.Array) -> jax.Array:
     w = w.astype(dtype)
     for axis, entry in enumerate(spec):
         if entry is not None:
-            w = lax.all_gather(w, entry, axis=axis, tiled=True)
+            # pieces side by side, then into their places: of a tiled gather XLA wants the axis outermost, and for that
+            # it transposes the parameters of all layers ahead of their loop, a whole copy of them
+            pieces = lax.all_gather(w, entry, axis=0)
+            w = jnp.moveaxis(pieces, 0, axis).reshape(*w.shape[:axis], -1, *w.shape[axis + 1 :])
     return w
 
 
@@ -166,7 +169,8 @@ def scatter(x: jax.Array, spec: P) -> jax.Array:
     """The transpose of gather: the sum over the devices of a whole array's parts, cut to this device's piece."""
     for axis, entry in enumerate(spec):
         if entry is not None:
-            x = lax.psum_scatter(x, entry, scatter_dimension=axis, tiled=True)
+            pieces = x.reshape(*x.shape[:axis], lax.axis_size(entry), -1, *x.shape[axis + 1 :])
+            x = lax.psum_scatter(jnp.moveaxis(pieces, axis, 0), entry, scatter_dimension=0)
     return x
 
 

@@ -10,6 +10,8 @@ Without rematerialisation a layer keeps every intermediate for the backward pass
     attention    keep the layer's input and the attention's output and log-sum-exp, recompute the rest: the ring,
                  whose cost grows with the square of the context and which waits for the network, runs once
     full         keep the layer's input only; the ring runs again
+    offload      as attention, but what is kept waits in the host's pinned memory: each layer's is copied out in the
+                 forward and back in the backward, over PCIe
 """
 
 from collections.abc import Callable
@@ -18,11 +20,21 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
+from zigzag_jax.ring import LSE_NAME, OUT_NAME
+
+INPUT_NAME = "layer_input"
 REMAT: dict[str, Callable | None] = {
     "none": None,
-    "attention": jax.checkpoint_policies.save_only_these_names("attn_out", "attn_lse"),
+    "attention": jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[INPUT_NAME, OUT_NAME, LSE_NAME],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -74,7 +86,7 @@ def scan_layers(
 
     def body(x, layer):
         params, own = layer
-        return call(nnx.merge(graphdef, params), x, own)
+        return call(nnx.merge(graphdef, params), checkpoint_name(x, INPUT_NAME), own)
 
     if (policy := REMAT[remat]) is not None:
         # a loop keeps XLA from merging the recomputation with the first run; a loop of one trip is inlined and does not

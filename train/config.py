@@ -127,8 +127,9 @@ class Config:
     """Checkpoints to keep."""
     eval_every: int = 100
     """Steps between looks at the held-out loss."""
-    remat: Literal["none", "attention", "full"] = "attention"
-    """What a layer keeps for its backward: everything, the attention's result, or nothing but its input."""
+    remat: Literal["none", "attention", "full", "offload"] = "attention"
+    """What a layer keeps for its backward: everything, its input and the attention's result, its input only; offload:
+    as attention, in the host's memory."""
     strategy: Literal["ring", "allgather"] = "ring"
     """How queries meet keys; with many short documents in a row allgather waits less, for cp times the memory of k, v.
     """

@@ -36,6 +36,16 @@ BLANK = -1  # a row that holds nothing, to fill up a pass's last batch
 Block = dict[str, np.ndarray]  # the four arrays [rows, columns] of some rectangle of a batch
 
 
+def abstract_batch(batch: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch as shapes with shardings: `batch` rows of seq_len tokens, padded, over the mesh."""
+    shape = (batch, padded(seq_len, mesh.shape["cp"]))
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=_over(mesh)) for name, (dtype, _) in FIELDS.items()}
+
+
+def _over(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P(("dp", "fsdp"), "cp"))
+
+
 class Batches:
     """The stream of batches of one store: `at(step)` is a pure function of the step.
 
@@ -65,7 +75,7 @@ class Batches:
         self.store, self.plan, self.batch, self.repeat = store, plan, batch, repeat
         self.cp = mesh.shape["cp"]
         self.seq_len = padded(plan.seq_len, self.cp)
-        self.sharding = NamedSharding(mesh, P(("dp", "fsdp"), "cp"))
+        self.sharding = _over(mesh)
         # place (device, micro-batch, row) of a batch <- row number (micro-batch, device, row) of the plan
         self._deal = np.arange(batch).reshape(accumulate, ways, -1).swapaxes(0, 1).reshape(-1)
         self._order = zigzag_indices(self.seq_len, self.cp)

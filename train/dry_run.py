@@ -11,14 +11,10 @@ from zigzag_jax.layout import padded
 from zigzag_jax.models.devices import on_cpu
 from zigzag_jax.models.exchange import SLACK, block_rows, sent_bytes
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.groups import check_groups
-from zigzag_jax.train.mesh import AXES, check_batch, make_sharding, mesh_shape
-from zigzag_jax.train.models import maker
-from zigzag_jax.train.optim import optimizer
-from zigzag_jax.train.step import abstract_train_state
+from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
+from zigzag_jax.train.program import make_program
 
 _GIB = 2**30
 
@@ -37,11 +33,9 @@ def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> 
     shape = mesh_shape(config.mesh)
     check_batch(config, shape)
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    sharding = make_sharding(config, sizes, cast(Mesh, mesh))  # shapes need no devices
-    _, shapes = abstract_state(maker(config, sizes, sharding))
-    check_groups(config.optim.groups, shapes)
-    state = abstract_train_state(shapes, optimizer(config.optim, config.steps), sharding)
-    parameters = sum(x.size for x in jax.tree.leaves(shapes))
+    program = make_program(config, sizes, cast(Mesh, mesh))  # shapes need no devices
+    sharding, state = program.task.sharding, program.state
+    parameters = sum(x.size for x in jax.tree.leaves(program.parameters))
     dp, fsdp, cp = shape
     say(f"mesh          dp {dp} * fsdp {fsdp} * cp {cp} = {math.prod(shape)} devices")
     say(f"parameters    {parameters / 1e9:.3f} billion, float32")

@@ -35,7 +35,7 @@ from zigzag_jax.train.optim import schedule
 from zigzag_jax.train.replay import save_batch
 from zigzag_jax.train.saving import Saver
 from zigzag_jax.train.setup import Run, set_up
-from zigzag_jax.train.step import StepMetrics, TrainState, make_step
+from zigzag_jax.train.step import StepMetrics, TrainState
 from zigzag_jax.train.stop import StopRequest
 from zigzag_jax.train.trace import Profile, profile_steps
 from zigzag_jax.train.wandb_run import check_wandb, start_wandb
@@ -144,7 +144,6 @@ def _train(
 ) -> tuple[int, TrainState]:  # fmt: skip
     """Steps up to --steps, or until a stop is asked for; (last finished step, state), saved."""
     config, (step, state) = this.config, begin
-    train_step = jax.jit(make_step(this.task, this.tx, config.router.bias_rate, config.accumulate), donate_argnums=0)
     rate = schedule(config.optim, config.steps)
     about = (this.identity, this.config_json)
     saver = Saver(checkpoints, config.save_every, about, display.say, alone=watchdog.link is None)
@@ -156,7 +155,7 @@ def _train(
         batch = this.batches.at(step)
         observer.timer.data_ready()
         watchdog.doing(step + 1, "computing step", times)
-        state, result = train_step(state, batch)
+        state, result = this.step(state, batch)
         result = jax.device_get(result)  # waits: hundreds of steps in flight at once can hang CPU devices
         observer.finished(step + 1)
         learning_rate = float(jax.device_get(rate(step)))

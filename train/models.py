@@ -105,9 +105,11 @@ def fit_vocabulary(sizes: ModelConfig, name: str, vocab_size: int) -> ModelConfi
     return sizes
 
 
-def maker(config: Config, sizes: ModelConfig, sharding: Sharding) -> Callable[[nnx.Rngs], Decoder]:
-    """What builds the model from random keys."""
-    options = KernelOptions(strategy=config.strategy)
+def maker(
+    config: Config, sizes: ModelConfig, sharding: Sharding, implementation: str | None = None
+) -> Callable[[nnx.Rngs], Decoder]:
+    """What builds the model from random keys; `implementation` as in KernelOptions."""
+    options = KernelOptions(implementation=implementation, strategy=config.strategy)
     bias = config.router.bias_rate > 0
     return lambda rngs: model_of(sizes)(
         sizes,

@@ -8,18 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from zigzag_jax.models.decode import Writer
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data import Batches
 from zigzag_jax.train.dataset import Dataset
-from zigzag_jax.train.groups import check_groups
-from zigzag_jax.train.mesh import make_sharding
 from zigzag_jax.train.mixture import plan_rows, shares
 from zigzag_jax.train.models import (
     config_json,
@@ -30,10 +25,10 @@ from zigzag_jax.train.models import (
     weights_digest,
 )
 from zigzag_jax.train.open_data import open_data
-from zigzag_jax.train.optim import optimizer
 from zigzag_jax.train.packing import cut_count
+from zigzag_jax.train.program import make_program
 from zigzag_jax.train.report import HeldOut
-from zigzag_jax.train.step import TrainState, abstract_train_state, state_shardings
+from zigzag_jax.train.step import TrainState, state_shardings
 from zigzag_jax.train.task import Losses, Task
 from zigzag_jax.train.token_file import Tokens
 
@@ -58,8 +53,8 @@ class Run:
     """Its devices."""
     task: Task
     """Its model and loss."""
-    tx: optax.GradientTransformation
-    """Its optimiser."""
+    step: Callable[..., Any]
+    """Jitted step(state, batch) -> (state, metrics)."""
     abstract: TrainState
     """Its state as shapes with shardings."""
     init: Callable[[], TrainState]
@@ -82,15 +77,9 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     """
     dataset = open_data(config.data, tokenizer_file(config), process_index=jax.process_index(), say=say)
     sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
-    sharding = make_sharding(config, sizes, mesh)
-    make = maker(config, sizes, sharding)
-    graphdef, shapes = abstract_state(make)
-    check_groups(config.optim.groups, shapes)
-    tx = optimizer(config.optim, config.steps)
-    coefficient = config.router.aux_coefficient
-    coefficient = sizes.aux_coefficient if coefficient is None else coefficient
-    form, dtype = config.router.aux_loss or sizes.aux_loss, jnp.dtype(config.dtype)
-    task = Task(graphdef, sharding, dtype, form, coefficient, config.optim.z_loss)
+    program = make_program(config, sizes, mesh)
+    task, tx, shapes = program.task, program.tx, program.parameters
+    sharding = task.sharding
     if config.accumulate > 1 and task.counts_first:
         say(
             "accumulate: aux loss hf counts experts in a forward pass of its own; --router.aux-loss sequence needs none"
@@ -124,8 +113,8 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         dataset=dataset,
         mesh=mesh,
         task=task,
-        tx=tx,
-        abstract=abstract_train_state(shapes, tx, sharding),
+        step=program.step,
+        abstract=program.state,
         init=init,
         batches=batches,
         held_out=HeldOut(held_out, count),

@@ -208,6 +208,11 @@ def test_none_picks_by_device_and_shapes_and_says_so_once(preference, arrays, pi
     assert (record.levelname, "needs" in record.getMessage()) == (("WARNING", True) if passed_over else ("INFO", False))
 
 
+@pytest.mark.parametrize(("arrays", "picked"), [(qkv(), "mosaic"), (qkv(dtype=jnp.float32), "triton")])
+def test_hopper_picks_on_any_host_what_none_picks_there(arrays, picked):
+    assert flash_implementation(*arrays, PLAIN, kernels.HOPPER) == picked
+
+
 def test_none_never_falls_back_to_a_slow_path(monkeypatch):
     monkeypatch.setattr(kernels, "_preference", lambda: ("mosaic", "triton"))
     with pytest.raises(NotImplementedError, match=r"'mosaic' needs .*; 'triton' needs .*'reference' can"):

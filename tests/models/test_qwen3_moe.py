@@ -88,7 +88,7 @@ def test_padding_changes_nothing():
     check((hidden[:, :SHORT], stats, gradients), want, np.ones((ROWS, SHORT), bool))
 
 
-@pytest.mark.parametrize("remat", ["attention", "full"])
+@pytest.mark.parametrize("remat", ["attention", "full", "offload"])
 def test_remat_changes_nothing(remat):
     check(run((1, 1, 4), "packed", remat=remat), run((1, 1, 4), "packed"), np.ones((ROWS, LENGTH), bool))
 
@@ -99,7 +99,7 @@ def test_remat_attention_does_not_run_the_ring_again():
         return gradient.lower(state, put(batch("plain"), where)).as_text().count("collective_permute")
 
     counts = {remat: permutes(remat) for remat in REMAT}
-    assert counts["attention"] == counts["none"] < counts["full"]
+    assert counts["attention"] == counts["offload"] == counts["none"] < counts["full"]
 
 
 def test_rope_positions_are_the_models_own():
@@ -160,7 +160,7 @@ def test_kernel_options_reach_both_kernels():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="remat must be one of none, attention, full, got 'some'"):
+    with pytest.raises(ValueError, match="remat must be one of none, attention, full, offload, got 'some'"):
         init_state(lambda rngs: Qwen3Moe(TINY, sharding(), rngs=rngs, remat="some"), sharding(), jax.random.key(0))
     graphdef, state = build(TINY, sharding(2, 2, 2))
     tokens = jnp.zeros((3, LENGTH), jnp.int32)

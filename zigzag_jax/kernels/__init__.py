@@ -4,12 +4,14 @@
     grouped_matmul           the matmul of a layer of experts (grouped/contract.py)
 
 `implementation` names an entry of the tables below; None takes the best one for the default device and says in the log
-which. An unknown name is a ValueError; an implementation that cannot do what is asked raises NotImplementedError: there
-is no silent way to a slower one.
+which; "hopper" takes what None takes on a Hopper GPU, for a compile on a host without one. An unknown name is a
+ValueError; an implementation that cannot do what is asked raises NotImplementedError: there is no silent way to a
+slower one.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,11 @@ GROUPED: dict[str, grouped_contract.Implementation] = {
     "reference": grouped_reference.IMPLEMENTATION,
 }
 
+HOPPER = "hopper"
+"""As `implementation`: what None takes on a Hopper GPU."""
+
 log = logging.getLogger(__name__)
+_FLASH_ON_HOPPER, _GROUPED_ON_HOPPER = ("mosaic", "triton"), ("mosaic", "reference")  # best first
 
 
 @functools.cache
@@ -41,7 +47,7 @@ def _preference() -> tuple[str, ...]:
     """Flash implementations for the default device, best first; asked at the first call and never at import."""
     if (backend := jax.default_backend()) == "gpu":
         hopper = getattr(jax.devices()[0], "compute_capability", "") == "9.0"
-        return ("mosaic", "triton") if hopper else ("triton",)
+        return _FLASH_ON_HOPPER if hopper else ("triton",)
     if backend != "cpu":
         log.warning("zigzag_jax: no kernel for %s, using 'reference' (plain XLA, slow)", backend)
     return ("reference",)
@@ -50,7 +56,14 @@ def _preference() -> tuple[str, ...]:
 @functools.cache
 def _grouped_preference() -> tuple[str, ...]:
     """Grouped implementations for the default device, best first; plain XLA on a GPU is slow, and said to be."""
-    return ("mosaic", "reference") if "mosaic" in _preference() else ("reference",)
+    return _GROUPED_ON_HOPPER if "mosaic" in _preference() else ("reference",)
+
+
+def _candidates(name: str | None, on_hopper: tuple[str, ...], preference: Callable) -> tuple[str, ...]:
+    """The implementations that `name` allows, best first."""
+    if name == HOPPER:
+        return on_hopper
+    return (name,) if name else preference()
 
 
 @functools.cache
@@ -62,7 +75,7 @@ def _say(what: str, name: str, kind: str, skipped: str) -> None:
 
 def check_implementation(name: str | None, table: dict) -> None:
     """ValueError where the name is in no table."""
-    if name is not None and name not in table:
+    if name not in (None, HOPPER, *table):
         raise ValueError(f"implementation must be None or one of {', '.join(table)}, got {name!r}")
 
 
@@ -73,12 +86,12 @@ def flash_implementation(q, k, v, settings: flash_contract.Settings, name: str |
     that was named, or all that this device has, cannot take them; it names those that can.
     """
     check_implementation(name, FLASH)
-    candidates = (name,) if name else _preference()
+    candidates = _candidates(name, _FLASH_ON_HOPPER, _preference)
     reasons = {n: FLASH[n].limits(q, k, v, settings) for n in candidates}
     heads = f"{jnp.dtype(q.dtype).name} q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     for candidate, reason in reasons.items():
         if reason is None:
-            if not name:
+            if name not in FLASH:
                 skipped = [f"'{n}' needs {r}" for n, r in reasons.items() if r]
                 kind = f"{jnp.dtype(q.dtype).name}, head_dim {q.shape[3]}/{v.shape[3]}"
                 _say("flash attention", candidate, kind, "; ".join(skipped))
@@ -98,10 +111,10 @@ def grouped_implementation(x, w, name: str | None = None) -> str:
     """
     check_implementation(name, GROUPED)
     kind = f"{jnp.dtype(x.dtype).name}, k {w.shape[1]}, n {w.shape[2]}"
-    reasons = {n: GROUPED[n].limits(x, w) for n in ((name,) if name else _grouped_preference())}
+    reasons = {n: GROUPED[n].limits(x, w) for n in _candidates(name, _GROUPED_ON_HOPPER, _grouped_preference)}
     for candidate, reason in reasons.items():
         if reason is None:
-            if not name:
+            if name not in GROUPED:
                 skipped = [f"'{n}' needs {r}" for n, r in reasons.items() if r]
                 if candidate == "reference" and (backend := jax.default_backend()) != "cpu":
                     skipped.append(f"no other kernel for this {backend}: plain XLA, slow")
