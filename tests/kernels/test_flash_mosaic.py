@@ -210,7 +210,8 @@ def test_none_picks_by_device_and_shapes_and_says_so_once(preference, arrays, pi
 
 @pytest.mark.parametrize(("arrays", "picked"), [(qkv(), "mosaic"), (qkv(dtype=jnp.float32), "triton")])
 def test_hopper_picks_on_any_host_what_none_picks_there(arrays, picked):
-    assert flash_implementation(*arrays, PLAIN, kernels.HOPPER) == picked
+    q, k, v = arrays
+    assert flash_implementation(q, k, v, PLAIN, kernels.HOPPER) == picked
 
 
 def test_none_never_falls_back_to_a_slow_path(monkeypatch):

@@ -23,7 +23,7 @@ def test_run(path: Path):
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config, about = module.RUN, module.__doc__
+    config, about = module.RUN, str(module.__doc__)
     assert isinstance(config, Config)
     assert path.name in about
     if path.stem.startswith("continue"):
