@@ -1,6 +1,6 @@
 # make train    set everything up and train a small MoE language model over a cp ring; again: it resumes
 # make test    set everything up and pass the tests, one deviceless compile for GPUs among them (15 minutes at most on two cores)
-# make check   what takes longer: slow tests, the wheel, the newest jax (30 minutes at most)
+# make check   what takes longer: all compiles for GPUs, docs, slow tests, the wheel with the newest jax (30 minutes at most)
 # make docs    the docs site, in site/
 # make train ARGS="--steps 1000 --mesh.cp 4"     any flag of python -m zigzag_jax.train
 # make test ARGS="tests/test_ring.py -k cp4"     a part
