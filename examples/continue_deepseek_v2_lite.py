@@ -1,7 +1,8 @@
 """Train on from DeepSeek-V2-Lite's published weights at 131,072 tokens a row.
 
-    huggingface-cli download deepseek-ai/DeepSeek-V2-Lite --local-dir HF
-    srun --ntasks-per-node=8 python examples/continue_deepseek_v2_lite.py --model HF --data TEXT --out RUN
+    hf download deepseek-ai/DeepSeek-V2-Lite --local-dir HF
+    python -m zigzag_jax.train.tokenize --data TEXT --tokenizer HF --out TOKENS       # once, on any machine
+    srun --ntasks-per-node=8 python examples/continue_deepseek_v2_lite.py --model HF --data TOKENS --out RUN
     python -m zigzag_jax.models.hf export RUN OUT                      # the newest checkpoint, for transformers
 
 The weights go straight into the mesh, each host reading its own part; sizes, rotary scaling and tokenizer are the

@@ -1,7 +1,8 @@
 """Train on from Qwen3-30B-A3B's published weights at 131,072 tokens a row.
 
-    huggingface-cli download Qwen/Qwen3-30B-A3B-Base --local-dir HF
-    srun --ntasks-per-node=8 python examples/continue_qwen3_30b_a3b.py --model HF --data TEXT --out RUN
+    hf download Qwen/Qwen3-30B-A3B-Base --local-dir HF
+    python -m zigzag_jax.train.tokenize --data TEXT --tokenizer HF --out TOKENS       # once, on any machine
+    srun --ntasks-per-node=8 python examples/continue_qwen3_30b_a3b.py --model HF --data TOKENS --out RUN
     python -m zigzag_jax.models.hf export RUN OUT                      # the newest checkpoint, for transformers
 
 The weights go straight into the mesh, each host reading its own part; sizes, rotary scaling and tokenizer are the

@@ -1,6 +1,7 @@
 """Pre-train DeepSeek-V2-Lite from random weights at 65,536 tokens a row, its latent on the ring.
 
-    srun --ntasks-per-node=8 python examples/pretrain_deepseek_v2_lite.py --data TEXT --tokenizer FILE --out RUN
+    python -m zigzag_jax.train.tokenize --data TEXT --tokenizer FILE --out TOKENS     # once, on any machine
+    srun --ntasks-per-node=8 python examples/pretrain_deepseek_v2_lite.py --data TOKENS --out RUN
     JAX_PLATFORMS=cpu python examples/pretrain_deepseek_v2_lite.py --dry-run    # on any machine: bytes, hops, exchange
 
 For 2 hosts of 8 H100 (80 GB): a cp ring of 4 inside a host, fsdp over 4 rings. A step is 8 rows, 0.5 M tokens. Any flag

@@ -1,6 +1,7 @@
 """Pre-train Qwen3-30B-A3B from random weights at 131,072 tokens a row.
 
-    srun --ntasks-per-node=8 python examples/pretrain_qwen3_30b_a3b.py --data TEXT --tokenizer FILE --out RUN
+    python -m zigzag_jax.train.tokenize --data TEXT --tokenizer FILE --out TOKENS     # once, on any machine
+    srun --ntasks-per-node=8 python examples/pretrain_qwen3_30b_a3b.py --data TOKENS --out RUN
     JAX_PLATFORMS=cpu python examples/pretrain_qwen3_30b_a3b.py --dry-run     # on any machine: bytes, hops, exchange
 
 For 8 hosts of 8 H100 (80 GB). A host is one cp ring, so that keys, values and most routed rows stay on NVLink; fsdp

@@ -1,7 +1,7 @@
 """Train while something kills the run again and again, and compare with a run that nobody touched.
 
     python examples/soak.py                                 # some 30 minutes on two CPU cores, a kill every 20 to 60 s
-    python examples/soak.py --steps 40 --kill-after 2 6     # a minute or two: what `make check` does
+    python examples/soak.py --steps 60 --kill-after 1 3     # a minute or two: what `make check` does
     python examples/soak.py -- --model tiny-deepseek-v2 --mesh.fsdp 2 --mesh.cp 2 --dtype bfloat16   # any flags
 
 The same command is started until it finishes. Each start is killed after a random number of seconds: by SIGKILL, or
@@ -81,12 +81,16 @@ def main() -> int:
             run.send_signal(how)
             code, kills = run.wait(), kills + 1
             spare = newest(hit) == before
+            if how == signal.SIGTERM and not spare and code and (code != PREEMPTED or saved(hit)[-1] != newest(hit)):
+                print("SIGTERM in the middle of training must save the newest step and end with exit code 75")
+                return 1
             print(
                 f"{time.monotonic() - begin:6.0f} s  {how.name} at step {newest(hit)}: exit code {code}, "
                 f"checkpoints {saved(hit)}",
                 flush=True,
             )
-        if code not in (0, -signal.SIGKILL, -signal.SIGTERM, PREEMPTED):  # SIGTERM before the first step just ends it
+            code = PREEMPTED if code == -how else code  # before the first step SIGTERM just ends a run
+        if code not in (0, PREEMPTED):
             print((out / "hit.err").read_text()[-2000:], f"\na start ended with exit code {code}")
             return 1
     want, got = dict(losses(calm)), list(losses(hit))

@@ -21,6 +21,7 @@ from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import PeerError, UserError
 from zigzag_jax.train.hosts import address
 from zigzag_jax.train.link import Link, patience
+from zigzag_jax.train.open_data import tokens_digest
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 _OWN = ("hosts.process-id", "hosts.coordinator", "cpu-devices", "dry-run")  # flags in which processes may differ
@@ -33,8 +34,8 @@ def facts(config: Config) -> Facts:
     """What all processes have to have in common, by name."""
     flags = {name: str(value) for name, value in _flags(dataclasses.asdict(config)).items() if name not in _OWN}
     versions = {f"version of {name}": _version(name) for name in LIBRARIES}
-    python = platform.python_version()
-    return flags | {"code of zigzag_jax": source_digest(), "version of python": python} | versions
+    flags |= {"data": tokens_digest(config.data), "code of zigzag_jax": source_digest()}
+    return flags | {"version of python": platform.python_version()} | versions
 
 
 def source_digest() -> str:

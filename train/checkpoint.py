@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        if jax.process_index() == 0:  # what a killed save left; nobody is saving yet
+            self._remove_parts()
         logging.getLogger("absl").addFilter(_not_said_twice)
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
         return ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """Newest step, or None."""
+        """Newest step that is whole or being written, or None."""
         return self._manager.latest_step()
 
     def identity(self) -> dict[str, Any] | None:
@@ -91,9 +93,13 @@ class Checkpoints:
             raise
         except Exception as error:  # OSError, or whatever the libraries below make of it
             if jax.process_count() == 1:  # else another process may still be writing there
-                for path in self.folder.glob("*.orbax-checkpoint-tmp"):
-                    shutil.rmtree(path, ignore_errors=True)
+                self._remove_parts()
+                self._manager.reload()  # it had already struck the oldest off its list, and would never delete it
             raise SaveError(_reason(error)) from error
+
+    def _remove_parts(self) -> None:
+        for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that can be read, or None; `abstract` are shapes with shardings.
@@ -129,9 +135,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def close(self) -> None:
-        """Finish writing and stop; that something could not be written is for `wait` to say."""
-        with suppress(SaveError):
+        """Finish writing and stop; says so where what was being written could not be."""
+        try:
             self.wait()
+        except SaveError as error:
+            self.say(f"the checkpoint that was being written could not be ({error}); the newest: {self.latest()}")
         self._manager.close()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zigzag_jax.train.dataset import Dataset, is_dataset, read_dataset, unfinished
+from zigzag_jax.train.dataset import Dataset, is_dataset, read_dataset, read_meta, unfinished
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.mixture import MixedStore
 from zigzag_jax.train.store import open_dataset
@@ -44,6 +44,32 @@ def open_data(
     return open_dataset(path, tokenizer, process_index=process_index, say=say)
 
 
+def tokens_digest(data: Path | None) -> str:
+    """What decides which tokens `data` gives, where it names tokens: cheap, and the same on hosts that see the same.
+
+    Text is left out: all processes find its tokens in one cache, under its digest.
+    """
+    path = None if data is None else data.expanduser()
+    if path is not None and path.is_file() and path.suffix == ".json":
+        return f"{data} (digest {_mixed([(_digest(folder), weight) for folder, weight in _read_mixture(path)])[:12]})"
+    if path is not None and is_dataset(path):
+        return f"{data} (digest {_digest(path)[:12]})"
+    return str(data)
+
+
+def _digest(folder: Path) -> str:
+    """What meta.json says; of a damaged folder, which is opened and refused later, the reason."""
+    try:
+        return str(read_meta(folder).get("digest"))
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _mixed(sources: list[tuple[str, float]]) -> str:
+    """Digest of a mixture of (digest, weight)."""
+    return hashlib.blake2b(json.dumps(sources).encode(), digest_size=16).hexdigest()
+
+
 def _open_folder(path: Path, tokenizer: Path | None) -> Dataset[TokenStore]:
     found = read_dataset(path, field="data", remedy="tokenise the text again")
     if tokenizer is not None and same_ids(load_tokenizer(tokenizer)) != same_ids(found.tokenizer):
@@ -63,14 +89,13 @@ def _open_mixture(file: Path, tokenizer: Path | None) -> Dataset[Tokens]:
             rule = f"the sources of {file} must have one tokenizer, that of {first.folder}"
             raise UserError("data", rule, f"another in {other.folder}")
     weights, names = tuple(weight for _, weight in wanted), tuple(str(path) for path, _ in wanted)
-    what = json.dumps([(source.digest, weight) for source, weight in zip(sources, weights, strict=True)])
     return Dataset(
         train=MixedStore(tuple(source.train for source in sources), weights, names),
         held_out=MixedStore(tuple(source.held_out for source in sources), weights, names),
         tokenizer=first.tokenizer,
         vocab_size=first.vocab_size,
         end_of_document=first.end_of_document,
-        digest=hashlib.blake2b(what.encode(), digest_size=16).hexdigest(),
+        digest=_mixed([(source.digest, weight) for source, weight in zip(sources, weights, strict=True)]),
         folder=first.folder,
     )
 

@@ -50,11 +50,13 @@ def cut(files: Iterable[Path], most: int = SHARD) -> list[Shard]:
     """The files as shards of about `most` bytes. Raises UserError("data", ...) as `pieces` does."""
     shards: list[Shard] = []
     mine: list[Piece] = []
+    size = 0
     for piece in (piece for file in files for piece in pieces(file, most)):
-        if mine and sum(p.size for p in mine) + piece.size > most:
+        if mine and size + piece.size > most:
             shards.append(Shard(len(shards), tuple(mine)))
-            mine = []
+            mine, size = [], 0
         mine.append(piece)
+        size += piece.size
     return [*shards, Shard(len(shards), tuple(mine))] if mine else shards
 
 

@@ -1,7 +1,7 @@
-"""`python -m zigzag_jax.train.tokenize --data PATH .. --out DIR`: text to tokens, once, by all cores.
+"""`python -m zigzag_jax.train.tokenize --data PATH --out DIR`: text to tokens, once, by all cores.
 
-DIR then goes to the trainer as --data: it starts at once, whatever the size of the corpus, since nothing is read,
-hashed or tokenised. Several --data are one corpus, in the order given.
+DIR then goes to the trainer as --data, which reads, hashes and tokenises no text at its start. --data may be given
+several times: one corpus, in the order given.
 
 The work lies in DIR.unfinished until DIR is whole. Kill it whenever you like: the same command again goes on with the
 shards that are missing (`zigzag_jax.train.shards`), and DIR is byte for byte what an undisturbed run, with any number
@@ -45,8 +45,8 @@ Say = Callable[[str], None]
 class TokenizeConfig:
     """Tokenise text into a folder that the trainer takes as --data."""
 
-    data: tuple[Path, ...]
-    """Files and folders: text, .jsonl, .jsonl.gz, .parquet."""
+    data: tyro.conf.UseAppendAction[tuple[Path, ...]]
+    """A file or folder: text, .jsonl, .jsonl.gz, .parquet; once or several times."""
     out: Path
     """The new folder."""
     tokenizer: Path | None = None
@@ -56,7 +56,7 @@ class TokenizeConfig:
     text_field: str = TEXT_FIELD
     """The key of JSONL objects, the column of parquet files."""
     workers: int | None = None
-    """Processes; default: one a core."""
+    """Processes; default: one for each core that this one may use."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -88,6 +88,9 @@ def tokenize(config: TokenizeConfig, console: Console) -> None:
         return
     try:
         with _alone(work):
+            if _is_made(out, source):  # by another command, since the first look
+                shutil.rmtree(work, ignore_errors=True)
+                return
             ends = _begin(config, found, request, work, say)
             shards = cut(found)
             _work(config, shards, work, ends, console)
@@ -95,7 +98,7 @@ def tokenize(config: TokenizeConfig, console: Console) -> None:
                 raise UserError("data", f"must not change while it is read (delete {work})", "another size or date")
             meta = join(shards, work, work / "whole", source)
             os.rename(work / "whole", out)
-            shutil.rmtree(work)
+            shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         rule = f"must be a folder with room to write in ({error.strerror or error}); then {_GOES_ON}"
         raise UserError("out", rule, out) from None
@@ -107,9 +110,9 @@ def _check(config: TokenizeConfig) -> None:
         raise UserError("workers", "must be >= 1", config.workers)
     if config.tokenizer is not None and config.vocab_size is not None:
         raise UserError("vocab-size", "must be left out where --tokenizer is given", config.vocab_size)
-    out = config.out.expanduser().absolute()
+    out = config.out.expanduser().resolve()
     for path in config.data:
-        if out.is_relative_to(path.expanduser().absolute()):
+        if out.is_relative_to(path.expanduser().resolve()):
             raise UserError("out", f"must not lie in the data {path}", config.out)
 
 
@@ -128,7 +131,7 @@ def _request(config: TokenizeConfig, found: list[Path]) -> dict[str, Any]:
         "data": [str(path.expanduser().absolute()) for path in config.data],
         "text-field": config.text_field,
         "tokenizer": given,
-        "vocab-size": (config.vocab_size or 1024) if given is None else None,
+        "vocab-size": (1024 if config.vocab_size is None else config.vocab_size) if given is None else None,
         "files": _digest(json.dumps(stats)),
         "version": f"{FORMAT}, shards of {SHARD}",
     }
@@ -193,7 +196,7 @@ def _work(config: TokenizeConfig, shards: list[Shard], work: Path, ends: bool, c
     total, left = sum(shard.size for shard in shards), sum(shard.size for shard in missing)
     make = functools.partial(ShardWriter, work, config.text_field, ends)
     with TokenDisplay(total, total - left, console) as display:
-        run_tasks(make, missing, config.workers or os.cpu_count() or 1, display.show)
+        run_tasks(make, missing, config.workers or len(os.sched_getaffinity(0)), display.show)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,9 @@ def run_tasks[T](
                     raise errors.recv() if errors.poll() else RunError(_how_it_ended(process.exitcode))
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:  # it was started
+                process.kill()
+                process.join()
 
 
 def _how_it_ended(code: int) -> str:

@@ -1,10 +1,12 @@
-"""Pictures of how evenly a ring's work is spread: counted by examples/balance.py from the library's key ranges."""
+"""Pictures of how evenly a ring's work is spread, as the library's cost model counts it."""
 
 import runpy
 from pathlib import Path
 
 import numpy as np
 from canvas import INK, QUIET, RANKS, Canvas
+
+from zigzag_jax.cost import lock_step, pairs
 
 BALANCE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "balance.py"))
 
@@ -14,7 +16,7 @@ def work_per_hop() -> Canvas:
     cp, block = 4, (BALANCE["LENGTH"] / 4) ** 2
     canvas = Canvas(820, 320, "Work of each rank at each step of the ring, naive and zigzag layout")
     for panel, layout in enumerate(("contiguous", "zigzag")):
-        work = BALANCE["scores"](cp, layout) / block
+        work = pairs(cp, BALANCE["LENGTH"] // cp, layout=layout) / block
         left, ground, high = 40 + 400 * panel, 230, 150
         path = work.max(axis=1).sum()
         canvas.text(left, 22, "naive" if layout == "contiguous" else "zigzag", size=15, bold=True)
@@ -36,17 +38,17 @@ def work_per_hop() -> Canvas:
 
 def balance_over_cp() -> Canvas:
     """Curves: the critical path of the ring over cp, for documents and windows."""
-    scores, path, documents = BALANCE["scores"], BALANCE["critical_path"], BALANCE["documents"]
     sizes = (1, 2, 4, 8)
+    path = lambda cp, **mask: lock_step(pairs(cp, BALANCE["LENGTH"] // cp, **mask))
     packed = lambda count: [
-        np.mean([path(scores(cp, "zigzag", positions=documents(count, seed))) for seed in range(4)]) for cp in sizes
+        np.mean([path(cp, positions=BALANCE["documents"](count, seed)) for seed in range(4)]) for cp in sizes
     ]
     curves = {
-        "zigzag, one document": [path(scores(cp, "zigzag")) for cp in sizes],
-        "naive, one document": [path(scores(cp, "contiguous")) for cp in sizes],
+        "zigzag, one document": [path(cp) for cp in sizes],
+        "naive, one document": [path(cp, layout="contiguous") for cp in sizes],
         "zigzag, 4 documents": packed(4),
         "zigzag, 16 documents": packed(16),
-        "zigzag, window 512": [path(scores(cp, "zigzag", window=512)) for cp in sizes],
+        "zigzag, window 512": [path(cp, window=512) for cp in sizes],
     }
     canvas = Canvas(820, 350, "Critical path of a lock-step ring over cp, for several masks")
     left, ground, wide, high = 60, 290, 460, 240

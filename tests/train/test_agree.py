@@ -65,6 +65,7 @@ def test_facts_are_flags_code_and_versions():
     assert mine["code of zigzag_jax"] == source_digest()
     assert {f"version of {name}" for name in LIBRARIES} <= mine.keys()
     assert mine == facts(Config(steps=7, hosts=HostsConfig("b:1", 2, 0)))
+    assert mine["data"] == "None"
 
 
 def test_first_difference():

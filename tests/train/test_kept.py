@@ -25,7 +25,7 @@ def kept(remat: Any, accumulate: int = 1) -> dict[Kept, int]:
     program = make_program(config, SIZES, mesh)
     there = len(jax.live_arrays())
     traced = program.step.trace(program.state, abstract_batch(ROWS, LENGTH, mesh))
-    assert len(jax.live_arrays()) == there
+    assert len(jax.live_arrays()) <= there  # fewer where the garbage of earlier tests goes
     return dict(kept_by_layers(traced.jaxpr, mesh.size))
 
 

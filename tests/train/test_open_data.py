@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from zigzag_jax.train import open_data as opening
-from zigzag_jax.train.dataset import SIDES, finish, read_dataset, unfinished, write_sides
+from zigzag_jax.train.dataset import META, SIDES, finish, read_dataset, unfinished, write_sides
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.mixture import MixedStore
-from zigzag_jax.train.open_data import open_data
+from zigzag_jax.train.open_data import open_data, tokens_digest
 from zigzag_jax.train.store import open_dataset
 from zigzag_jax.train.tokenizer import train_tokenizer
 
@@ -171,6 +171,22 @@ def test_a_json_file_that_is_no_mixture_is_told(place: Path, text: str):
     (place / "x.json").write_text(text, "latin-1")
     with pytest.raises(UserError, match=r'^data: a \.json file must be a mixture, \{"sources": \[\{"path"'):
         open_data(place / "x.json", None)
+
+
+def test_what_processes_compare_is_the_tokens_and_the_weights(place: Path):
+    folders = place / "a", place / "sub" / "b"
+    first, second = map(tokens_digest, folders)
+    assert first.split("digest")[1] != second.split("digest")[1]
+    before = tokens_digest(mixture(place, A, B))
+    assert before == tokens_digest(mixture(place, A, B))
+    assert before != tokens_digest(mixture(place, A, B | {"weight": 2}))
+    meta = json.loads((folders[1] / META).read_text())
+    (folders[1] / META).write_text(json.dumps(meta | {"digest": "of other tokens"}))
+    assert tokens_digest(folders[1]) != second
+    assert tokens_digest(mixture(place, A, B)) != before
+    (folders[1] / META).write_text("{")
+    assert META in tokens_digest(folders[1])
+    assert [tokens_digest(None), tokens_digest(place / "text.txt")] == ["None", str(place / "text.txt")]
 
 
 def test_sources_of_two_tokenizers_are_refused(place: Path):

@@ -111,6 +111,36 @@ def test_and_ends_with_an_error_when_there_is_none(make: Callable[..., Saver]):
     assert restored(saver)[0] == 2
 
 
+def test_the_oldest_is_deleted_though_a_save_failed(tmp_path: Path, said: list[str]):
+    """Orbax strikes it off its list before the new one is whole, and deletes it after."""
+    checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
+    saver = Saver(checkpoints, 1, ({}, {}), said.append, alone=True, retry=0.0)
+    for step in range(1, 6):
+        with full(65536 if step in (2, 4) else -1):
+            saver.after(step, state(step))
+        assert checkpoints.latest() == step - (step in (2, 4))
+        assert [p.name for p in tmp_path.iterdir()] == [str(checkpoints.latest())]
+    assert "of step 1, is whole" in said[0]
+    checkpoints.close()
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path: Path, said: list[str]):
+    (tmp_path / "7.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
+    assert checkpoints.latest() is None
+    assert list(tmp_path.iterdir()) == []
+    checkpoints.close()
+
+
+def test_a_run_that_ends_says_what_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
+    monkeypatch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
+    checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
+    with full():
+        checkpoints.save(1, state(1), {}, {})
+        checkpoints.close()
+    assert said == ["the checkpoint that was being written could not be (File too large); the newest: None"]
+
+
 def test_one_of_several_processes_ends(make: Callable[..., Saver]):
     saver = make(alone=False)
     with full(), pytest.raises(RunError, match=r"step 2: the state cannot be saved .*there is no checkpoint yet"):

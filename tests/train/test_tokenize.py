@@ -198,6 +198,13 @@ def test_a_small_corpus_and_a_tokenizer_of_its_own(tmp_path: Path, monkeypatch: 
     assert (len(found.train.lengths), len(found.held_out.lengths)) == (2, 2)
 
 
+def test_data_may_be_named_several_times(monkeypatch: pytest.MonkeyPatch):
+    seen: list[TokenizeConfig] = []
+    monkeypatch.setattr(command, "tokenize", lambda config, console: seen.append(config))
+    assert command.main(["--data", "a", "--data", "b", "--out", "c"]) == 0
+    assert seen[0].data == (Path("a"), Path("b"))
+
+
 def test_what_is_wrong_in_a_worker_is_one_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

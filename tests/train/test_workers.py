@@ -75,6 +75,22 @@ def test_what_goes_wrong_is_raised_and_the_others_are_stopped(tmp_path: Path, wh
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_that_cannot_be_started_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    process = multiprocessing.context.SpawnProcess
+    start, started = process.start, []
+
+    def second_fails(self) -> None:
+        if started:
+            raise BlockingIOError("no more processes")
+        start(self)
+        started.append(self)
+
+    monkeypatch.setattr(process, "start", second_fails)
+    with pytest.raises(BlockingIOError, match="no more processes"):
+        run(tmp_path, ["sleep"] * 2, 2)
+    assert [process.is_alive() for process in started] == [False]
+
+
 def test_workers_do_not_outlive_a_parent_that_is_killed(tmp_path: Path):
     program = (
         f"import functools, sys\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
