@@ -6,9 +6,9 @@
 # make test ARGS="tests/test_ring.py -k cp4"     a part
 
 # two workers take a file at a time: what takes longest must not come last
-LONGEST_FIRST = tests/train tests/models tests
+LONGEST_FIRST = tests/test_ring.py tests/train tests/models tests
 # tests mostly wait for XLA, and code that runs once need not be fast; what compiles for GPUs takes the default
-QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0"
+QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 
 .PHONY: setup train test schedule lint check docs clean
 

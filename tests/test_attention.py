@@ -96,7 +96,9 @@ def test_batch_sequence_and_heads_sharded(problem, kind, where, strategy):
         assert x.sharding.is_equivalent_to(NamedSharding(mesh, SPEC), 4)
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(AUTO, id="auto", marks=pytest.mark.slow), pytest.param(EXPLICIT, id="explicit")]
+)
 def test_eager_under_set_mesh(problem, kind):
     arrays, want = problem
     mesh = make_mesh(kind, **SIZES)

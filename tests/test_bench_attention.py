@@ -132,6 +132,7 @@ def test_steps_on_a_cpu(bench, tmp_path, capsys):
     assert "64 tokens a rank, bfloat16" in printed
 
 
+@pytest.mark.slow
 def test_other_tables_on_a_cpu(bench, tmp_path, capsys):
     status, results = run(bench, tmp_path, "--tokens", "256", "--cp", "2", "--ring", "--masks", "--deterministic")
     assert status == 0
@@ -145,6 +146,7 @@ def test_other_tables_on_a_cpu(bench, tmp_path, capsys):
     assert [row["step"] for row in results["qwen deterministic"]] == ["diag", "back", "front"]
 
 
+@pytest.mark.slow
 def test_cudnn_is_timed_on_what_it_would_be_given(bench, monkeypatch):
     given = []
 

@@ -148,7 +148,9 @@ def test_group_limited_routing_by_the_definition():
     np.testing.assert_allclose(routes.probs, probs, rtol=1e-6)  # of all experts: what the auxiliary loss needs
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, id="", marks=pytest.mark.slow), pytest.param(True, id="packed")]
+)
 def test_latent_and_expanded_and_any_cp_are_one_model(packed):
     config = dataclasses.replace(read_config(GOLDEN / "deepseek_v2_full"), num_hidden_layers=1)
     rng = np.random.default_rng(0)

@@ -88,7 +88,7 @@ def test_padding_changes_nothing():
     check((hidden[:, :SHORT], stats, gradients), want, np.ones((ROWS, SHORT), bool))
 
 
-@pytest.mark.parametrize("remat", ["attention", "full", "offload"])
+@pytest.mark.parametrize("remat", ["attention", pytest.param("full", marks=pytest.mark.slow), "offload"])
 def test_remat_changes_nothing(remat):
     check(run((1, 1, 4), "packed", remat=remat), run((1, 1, 4), "packed"), np.ones((ROWS, LENGTH), bool))
 

@@ -71,6 +71,7 @@ def test_a_run_learns_and_reports(calm: tuple[Path, str]):
     assert sorted(p.name for p in (out / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6", "9"]
 
 
+@pytest.mark.slow
 def test_an_exported_run_is_trained_further(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
     """Export, read again, train: the tokenizer travels with the weights, which are those of the checkpoint."""
     out, made = calm[0], tmp_path / "hf"
@@ -87,6 +88,7 @@ def test_an_exported_run_is_trained_further(calm: tuple[Path, str], corpus: Path
     assert losses(tmp_path / "on")[1] < losses(out)[9] + 0.5 * (losses(out)[1] - losses(out)[9])
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
     process = subprocess.Popen(command(tmp_path, corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300

@@ -12,6 +12,7 @@ from zigzag_jax.train.program import make_program
 SIZES = PRESETS["tiny-qwen3-moe"]
 
 
+@pytest.mark.slow
 def test_a_compiled_step():
     config = Config(batch=2, seq_len=250, mesh=MeshConfig(cp=4))
     program = make_program(config, SIZES, make_mesh(config))

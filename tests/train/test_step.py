@@ -109,12 +109,17 @@ def train(axes: tuple[int, int, int], ep: int, micro: int = 1) -> dict[bool, Sim
     return {packed: run(packed) for packed in (False, True)}
 
 
-MESHES = [((1, 1, 4), 1, 1), ((1, 1, 3), 1, 1), ((2, 1, 2), 1, 2), ((2, 2, 2), 1, 1), ((2, 2, 2), 4, 1)]
-IDS = [f"dp{dp}-fsdp{fsdp}-cp{cp}-ep{ep}-micro{micro}" for (dp, fsdp, cp), ep, micro in MESHES]
+MESHES = [((1, 1, 4), 1, 1), ((2, 2, 2), 1, 1), ((2, 2, 2), 4, 1)]
+MORE = [((1, 1, 3), 1, 1), ((2, 1, 2), 1, 2)]
+CASES = [
+    pytest.param(axes, ep, micro, id=f"dp{axes[0]}-fsdp{axes[1]}-cp{axes[2]}-ep{ep}-micro{micro}", marks=marks)
+    for meshes, marks in ((MESHES, ()), (MORE, pytest.mark.slow))
+    for axes, ep, micro in meshes
+]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
-@pytest.mark.parametrize(("axes", "ep", "micro"), MESHES, ids=IDS)
+@pytest.mark.parametrize(("axes", "ep", "micro"), CASES)
 def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, micro: int, packed: bool):
     one, other = train((1, 1, 1), 1)[packed], train(axes, ep, micro)[packed]
     for a, b in zip(one.losses, other.losses, strict=True):
@@ -127,6 +132,7 @@ def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, micro: in
     assert apart <= 1e-2 * moved
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_ep(tmp_path: Path):
     """Two steps with the experts over four devices, saved, and the rest on one: the run that never moved."""
     apart, whole, want = program((2, 2, 2), 4), program((1, 1, 1), 1), train((1, 1, 1), 1)[False]
