@@ -29,6 +29,11 @@ _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the ba
 class SaveError(Exception):
     """A checkpoint that could not be written; its text is the reason. The state and older checkpoints are whole."""
 
+    @property
+    def of_storage(self) -> bool:
+        """Whether the system refused to write; else something broke off, such as another process."""
+        return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
+
 
 class Checkpoints:
     """The checkpoints of one run."""

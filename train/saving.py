@@ -38,7 +38,7 @@ class Saver:
     def after(self, step: int, state: Any, *, now: bool = False) -> None:
         """Save the state after a finished step where that is due, asked for (`now`), or an earlier try failed.
 
-        RunError where one of several processes cannot save.
+        RunError where one of several processes cannot write, SaveError where the others broke off its saving.
         """
         if now or step % self.every == 0 or (self._failed and time.monotonic() - self._failed[0] > self.retry):
             self._try(step, lambda: self._save(step, state))
@@ -72,6 +72,8 @@ class Saver:
             act()
         except SaveError as error:
             why = f"the state cannot be saved in {self.checkpoints.folder} ({error})"
+            if not self.alone and not error.of_storage:
+                raise  # most probably another process is gone, which the watchdog says better
             if not self.alone:
                 raise RunError(f"step {step}: {why}; {self._newest()}") from None
             self.say(f"step {step}: {why}; {self._newest()}; next try in {self.retry:g} s")

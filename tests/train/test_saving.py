@@ -147,6 +147,20 @@ def test_one_of_several_processes_ends(make: Callable[..., Saver]):
         saver.after(2, state(2))
 
 
+def test_what_another_process_broke_off_is_left_to_the_watchdog(
+    make: Callable[..., Saver], monkeypatch: pytest.MonkeyPatch, said: list[str]
+):
+    saver = make(alone=False)
+
+    def gone(*args, **options) -> bool:
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    monkeypatch.setattr(saver.checkpoints._manager, "save", gone)
+    with pytest.raises(SaveError, match="Gloo AllGather failed"):
+        saver.after(2, state(2))
+    assert said == []
+
+
 def test_what_fails_in_the_background_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
     monkeypatch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
     checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "soak.py"
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path):
     flags = ["--seq-len", "64", "--batch", "2"]
-    command = [sys.executable, str(SCRIPT), "--steps", "60", "--kill-after", "1", "3", "--out", str(tmp_path), "--"]
+    command = [sys.executable, str(SCRIPT), "--steps", "30", "--kill-after", "1", "3", "--out", str(tmp_path), "--"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=850, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = re.search(r"(\d+) kills", done.stdout)

@@ -76,7 +76,7 @@ def test_what_goes_wrong_is_raised_and_the_others_are_stopped(tmp_path: Path, wh
 
 
 def test_a_worker_that_cannot_be_started_leaves_none_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    process = multiprocessing.context.SpawnProcess
+    process = multiprocessing.get_context("spawn").Process
     start, started = process.start, []
 
     def second_fails(self) -> None:
