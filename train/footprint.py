@@ -37,7 +37,7 @@ class Footprint:
     kept: Counter[Kept]
     """What the layers keep for the backward, by kind: in `temporary` or `host`."""
     hops: tuple[int, int]
-    """Permutes in the program, and how many of them fly above other work."""
+    """Permutes in the program, and how many of them are asynchronous; docs/schedule.md tells what flies above what."""
 
     @property
     def state(self) -> int:

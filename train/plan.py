@@ -118,7 +118,7 @@ def _timed(config: PlanConfig, build: Callable[[Config], Program], say: Say) -> 
     footprint = measure(config, build(config))
     total, flying = footprint.hops
     took = time.monotonic() - begin
-    say(f".. peak {footprint.peak / GIB:.2f} GiB a device, {flying} of {total} hops above other work ({took:.0f} s)")
+    say(f".. peak {footprint.peak / GIB:.2f} GiB a device, {flying} of {total} permutes asynchronous ({took:.0f} s)")
     return footprint
 
 

@@ -59,7 +59,7 @@ def test_a_run_that_fits(cards):
     for size, what in [("6.00", "parameters"), ("12.00", "optimiser"), ("7.00", "temporary"), ("25.00", "peak")]:
         assert f"{size}  {what}" in text
     assert f"0.50  kept by the layers, from each {INPUT} in all" in text
-    assert "40 of 46 hops above other work" in text
+    assert "40 of 46 permutes asynchronous" in text
     # 79.10 GiB * 0.92 = 72.77; 18 of it are taken, and a twentieth of the rest is XLA's
     assert "fits, 45.03 GiB left" in text
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION=0.92" in text
