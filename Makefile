@@ -7,8 +7,6 @@
 
 # two workers take a file at a time: what takes longest must not come last
 LONGEST_FIRST = tests/test_ring.py tests/train tests/models tests
-# tests mostly wait for XLA, and code that runs once need not be fast; what compiles for GPUs takes the default
-QUICK = XLA_FLAGS="$$XLA_FLAGS --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 
 .PHONY: setup train test schedule lint check docs clean
 
@@ -30,7 +28,7 @@ lint: setup
 	.venv/bin/pyright
 
 test: lint $(if $(ARGS),,schedule)
-	JAX_PLATFORMS=cpu $(QUICK) .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),$(LONGEST_FIRST))
+	JAX_PLATFORMS=cpu scripts/quick .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),$(LONGEST_FIRST))
 
 # The CUDA compiler exists for Linux only.
 schedule: $(if $(filter Linux,$(shell uname -s)),.venv-aot/.ready)

@@ -9,7 +9,6 @@ opened alike: the sizes of the files are compared with meta.json, and nothing is
 """
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from zigzag_jax.train.digest import text_digest
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.token_file import Tokens, TokenStore, TokenWriter, read_store, token_dtype
 from zigzag_jax.train.tokenizer import encode, end_of_document, id_count, load_tokenizer
@@ -126,7 +126,6 @@ def _batches(pairs: Iterable[tuple[bool, str]]) -> Iterator[list[tuple[bool, str
 
 def finish(folder: Path, tokenizer: Tokenizer, writers: Sequence[TokenWriter], source: str) -> dict[str, Any]:
     """Write what stands beside the tokens, and return meta.json; `source` is a digest of what they were made of."""
-    digest = hashlib.blake2b("".join(writer.digest for writer in writers).encode(), digest_size=16).hexdigest()
     meta = {
         "format": FORMAT,
         "dtype": writers[0].dtype,
@@ -134,7 +133,7 @@ def finish(folder: Path, tokenizer: Tokenizer, writers: Sequence[TokenWriter], s
         "documents": {side: writer.documents for side, writer in zip(SIDES, writers, strict=True)},
         "vocab_size": id_count(tokenizer),
         "end_of_document": writers[0].end,
-        "digest": digest,
+        "digest": text_digest("".join(writer.digest for writer in writers)),
         "source": source,
     }
     write_whole(folder / TOKENIZER, tokenizer.to_str(pretty=True))

@@ -1,33 +1,49 @@
 """What a person watches: a live bar in a terminal, a line now and then elsewhere."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
-class Display:
-    """Step, loss, tokens/s and time left of a run; only process 0 shows anything."""
+class _Bar:
+    """A bar in a terminal; elsewhere what its heirs print."""
 
-    def __init__(self, steps: int, done: int, console: Console) -> None:
-        self.steps, self.console = steps, console
-        self._begin, self._first, self._last_line = time.monotonic(), done, 0.0
+    def __init__(self, head: Iterable[ProgressColumn], total: int, done: int, console: Console) -> None:
+        self.console, self._begin = console, time.monotonic()
         self._bar = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"),
+            *head, BarColumn(), TextColumn("{task.description}"),
             TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task("", total=steps, completed=done)
+        self._task = self._bar.add_task("", total=total, completed=done)
 
-    def __enter__(self) -> "Display":
+    def __enter__(self) -> Self:
         self._bar.start()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._bar.stop()
+
+
+class Display(_Bar):
+    """Step, loss, tokens/s and time left of a run; only process 0 shows anything."""
+
+    def __init__(self, steps: int, done: int, console: Console) -> None:
+        super().__init__((TextColumn("step"), MofNCompleteColumn()), steps, done, console)
+        self.steps, self._first, self._last_line = steps, done, 0.0
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """Show a finished step."""
@@ -46,25 +62,14 @@ class Display:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-class TokenDisplay:
+class TokenDisplay(_Bar):
     """Documents, MB/s and time left of `zigzag_jax.train.tokenize`."""
 
     def __init__(self, total: int, done: int, console: Console) -> None:
         """`total` bytes of files, of which `done` were tokenised before."""
-        self.total, self.done, self.console = max(1, total), done, console
-        self._begin = self._last_line = time.monotonic()
-        self._bar = Progress(
-            TaskProgressColumn(), BarColumn(), TextColumn("{task.description}"),
-            TextColumn("left"), TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-        )  # fmt: skip
-        self._task = self._bar.add_task("", total=self.total, completed=done)
-
-    def __enter__(self) -> "TokenDisplay":
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+        self.total, self.done = max(1, total), done
+        super().__init__((TaskProgressColumn(),), self.total, done, console)
+        self._last_line = self._begin
 
     def show(self, so_far: Sequence[int]) -> None:
         """Show what this start has done: (documents, characters, bytes of files)."""

@@ -56,15 +56,11 @@ class MetricsLog:
     def step(self, step: int, **values: float) -> None:
         """One line, and one event a value, at `step`. What the disk does not take is written with a later step."""
         failed = None
-        try:
-            self._line({"step": step, **values})
-        except OSError as error:
-            failed = error
-        try:
-            if self._events is not None:
-                self._events.scalars(step, values)
-        except OSError as error:
-            failed = error
+        for write in (lambda: self._line({"step": step, **values}), lambda: self._event(step, values)):
+            try:
+                write()
+            except OSError as error:
+                failed = error
         if (failed is not None) != self._failing:
             self._failing = failed is not None
             self._say(
@@ -74,6 +70,10 @@ class MetricsLog:
             )
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def _event(self, step: int, values: dict[str, float]) -> None:
+        if self._events is not None:
+            self._events.scalars(step, values)
 
     def _line(self, values: dict[str, Any]) -> None:
         if self._file is None:

@@ -8,13 +8,13 @@ The sources of a mixture are folders of tokens made with the same tokenizer; pat
 Weights are shares of the tokens and need not add up to 1.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from zigzag_jax.train.dataset import Dataset, is_dataset, read_dataset, read_meta, unfinished
+from zigzag_jax.train.digest import text_digest
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.mixture import MixedStore
 from zigzag_jax.train.store import open_dataset
@@ -67,7 +67,7 @@ def _digest(folder: Path) -> str:
 
 def _mixed(sources: list[tuple[str, float]]) -> str:
     """Digest of a mixture of (digest, weight)."""
-    return hashlib.blake2b(json.dumps(sources).encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps(sources))
 
 
 def _open_folder(path: Path, tokenizer: Path | None) -> Dataset[TokenStore]:

@@ -159,9 +159,8 @@ def say_longest(
     config: PlanConfig, first: Footprint, peak: Callable[[int], int], room: int, cp: int, say: Say
 ) -> int | None:
     """Look for the longest row that fits and say it."""
-    fixed = (
-        first.state + first.parameters
-    )  # the gradients of all parameters are there at once: clipping needs their norm
+    # the gradients of all parameters are there at once: clipping needs their norm
+    fixed = first.state + first.parameters
     if fixed > room:
         say(f"no seq-len fits: parameters, optimiser and gradients alone take {fixed / GIB:.2f} GiB")
         return None
@@ -185,9 +184,8 @@ def compare(compiled: Callable[..., Footprint], pool: Pool, say: Say) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # before JAX starts: with the plugin and no GPU it would print a traceback
+    # before JAX starts: with the plugin and no GPU it would print a traceback
+    jax.config.update("jax_platforms", "cpu")
     config = tyro.cli(PlanConfig, args=arguments, prog="python -m zigzag_jax.train.plan")
     try:
         return plan(config, Console(soft_wrap=True, highlight=False, markup=False).print)

@@ -72,10 +72,10 @@ class Saver:
             act()
         except SaveError as error:
             why = f"the state cannot be saved in {self.checkpoints.folder} ({error})"
-            if not self.alone and not error.of_storage:
-                raise  # most probably another process is gone, which the watchdog says better
             if not self.alone:
-                raise RunError(f"step {step}: {why}; {self._newest()}") from None
+                if error.of_storage:
+                    raise RunError(f"step {step}: {why}; {self._newest()}") from None
+                raise  # most probably another process is gone, which the watchdog says better
             self.say(f"step {step}: {why}; {self._newest()}; next try in {self.retry:g} s")
             self._failed = (time.monotonic(), str(error))
 

@@ -101,8 +101,9 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         f"model {config.model}: {sum(x.size for x in jax.tree.leaves(shapes)) / 1e6:.2f} M parameters; "
         f"data: {dataset.train.size:,} tokens in rows of {config.seq_len}, {train_plan.fill:.1%} full"
     )
-    long, cuts = cut_count(dataset.train.lengths, config.seq_len)
-    say(f"{long:,} of {len(dataset.train.lengths):,} documents are longer than a row: cut into {cuts:,} pieces")
+    lengths = dataset.train.lengths
+    long, cuts = cut_count(lengths, config.seq_len)
+    say(f"{long:,} of {len(lengths):,} documents are longer than a row: cut into {cuts:,} pieces")
     for line in shares(dataset.train, train_plan, config.steps * config.batch):
         say(f"in {config.steps} steps, {line}")
     return Run(

@@ -13,7 +13,6 @@ the others wait for the name to appear, which needs a cache that all hosts see.
 A later start reads the text once to know its key (a second for a gigabyte or so) and tokenises nothing.
 """
 
-import hashlib
 import os
 import shutil
 import tempfile
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 
 from zigzag_jax.train.corpus import documents
 from zigzag_jax.train.dataset import FORMAT, Dataset, add_documents, finish, read_dataset, write_sides
+from zigzag_jax.train.digest import text_digest
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.split import Survey, split, survey
 from zigzag_jax.train.token_file import TokenStore
@@ -53,7 +53,7 @@ def open_dataset(
     found = survey(documents(data))
     given = None if tokenizer is None else load_tokenizer(tokenizer)
     how = f"train {vocab_size}" if given is None else given.to_str()
-    key = hashlib.blake2b("\n".join((FORMAT, found.digest, how)).encode(), digest_size=16).hexdigest()
+    key = text_digest("\n".join((FORMAT, found.digest, how)))
     folder = cache_folder() / key
     if not folder.exists():
         if process_index == 0:

@@ -11,7 +11,6 @@ of --workers, would have made. What the work was begun with stands in its plan.j
 import contextlib
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -27,6 +26,7 @@ from rich.console import Console
 
 from zigzag_jax.train.corpus import files
 from zigzag_jax.train.dataset import FORMAT, META, TOKENIZER, is_dataset, read_meta, unfinished, write_whole
+from zigzag_jax.train.digest import text_digest
 from zigzag_jax.train.display import TokenDisplay
 from zigzag_jax.train.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
 from zigzag_jax.train.formats import TEXT_FIELD, Piece, read
@@ -79,17 +79,21 @@ def tokenize(config: TokenizeConfig, console: Console) -> None:
     _check(config)
     found = _files(config)
     request = _request(config, found)
-    source = _digest(json.dumps(request))
+    source = text_digest(json.dumps(request))
     out = config.out.expanduser().absolute()
     work = unfinished(out)
-    if _is_made(out, source):
-        shutil.rmtree(work, ignore_errors=True)
-        say(f"{out} is whole already")
+
+    def whole_already() -> bool:
+        if made := _is_made(out, source):
+            shutil.rmtree(work, ignore_errors=True)
+            say(f"{out} is whole already")
+        return made
+
+    if whole_already():
         return
     try:
         with _alone(work):
-            if _is_made(out, source):  # by another command, since the first look
-                shutil.rmtree(work, ignore_errors=True)
+            if whole_already():  # by another command, since the first look
                 return
             ends = _begin(config, found, request, work, say)
             shards = cut(found)
@@ -132,13 +136,9 @@ def _request(config: TokenizeConfig, found: list[Path]) -> dict[str, Any]:
         "text-field": config.text_field,
         "tokenizer": given,
         "vocab-size": (1024 if config.vocab_size is None else config.vocab_size) if given is None else None,
-        "files": _digest(json.dumps(stats)),
+        "files": text_digest(json.dumps(stats)),
         "version": f"{FORMAT}, shards of {SHARD}",
     }
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _is_made(out: Path, source: str) -> bool:

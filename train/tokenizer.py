@@ -9,7 +9,6 @@ Whatever the tokenizer, two rules hold here:
 - such special tokens are never read out of the text: "<|endoftext|>" inside a document is thirteen characters.
 """
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from zigzag_jax.train.digest import text_digest
 from zigzag_jax.train.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -86,7 +86,7 @@ def same_ids(tokenizer: Tokenizer) -> str:
     """Hex digest of all that decides which ids a text gets: equal for two files of one tokenizer."""
     parts = json.loads(tokenizer.to_str())
     what = {name: parts[name] for name in ("added_tokens", "normalizer", "pre_tokenizer", "model")}
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+    return text_digest(json.dumps(what))
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:

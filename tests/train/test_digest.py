@@ -1,0 +1,11 @@
+"""Digests stand in the names of cached folders and in what lies there, so their values may not change."""
+
+import doctest
+
+from zigzag_jax.train import digest
+
+
+def test_the_example():
+    results = doctest.testmod(digest)
+    assert results.attempted
+    assert not results.failed
