@@ -4,7 +4,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zigzag_jax.train.topology import described_mesh
+from zigzag_jax.train.memory.topology import described_mesh
 
 
 def h100s(count: int, axis_name: str = "cp") -> Mesh:

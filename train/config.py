@@ -12,7 +12,7 @@ from typing import Literal
 from zigzag_jax.models import sharding
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.groups import parse
-from zigzag_jax.train.trace import profile_steps
+from zigzag_jax.train.logs.trace import profile_steps
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class MeshConfig:
 @dataclass(frozen=True)
 class HostsConfig:
     """Several processes as one run; the same command on each, but for process_id. Under srun, mpirun or a JobSet none
-    of these is needed (train/hosts.py).
+    of these is needed (train/hosts/discover.py).
     """
 
     coordinator: str | None = None

@@ -25,14 +25,14 @@ from zigzag_jax.models.hf.saved import Source, open_source, read_state
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config, MeshConfig, check
-from zigzag_jax.train.data import BLANK, Batches, Block
-from zigzag_jax.train.dataset import Dataset
+from zigzag_jax.train.data.batches import BLANK, Batches, Block
+from zigzag_jax.train.data.dataset import Dataset
+from zigzag_jax.train.data.open_data import open_data
+from zigzag_jax.train.data.packing import make_plan
+from zigzag_jax.train.data.token_file import Tokens
 from zigzag_jax.train.errors import DONE, USER_ERROR, UserError
 from zigzag_jax.train.mesh import make_mesh, make_sharding, start_devices
-from zigzag_jax.train.open_data import open_data
-from zigzag_jax.train.packing import make_plan
 from zigzag_jax.train.task import Task
-from zigzag_jax.train.token_file import Tokens
 
 _LINE_EVERY = 10.0  # seconds between lines of progress
 

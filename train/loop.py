@@ -17,29 +17,29 @@ from zigzag_jax.models.decode import write
 from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import copy_companions
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.train import metrics, report
-from zigzag_jax.train.agree import call_roll, facts
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.config import Config, check
-from zigzag_jax.train.display import Display
+from zigzag_jax.train.data.mixture import shares
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import DONE, PREEMPTED, RunError, UserError
-from zigzag_jax.train.hosts import find_hosts
-from zigzag_jax.train.link import Link
+from zigzag_jax.train.hosts.agree import call_roll, facts
+from zigzag_jax.train.hosts.discover import find_hosts
+from zigzag_jax.train.hosts.link import Link
+from zigzag_jax.train.hosts.watchdog import PATIENT, Watchdog
+from zigzag_jax.train.logs import metrics, report
+from zigzag_jax.train.logs.display import Display
+from zigzag_jax.train.logs.metrics import MetricsLog
+from zigzag_jax.train.logs.observe import Observer
+from zigzag_jax.train.logs.replay import save_batch
+from zigzag_jax.train.logs.trace import Profile, profile_steps
+from zigzag_jax.train.logs.wandb_run import check_wandb, start_wandb
 from zigzag_jax.train.mesh import join, make_mesh, start_devices
-from zigzag_jax.train.metrics import MetricsLog
-from zigzag_jax.train.mixture import shares
 from zigzag_jax.train.models import model_config, model_folder
-from zigzag_jax.train.observe import Observer
 from zigzag_jax.train.optim import schedule
-from zigzag_jax.train.replay import save_batch
 from zigzag_jax.train.saving import Saver
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState
 from zigzag_jax.train.stop import StopRequest
-from zigzag_jax.train.trace import Profile, profile_steps
-from zigzag_jax.train.wandb_run import check_wandb, start_wandb
-from zigzag_jax.train.watchdog import PATIENT, Watchdog
 
 _PROMPT, _WRITTEN = 24, 72  # tokens of a prompt, tokens the model adds
 

@@ -16,8 +16,8 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.models.sharding import Sharding, expert_rules
 from zigzag_jax.train.config import Config, HostsConfig, MeshConfig, expert_axes
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.hosts import local_devices
-from zigzag_jax.train.link import patience
+from zigzag_jax.train.hosts.discover import local_devices
+from zigzag_jax.train.hosts.link import patience
 
 AXES = ("dp", "fsdp", "cp")
 ROWS = ("dp", "fsdp")  # mesh axes that cut the rows of a batch

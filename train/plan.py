@@ -22,12 +22,12 @@ from zigzag_jax.kernels import HOPPER
 from zigzag_jax.models.stack import REMAT
 from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.errors import DONE, FAILED, USER_ERROR, UserError
-from zigzag_jax.train.footprint import Footprint, known_parts, measure
-from zigzag_jax.train.longest import MOST, longest
+from zigzag_jax.train.memory.footprint import Footprint, known_parts, measure
+from zigzag_jax.train.memory.longest import MOST, longest
+from zigzag_jax.train.memory.topology import GPUS, GpuName, check_compiler, described_mesh
 from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
 from zigzag_jax.train.models import model_config
 from zigzag_jax.train.program import Program, make_program
-from zigzag_jax.train.topology import GPUS, GpuName, check_compiler, described_mesh
 
 TILE = 128  # tokens: the attention kernels are fastest on chunks of whole tiles
 GIB = 2**30

@@ -3,7 +3,7 @@
 What was learnt since the newest checkpoint is then in memory only, so a run of one process goes on, says what is wrong,
 and tries again after some time until somebody has made room. At its end, or asked to stop, it waits for that, but not
 for ever. Of several processes one that cannot write would leave the others waiting for it in the middle of their own
-save: it ends, and the wire (train/link.py) tells them why.
+save: it ends, and the wire (train/hosts/link.py) tells them why.
 """
 
 import time

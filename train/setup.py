@@ -13,9 +13,13 @@ from jax.sharding import Mesh
 from zigzag_jax.models.decode import Writer
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.config import Config
-from zigzag_jax.train.data import Batches
-from zigzag_jax.train.dataset import Dataset
-from zigzag_jax.train.mixture import plan_rows, shares
+from zigzag_jax.train.data.batches import Batches
+from zigzag_jax.train.data.dataset import Dataset
+from zigzag_jax.train.data.mixture import plan_rows, shares
+from zigzag_jax.train.data.open_data import open_data
+from zigzag_jax.train.data.packing import cut_count
+from zigzag_jax.train.data.token_file import Tokens
+from zigzag_jax.train.logs.report import HeldOut
 from zigzag_jax.train.models import (
     config_json,
     first_parameters,
@@ -24,13 +28,9 @@ from zigzag_jax.train.models import (
     tokenizer_file,
     weights_digest,
 )
-from zigzag_jax.train.open_data import open_data
-from zigzag_jax.train.packing import cut_count
 from zigzag_jax.train.program import make_program
-from zigzag_jax.train.report import HeldOut
 from zigzag_jax.train.step import TrainState, state_shardings
 from zigzag_jax.train.task import Losses, Task
-from zigzag_jax.train.token_file import Tokens
 
 _HELD_OUT_SEED = 0  # the held-out rows are the same whatever the run's seed
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-from zigzag_jax.train.link import Link
+from zigzag_jax.train.hosts.link import Link
 
 
 class StopRequest:

@@ -1,7 +1,8 @@
 """What is learnt: the language-modelling loss of a model, as functions of (parameters, batch).
 
-A batch is the dict of train/data.py: tokens, labels, positions, real, each [B, S] in zigzag order. Both losses are sums
-over the tokens of the whole batch divided once by their number, so that no mesh, padding or packing changes them.
+A batch is the dict of train/data/batches.py: tokens, labels, positions, real, each [B, S] in zigzag order. Both losses
+are sums over the tokens of the whole batch divided once by their number, so that no mesh, padding or packing changes
+them.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@ DIR then goes to the trainer as --data, which reads, hashes and tokenises no tex
 several times: one corpus, in the order given.
 
 The work lies in DIR.unfinished until DIR is whole. Kill it whenever you like: the same command again goes on with the
-shards that are missing (`zigzag_jax.train.shards`), and DIR is byte for byte what an undisturbed run, with any number
-of --workers, would have made. What the work was begun with stands in its plan.json; another request is refused.
+shards that are missing (data/shards.py), and DIR is byte for byte what an undisturbed run, with any number of
+--workers, would have made. What the work was begun with stands in its plan.json; another request is refused.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from zigzag_jax.train.corpus import files
-from zigzag_jax.train.dataset import FORMAT, META, TOKENIZER, is_dataset, read_meta, unfinished, write_whole
-from zigzag_jax.train.digest import text_digest
-from zigzag_jax.train.display import TokenDisplay
+from zigzag_jax.train.data.corpus import files
+from zigzag_jax.train.data.dataset import FORMAT, META, TOKENIZER, is_dataset, read_meta, unfinished, write_whole
+from zigzag_jax.train.data.digest import text_digest
+from zigzag_jax.train.data.formats import TEXT_FIELD, Piece, read
+from zigzag_jax.train.data.shards import SHARD, Shard, ShardWriter, clean, cut, join
+from zigzag_jax.train.data.split import ends_held_out, parts, survey
+from zigzag_jax.train.data.tokenizer import id_count, load_tokenizer, same_ids, train_tokenizer
+from zigzag_jax.train.data.workers import run_tasks
 from zigzag_jax.train.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
-from zigzag_jax.train.formats import TEXT_FIELD, Piece, read
-from zigzag_jax.train.shards import SHARD, Shard, ShardWriter, clean, cut, join
-from zigzag_jax.train.split import ends_held_out, parts, survey
-from zigzag_jax.train.tokenizer import id_count, load_tokenizer, same_ids, train_tokenizer
-from zigzag_jax.train.workers import run_tasks
+from zigzag_jax.train.logs.display import TokenDisplay
 
 _PLAN = "plan.json"
 _GOES_ON = "the same command again goes on"

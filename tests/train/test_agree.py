@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 import pytest
 
-from zigzag_jax.train.agree import LIBRARIES, call_roll, facts, first_difference, source_digest
 from zigzag_jax.train.config import Config, HostsConfig
 from zigzag_jax.train.errors import PeerError, UserError
-from zigzag_jax.train.link import Link, behind, patience
+from zigzag_jax.train.hosts.agree import LIBRARIES, call_roll, facts, first_difference, source_digest
+from zigzag_jax.train.hosts.link import Link, behind, patience
 
 
 def free_port() -> int:

@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from zigzag_jax.train.corpus import documents
+from zigzag_jax.train.data.corpus import documents
+from zigzag_jax.train.data.split import FEW, ends_held_out, parts, split, survey
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.split import FEW, ends_held_out, parts, split, survey
 
 
 def write(folder, files):

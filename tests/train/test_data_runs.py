@@ -12,12 +12,12 @@ import pytest
 
 from zigzag_jax.train import loop
 from zigzag_jax.train.config import Config, MeshConfig, OptimConfig
-from zigzag_jax.train.dataset import finish, write_sides
+from zigzag_jax.train.data.dataset import finish, write_sides
+from zigzag_jax.train.data.tokenizer import train_tokenizer
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.mesh import make_mesh
 from zigzag_jax.train.models import model_config
 from zigzag_jax.train.setup import set_up
-from zigzag_jax.train.tokenizer import train_tokenizer
 
 TEXTS = [f"Line {n}: a ring is a line that comes home after {n % 7} hops.\n" * (1 + n % 5) for n in range(90)]
 CONFIG = Config(

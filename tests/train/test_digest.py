@@ -2,7 +2,7 @@
 
 import doctest
 
-from zigzag_jax.train import digest
+from zigzag_jax.train.data import digest
 
 
 def test_the_example():

@@ -18,9 +18,9 @@ from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train import evaluate
 from zigzag_jax.train.config import Config, MeshConfig
+from zigzag_jax.train.data.tokenizer import train_tokenizer
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.models import fit_vocabulary, maker
-from zigzag_jax.train.tokenizer import train_tokenizer
 
 TEXT = [f"Line {n}: a ring comes home after {n % 7} hops.\n" * (n % 5 + 1) for n in range(60)]
 

@@ -5,7 +5,7 @@ import pytest
 
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.train.config import Config, MeshConfig
-from zigzag_jax.train.footprint import known_parts, measure
+from zigzag_jax.train.memory.footprint import known_parts, measure
 from zigzag_jax.train.mesh import make_mesh
 from zigzag_jax.train.program import make_program
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from zigzag_jax.train.corpus import documents
+from zigzag_jax.train.data.corpus import documents
+from zigzag_jax.train.data.formats import Piece, pieces, read
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.formats import Piece, pieces, read
 
 TEXTS = [f"document {n}: ä ring {'of home ' * (n % 9)}\n" for n in range(40)]
 

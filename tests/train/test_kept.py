@@ -7,8 +7,8 @@ import pytest
 
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.train.config import Config, MeshConfig
-from zigzag_jax.train.data import abstract_batch
-from zigzag_jax.train.kept import Kept, kept_by_layers
+from zigzag_jax.train.data.batches import abstract_batch
+from zigzag_jax.train.memory.kept import Kept, kept_by_layers
 from zigzag_jax.train.mesh import make_mesh
 from zigzag_jax.train.program import make_program
 

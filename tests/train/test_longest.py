@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from zigzag_jax.train.longest import MOST, longest
+from zigzag_jax.train.memory.longest import MOST, longest
 
 UNIT = 2048
 ROOM = 70_000_000

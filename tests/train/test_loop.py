@@ -8,8 +8,8 @@ import pytest
 
 from zigzag_jax.train import __main__ as command_line
 from zigzag_jax.train.errors import PeerError, RunError, UserError
+from zigzag_jax.train.logs.report import HeldOut
 from zigzag_jax.train.loop import _check_finite, _uneven
-from zigzag_jax.train.report import HeldOut
 from zigzag_jax.train.task import Losses
 
 

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from zigzag_jax.train import metrics
-from zigzag_jax.train.metrics import MetricsLog
+from zigzag_jax.train.logs import metrics
+from zigzag_jax.train.logs.metrics import MetricsLog
 
 
 def test_lines_are_on_disk_at_once_and_exact(tmp_path: Path):

@@ -15,13 +15,13 @@ import pytest
 from jax.sharding import AxisType
 
 from zigzag_jax.layout import from_zigzag
-from zigzag_jax.train import mixture
-from zigzag_jax.train.data import Batches
+from zigzag_jax.train.data import mixture
+from zigzag_jax.train.data.batches import Batches
+from zigzag_jax.train.data.mixture import BLOCK, MixedPlan, MixedStore, mix, plan_rows, shares
+from zigzag_jax.train.data.packing import in_order, make_plan
+from zigzag_jax.train.data.token_file import TokenStore
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.mixture import BLOCK, MixedPlan, MixedStore, mix, plan_rows, shares
-from zigzag_jax.train.packing import in_order, make_plan
-from zigzag_jax.train.report import HeldOut, prompts
-from zigzag_jax.train.token_file import TokenStore
+from zigzag_jax.train.logs.report import HeldOut, prompts
 
 WEIGHTS = (6.0, 3.0, 1.0)
 

@@ -8,8 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from zigzag_jax.train import ngram
-from zigzag_jax.train.token_file import TokenStore
+from zigzag_jax.train.data import ngram
+from zigzag_jax.train.data.token_file import TokenStore
 
 V = 12
 

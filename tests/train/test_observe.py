@@ -11,12 +11,12 @@ import pytest
 
 from zigzag_jax.models import flops
 from zigzag_jax.models.presets import PRESETS
-from zigzag_jax.train import metrics, observe, trace
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.metrics import MetricsLog
-from zigzag_jax.train.observe import Observer, StepTimer, memory
-from zigzag_jax.train.trace import Profile, profile_steps
-from zigzag_jax.train.wandb_run import check_wandb, start_wandb
+from zigzag_jax.train.logs import metrics, observe, trace
+from zigzag_jax.train.logs.metrics import MetricsLog
+from zigzag_jax.train.logs.observe import Observer, StepTimer, memory
+from zigzag_jax.train.logs.trace import Profile, profile_steps
+from zigzag_jax.train.logs.wandb_run import check_wandb, start_wandb
 
 SIZES = PRESETS["qwen3-30b-a3b"]
 LENGTHS = np.array([1000, 24, 1])

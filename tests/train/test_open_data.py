@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zigzag_jax.train import open_data as opening
-from zigzag_jax.train.dataset import META, SIDES, finish, read_dataset, unfinished, write_sides
+from zigzag_jax.train.data import open_data as opening
+from zigzag_jax.train.data.dataset import META, SIDES, finish, read_dataset, unfinished, write_sides
+from zigzag_jax.train.data.mixture import MixedStore
+from zigzag_jax.train.data.open_data import open_data, tokens_digest
+from zigzag_jax.train.data.store import open_dataset
+from zigzag_jax.train.data.tokenizer import train_tokenizer
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.mixture import MixedStore
-from zigzag_jax.train.open_data import open_data, tokens_digest
-from zigzag_jax.train.store import open_dataset
-from zigzag_jax.train.tokenizer import train_tokenizer
 
 TEXT = [f"document {n}\n" + "a ring is a line that comes home\n" * (n % 9) for n in range(40)]
 TOKENIZER = train_tokenizer(TEXT, characters=sum(map(len, TEXT)), vocab_size=300)

@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
+from zigzag_jax.train.data.packing import _pack, cut_count, make_plan
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.packing import _pack, cut_count, make_plan
 
 
 def lengths_of(n, mean=200, seed=0):

@@ -12,8 +12,8 @@ from zigzag_jax.models.stack import REMAT
 from zigzag_jax.train import plan as module
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.footprint import Footprint, count_hops
-from zigzag_jax.train.kept import Kept
+from zigzag_jax.train.memory.footprint import Footprint, count_hops
+from zigzag_jax.train.memory.kept import Kept
 from zigzag_jax.train.plan import GIB, PlanConfig, Pool, checked_mesh, main, plan
 
 INPUT = "bfloat16[1, 4096, 2048]"

@@ -17,11 +17,11 @@ from jax.sharding import PartitionSpec as P
 from zigzag_jax.kernels import HOPPER
 from zigzag_jax.models.sharding import gather
 from zigzag_jax.train.config import Config, MeshConfig
-from zigzag_jax.train.footprint import Footprint, known_parts, measure
+from zigzag_jax.train.memory.footprint import Footprint, known_parts, measure
+from zigzag_jax.train.memory.topology import described_mesh
 from zigzag_jax.train.mesh import AXES
 from zigzag_jax.train.models import model_config
 from zigzag_jax.train.program import make_program
-from zigzag_jax.train.topology import described_mesh
 
 pytestmark = [pytest.mark.aot, pytest.mark.slow]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from zigzag_jax.train.replay import save_batch
+from zigzag_jax.train.logs.replay import save_batch
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zigzag_jax.train import metrics
 from zigzag_jax.train.checkpoint import Checkpoints, SaveError
 from zigzag_jax.train.errors import RunError
-from zigzag_jax.train.metrics import MetricsLog
+from zigzag_jax.train.logs import metrics
+from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.saving import Saver
 
 

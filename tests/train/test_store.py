@@ -10,11 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from zigzag_jax.train import store
+from zigzag_jax.train.data import store
+from zigzag_jax.train.data.store import open_dataset
+from zigzag_jax.train.data.token_file import token_dtype
+from zigzag_jax.train.data.tokenizer import encode
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.store import open_dataset
-from zigzag_jax.train.token_file import token_dtype
-from zigzag_jax.train.tokenizer import encode
 
 
 @pytest.fixture
@@ -183,7 +183,7 @@ def test_a_full_disk_is_told(data, tmp_path, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("zigzag_jax.train.token_file.TokenWriter.sync", full)
+    monkeypatch.setattr("zigzag_jax.train.data.token_file.TokenWriter.sync", full)
     with pytest.raises(UserError, match="No space left"):
         open_dataset(data, None, vocab_size=300)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -215,7 +215,7 @@ def test_the_cache_is_where_the_environment_says_when_asked(monkeypatch, tmp_pat
 
 def test_batches_of_text_do_not_matter(data, monkeypatch):
     first = open_dataset(data, None, vocab_size=300)
-    monkeypatch.setattr("zigzag_jax.train.dataset._BATCH", 50)
+    monkeypatch.setattr("zigzag_jax.train.data.dataset._BATCH", 50)
     monkeypatch.setenv("ZIGZAG_CACHE", f"{first.folder.parent}-other")
     said = []
     ticks = iter(range(0, 10**6, 3))

@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 
 from zigzag_jax.train import tokenize as command
-from zigzag_jax.train.dataset import read_dataset, unfinished
-from zigzag_jax.train.display import TokenDisplay
+from zigzag_jax.train.data.dataset import read_dataset, unfinished
+from zigzag_jax.train.data.shards import cut
+from zigzag_jax.train.data.split import parts
+from zigzag_jax.train.data.store import open_dataset
+from zigzag_jax.train.data.tokenizer import train_tokenizer
 from zigzag_jax.train.errors import RunError, UserError
-from zigzag_jax.train.shards import cut
-from zigzag_jax.train.split import parts
-from zigzag_jax.train.store import open_dataset
+from zigzag_jax.train.logs.display import TokenDisplay
 from zigzag_jax.train.tokenize import TokenizeConfig, tokenize
-from zigzag_jax.train.tokenizer import train_tokenizer
 
 TEXTS = [f"document {n}\n" + f"a ring of {n} is a line that comes home\n" * (n % 90) for n in range(400)]
 SMALL = 12_000  # bytes of a shard here: some 60 shards
@@ -289,7 +289,7 @@ def test_a_full_disk_is_told(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch):
     clock = iter(range(0, 1000, 6))
-    monkeypatch.setattr("zigzag_jax.train.display.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("zigzag_jax.train.logs.display.time.monotonic", lambda: next(clock))
     with Path(os.devnull).open("w") as null:
         console = Console(file=null, record=True, width=100, force_terminal=terminal)
         with TokenDisplay(1000, 400, console) as display:

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.tokenizer import (
+from zigzag_jax.train.data.tokenizer import (
     END_OF_DOCUMENT,
     encode,
     end_of_document,
@@ -14,6 +13,7 @@ from zigzag_jax.train.tokenizer import (
     same_ids,
     train_tokenizer,
 )
+from zigzag_jax.train.errors import UserError
 
 TEXTS = ["a ring is a line that comes home\n" * 20, "naïve 漢字 \x00 🙂\r\n", "def ring(line):\n    return line\n" * 9]
 
@@ -65,7 +65,7 @@ def test_a_long_text_is_encoded_in_parts_cut_at_line_ends():
 
 
 def test_of_a_large_corpus_a_sample_is_enough(monkeypatch):
-    monkeypatch.setattr("zigzag_jax.train.tokenizer._SAMPLE", 100)
+    monkeypatch.setattr("zigzag_jax.train.data.tokenizer._SAMPLE", 100)
     texts = ["aa" * 50, "bb" * 50]  # 200 characters: every second segment, the first text alone
     assert train(texts).to_str() == train_tokenizer(texts[:1], characters=100, vocab_size=300).to_str()
 
@@ -109,7 +109,7 @@ def test_how_much_is_encoded_at_once_does_not_matter(monkeypatch):
     texts = ["a ring is a line that comes home\n" * n for n in (1, 0, 4000, 7)]
     tokenizer = train_tokenizer(texts, characters=sum(map(len, texts)), vocab_size=270)
     want = encode(tokenizer, texts)
-    monkeypatch.setattr("zigzag_jax.train.tokenizer._SEGMENTS", 1)
+    monkeypatch.setattr("zigzag_jax.train.data.tokenizer._SEGMENTS", 1)
     for got, those in zip(encode(tokenizer, texts), want, strict=True):
         np.testing.assert_array_equal(got, those)
     assert [len(those) > 0 for those in want] == [True, False, True, True]

@@ -2,9 +2,9 @@
 
 import pytest
 
-from zigzag_jax.train import topology
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.topology import GPUS, check_compiler
+from zigzag_jax.train.memory import topology
+from zigzag_jax.train.memory.topology import GPUS, check_compiler
 
 
 def test_without_a_compiler_the_command_that_brings_it_is_named(monkeypatch: pytest.MonkeyPatch):

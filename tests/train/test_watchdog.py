@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from zigzag_jax.train.watchdog import Watchdog, axes_between, newest
+from zigzag_jax.train.hosts.watchdog import Watchdog, axes_between, newest
 
 TWO_HOSTS = np.array([[[0, 0], [1, 1]], [[2, 2], [3, 3]]])  # dp 2, fsdp 2, cp 2
 
@@ -73,8 +73,8 @@ def test_newest(tmp_path: Path):
 ABORT = """
 import os, socket, sys, threading, time
 from pathlib import Path
-from zigzag_jax.train.link import Link
-from zigzag_jax.train.watchdog import Watchdog
+from zigzag_jax.train.hosts.link import Link
+from zigzag_jax.train.hosts.watchdog import Watchdog
 mine, other = socket.socketpair()
 link = Link(1, {0: mine}, ["a", "b"], 10.0)
 with Watchdog(Path(sys.argv[1]), 100, link) as dog:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from zigzag_jax.train.data.workers import run_tasks
 from zigzag_jax.train.errors import RunError, UserError
-from zigzag_jax.train.workers import run_tasks
 
 Task = tuple[str, Path]
 

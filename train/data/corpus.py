@@ -2,14 +2,14 @@
 
 A *document* is one string that was written as a whole; packing and attention keep documents apart, so the cut matters.
 
-    a file                    text, .jsonl, .jsonl.gz or .parquet: `zigzag_jax.train.formats` says what a document is
+    a file                    text, .jsonl, .jsonl.gz or .parquet; what a document is: `formats.py`
     a folder                  every file below it, sorted by its path; hidden files and `__pycache__` are passed over
     nothing (None)            the .py files of the running interpreter's standard library and the topics of `help()`
 
 The default needs no download and is real text: about 9 MB of code by many hands and 0.5 MB of English prose, 560
 documents. Indentation, keywords and docstrings are learnt within minutes by a model of a few million weights on a CPU.
 The same interpreter gives the same documents in the same order; another Python version has other text, which the digest
-of `zigzag_jax.train.store` notices.
+of `zigzag_jax.train.data.store` notices.
 
 Documents stream: nothing here holds more than one file (JSONL: one line) in memory.
 """
@@ -18,8 +18,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from zigzag_jax.train.data.formats import Piece, read
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.formats import Piece, read
 
 # Not text to learn from: other people's packages, tests (odd encodings on purpose), tables of code points, a folder
 # that newer Pythons lack, and pydoc_data (its one file is the repr of prose that `_standard_library` yields as such).

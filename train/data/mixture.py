@@ -1,9 +1,9 @@
 """Several sources in one stream of rows, each with the share of the tokens that its weight says.
 
-Every source is packed by itself (`zigzag_jax.train.packing`), so a row belongs to one source, and has an endless stream
-of rows of its own, epoch after epoch. A mixture deals the rows of these streams out in *blocks* of 65536: the same
-number of rows of a source in each block, spread evenly. With three sources that have 4, 2 and 1 rows of a block of 7,
-each row gets a place in [0, 1), and the places are sorted:
+Every source is packed by itself (packing.py), so a row belongs to one source, and has an endless stream of rows of its
+own, epoch after epoch. A mixture deals the rows of these streams out in *blocks* of 65536: the same number of rows of a
+source in each block, spread evenly. With three sources that have 4, 2 and 1 rows of a block of 7, each row gets a place
+in [0, 1), and the places are sorted:
 
     a    0.03        0.36        0.55        0.90     at random, but one in each quarter
     b          0.12                    0.70           one in each half
@@ -25,9 +25,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zigzag_jax.train.data.packing import Plan, hashes, in_order, make_plan
+from zigzag_jax.train.data.token_file import Tokens
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.packing import Plan, hashes, in_order, make_plan
-from zigzag_jax.train.token_file import Tokens
 
 BLOCK = 1 << 16  # rows
 

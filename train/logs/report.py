@@ -12,11 +12,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from zigzag_jax.train import metrics, ngram
-from zigzag_jax.train.data import BLANK, Batches
-from zigzag_jax.train.dataset import Dataset
+from zigzag_jax.train.data import ngram
+from zigzag_jax.train.data.batches import BLANK, Batches
+from zigzag_jax.train.data.dataset import Dataset
+from zigzag_jax.train.data.token_file import Tokens
+from zigzag_jax.train.logs import metrics
 from zigzag_jax.train.task import Losses
-from zigzag_jax.train.token_file import Tokens
 
 _EVAL_TOKENS = 32768  # held-out places that are scored: enough for the second digit, seconds on a CPU
 

@@ -24,9 +24,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.layout import padded, zigzag_indices
+from zigzag_jax.train.data.packing import Plan
+from zigzag_jax.train.data.token_file import Tokens
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.packing import Plan
-from zigzag_jax.train.token_file import Tokens
 
 FIELDS = {"tokens": (np.int32, 0), "labels": (np.int32, -1), "positions": (np.int32, 0), "real": (np.bool_, False)}
 """The arrays of a batch: dtype, and the value on a pad."""

@@ -1,7 +1,7 @@
 """--data of trainer and evaluation: text, a folder of tokens, or a mixture of such folders.
 
-    nothing, text files      tokenised into the cache, found again        zigzag_jax.train.store
-    a folder of tokens       opened                                       zigzag_jax.train.dataset
+    nothing, text files      tokenised into the cache, found again        zigzag_jax.train.data.store
+    a folder of tokens       opened                                       zigzag_jax.train.data.dataset
     mix.json                 {"sources": [{"path": "A", "weight": 0.7}, {"path": "B", "weight": 0.3}]}
 
 The sources of a mixture are folders of tokens made with the same tokenizer; paths are seen from where mix.json lies.
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zigzag_jax.train.dataset import Dataset, is_dataset, read_dataset, read_meta, unfinished
-from zigzag_jax.train.digest import text_digest
+from zigzag_jax.train.data.dataset import Dataset, is_dataset, read_dataset, read_meta, unfinished
+from zigzag_jax.train.data.digest import text_digest
+from zigzag_jax.train.data.mixture import MixedStore
+from zigzag_jax.train.data.store import open_dataset
+from zigzag_jax.train.data.token_file import Tokens, TokenStore
+from zigzag_jax.train.data.tokenizer import load_tokenizer, same_ids
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.mixture import MixedStore
-from zigzag_jax.train.store import open_dataset
-from zigzag_jax.train.token_file import Tokens, TokenStore
-from zigzag_jax.train.tokenizer import load_tokenizer, same_ids
 
 _LARGEST = 1e300  # so that the sum of all weights is finite
 _EXAMPLE = '{"sources": [{"path": "FOLDER", "weight": 0.7}, ..]}'

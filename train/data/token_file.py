@@ -4,7 +4,7 @@
     SIDE.offsets   int64 [D + 1]    document d is tokens[offsets[d] : offsets[d + 1]], the end token included
 
 Reading a row of a batch is then slicing: no process holds the corpus, however large it is. The files are bare arrays in
-the machine's byte order; their dtype and length stand in the meta.json beside them (`zigzag_jax.train.dataset`).
+the machine's byte order; their dtype and length stand in the meta.json beside them (`zigzag_jax.train.data.dataset`).
 """
 
 import contextlib

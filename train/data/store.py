@@ -22,13 +22,13 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from zigzag_jax.train.corpus import documents
-from zigzag_jax.train.dataset import FORMAT, Dataset, add_documents, finish, read_dataset, write_sides
-from zigzag_jax.train.digest import text_digest
+from zigzag_jax.train.data.corpus import documents
+from zigzag_jax.train.data.dataset import FORMAT, Dataset, add_documents, finish, read_dataset, write_sides
+from zigzag_jax.train.data.digest import text_digest
+from zigzag_jax.train.data.split import Survey, split, survey
+from zigzag_jax.train.data.token_file import TokenStore
+from zigzag_jax.train.data.tokenizer import id_count, load_tokenizer, train_tokenizer
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.split import Survey, split, survey
-from zigzag_jax.train.token_file import TokenStore
-from zigzag_jax.train.tokenizer import id_count, load_tokenizer, train_tokenizer
 
 _ABANDONED = 3600.0  # seconds without a write after which an unfinished folder counts as a killed builder's
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from zigzag_jax.train.config import Config
+from zigzag_jax.train.data.open_data import tokens_digest
 from zigzag_jax.train.errors import PeerError, UserError
-from zigzag_jax.train.hosts import address
-from zigzag_jax.train.link import Link, patience
-from zigzag_jax.train.open_data import tokens_digest
+from zigzag_jax.train.hosts.discover import address
+from zigzag_jax.train.hosts.link import Link, patience
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 _OWN = ("hosts.process-id", "hosts.coordinator", "cpu-devices", "dry-run")  # flags in which processes may differ
@@ -41,7 +41,7 @@ def facts(config: Config) -> Facts:
 def source_digest() -> str:
     """Digest of the installed Python files."""
     found = hashlib.sha256()
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     assert root.name == "zigzag_jax"  # the package, not what a link in it stands for
     for folder in (root, root / "models", root / "train"):  # two of them are links in a checkout; rglob skips links
         for path in sorted(folder.rglob("*.py")):

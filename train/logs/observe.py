@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 
 from zigzag_jax.models.flops import packed_training_flops, peak_flops
 from zigzag_jax.models.registry import ModelConfig
-from zigzag_jax.train.data import Batches
-from zigzag_jax.train.trace import Profile
+from zigzag_jax.train.data.batches import Batches
+from zigzag_jax.train.logs.trace import Profile
 
 _GIB = 2**30
 

@@ -1,10 +1,10 @@
 """A tokenised corpus in a folder: the files of both sides, the tokenizer, and a meta.json that says what must be there.
 
-    train.tokens  train.offsets  held_out.tokens  held_out.offsets      zigzag_jax.train.token_file
+    train.tokens  train.offsets  held_out.tokens  held_out.offsets      zigzag_jax.train.data.token_file
     tokenizer.json
     meta.json      format, dtype, tokens and documents of each side, vocab_size, end_of_document, digest, source
 
-Such folders come out of the cache (`zigzag_jax.train.store`) and of `python -m zigzag_jax.train.tokenize`, and are
+Such folders come out of the cache (`zigzag_jax.train.data.store`) and of `python -m zigzag_jax.train.tokenize`, and are
 opened alike: the sizes of the files are compared with meta.json, and nothing is read or hashed.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from zigzag_jax.train.digest import text_digest
+from zigzag_jax.train.data.digest import text_digest
+from zigzag_jax.train.data.token_file import Tokens, TokenStore, TokenWriter, read_store, token_dtype
+from zigzag_jax.train.data.tokenizer import encode, end_of_document, id_count, load_tokenizer
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.token_file import Tokens, TokenStore, TokenWriter, read_store, token_dtype
-from zigzag_jax.train.tokenizer import encode, end_of_document, id_count, load_tokenizer
 
 FORMAT = "zigzag_jax tokens 2"  # another layout of the files, split rule or encoding gets another number
 SIDES = ("train", "held_out")
@@ -37,7 +37,7 @@ class Dataset[S: Tokens]:
     train: S
     """What the model sees."""
     held_out: S
-    """What it is scored on and never trained on; a few per cent, see `zigzag_jax.train.split`."""
+    """What it is scored on and never trained on; a few per cent, see `zigzag_jax.train.data.split`."""
     tokenizer: Tokenizer
     """The one that was given or trained."""
     vocab_size: int

@@ -5,7 +5,7 @@
     WORK/shards/.00000004-xyz/      a shard at work; renamed as the last act
 
 Which tokens a shard holds depends on its documents, the tokenizer and which rule holds for what is held out
-(`zigzag_jax.train.split`), on nothing that another process knows. So whoever writes a shard, and whenever, writes the
+(split.py), on nothing that another process knows. So whoever writes a shard, and whenever, writes the
 same bytes; and two that do it at once do no harm.
 """
 
@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zigzag_jax.train.dataset import SIDES, TOKENIZER, add_documents, finish, write_sides
-from zigzag_jax.train.formats import Piece, pieces, read
-from zigzag_jax.train.split import parts
-from zigzag_jax.train.tokenizer import load_tokenizer
+from zigzag_jax.train.data.dataset import SIDES, TOKENIZER, add_documents, finish, write_sides
+from zigzag_jax.train.data.formats import Piece, pieces, read
+from zigzag_jax.train.data.split import parts
+from zigzag_jax.train.data.tokenizer import load_tokenizer
 
 SHARD = 8_000_000  # bytes of files: seconds of work, which is what a kill may cost
 _FOLDER = "shards"
@@ -64,7 +64,7 @@ class ShardWriter:
     """Tokenises shards into WORK; made once in each worker."""
 
     def __init__(self, work: Path, field: str, ends: bool) -> None:
-        """`field` of JSONL and parquet holds the text; `ends` as `zigzag_jax.train.split.parts` takes it."""
+        """`field` of JSONL and parquet holds the text; `ends` as `zigzag_jax.train.data.split.parts` takes it."""
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for every core
         self.work, self.field, self.ends = work, field, ends
         self.tokenizer = load_tokenizer(work)

@@ -4,7 +4,7 @@ import pytest
 
 from zigzag_jax.train.config import HostsConfig
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.hosts import address, find_hosts, local_devices
+from zigzag_jax.train.hosts.discover import address, find_hosts, local_devices
 
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "gpu[003-004]",

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.config import Config
-from zigzag_jax.train.data import abstract_batch
+from zigzag_jax.train.data.batches import abstract_batch
 from zigzag_jax.train.dry_run import bytes_a_device
-from zigzag_jax.train.kept import Kept, kept_by_layers
 from zigzag_jax.train.loss import CHUNK
+from zigzag_jax.train.memory.kept import Kept, kept_by_layers
 from zigzag_jax.train.program import Program
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from zigzag_jax.train.digest import text_digest
+from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"

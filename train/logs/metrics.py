@@ -14,7 +14,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from zigzag_jax.train.tensorboard import Events
+from zigzag_jax.train.logs.tensorboard import Events
 
 FILE = "metrics.jsonl"
 
@@ -29,7 +29,7 @@ class MetricsLog:
     def __init__(
         self, folder: Path | None, first: int = 0, wandb: Any = None, say: Callable[[str], None] = lambda text: None
     ) -> None:
-        """`wandb`: a run of Weights & Biases that is told the same numbers (train/wandb_run.py).
+        """`wandb`: a run of Weights & Biases that is told the same numbers (train/logs/wandb_run.py).
 
         `say` gets a line when numbers cannot be written, and when they can again. OSError where the file cannot be
         opened.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zigzag_jax.train.token_file import Tokens
+from zigzag_jax.train.data.token_file import Tokens
 
 _RUN = 1 << 16  # tokens read in one piece when only a part of a large store is counted
 

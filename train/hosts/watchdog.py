@@ -28,7 +28,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from zigzag_jax.train.errors import PEER_GONE, RunError, UserError
-from zigzag_jax.train.link import Link
+from zigzag_jax.train.hosts.link import Link
 
 PATIENT = 10  # what may compile has this many times a step's time
 _TICK = 0.5

@@ -11,10 +11,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.layout import check_positions, from_zigzag, padded
-from zigzag_jax.train.data import BLANK, FIELDS, Batches
+from zigzag_jax.train.data.batches import BLANK, FIELDS, Batches
+from zigzag_jax.train.data.packing import make_plan
+from zigzag_jax.train.data.token_file import TokenStore
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.packing import make_plan
-from zigzag_jax.train.token_file import TokenStore
 
 END = 0
 

@@ -1,0 +1,1 @@
+"""What a step needs on a device, read off the compiled program."""
