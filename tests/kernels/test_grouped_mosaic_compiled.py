@@ -70,6 +70,7 @@ def test_kernel(compiler_says, shape, which, dtype, out_dtype):
     check(compiler_says(*calls(shape, which, dtype, out_dtype)))
 
 
+@pytest.mark.slow
 def test_a_layer_computes_its_schedule_once():
     """Gate, up and down, forward and backward: XLA merges the schedules of their nine kernels."""
     rows, groups, k, n = SHAPES["qwen-gate"]
