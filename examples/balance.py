@@ -2,9 +2,10 @@
 
     JAX_PLATFORMS=cpu python examples/balance.py
 
-A ring runs in lock step, so its time is the sum over steps of what the busiest rank has to do (the critical path). Its
-work is counted in scores, pairs of a query and a key it sees, from the library's own key ranges. 1.00 means that every
-rank is busy all the time.
+Lock step: were every rank to wait for the busiest at each step, a ring's time would be the sum over steps of what that
+one has to do, and 1.00 would mean that every rank is busy all the time. Work is counted in scores, pairs of a query and
+a key it sees, from the library's own key ranges. A rank waits for those it exchanges with only, so lock step is the
+upper bound of `zigzag_jax.cost.critical_path`.
 """
 
 import numpy as np

@@ -4,7 +4,7 @@
     python examples/scale_on_paper.py --link 50e9              one port of 400 Gb/s a GPU
     python examples/scale_on_paper.py --documents 32 --png scale.png
 
-One layer's attention, forward and backward, of Qwen3-30B-A3B, one row. `of ideal` is the share of the time in which a
+One layer's attention, forward and backward, of Qwen3-30B-A3B, one row. `% of ideal` is the share of the time in which a
 rank computes for itself: mean work over the time of the whole. No device is used and nothing is run.
 """
 
@@ -60,7 +60,7 @@ def row(p: Point) -> dict:
     return {
         "tokens": f"{p.length >> 10}k", "cp": p.cp, "a rank": p.length // p.cp, "lock step": p.lock_step,
         "hop ms": 1e3 * p.hop if p.cp > 1 else None, "ideal ms": 1e3 * p.ideal, "ring ms": 1e3 * p.ring,
-        "% of ideal": p.ideal / p.ring, "all-gather ms": 1e3 * p.gather, "of ideal %": p.ideal / p.gather,
+        "ring % of ideal": p.ideal / p.ring, "all-gather ms": 1e3 * p.gather, "all-gather % of ideal": p.ideal / p.gather,
         "gathered GiB": p.gathered / 2**30,
     }  # fmt: skip
 
