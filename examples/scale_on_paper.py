@@ -60,8 +60,8 @@ def row(p: Point) -> dict:
     return {
         "tokens": f"{p.length >> 10}k", "cp": p.cp, "a rank": p.length // p.cp, "lock step": p.lock_step,
         "hop ms": 1e3 * p.hop if p.cp > 1 else None, "ideal ms": 1e3 * p.ideal, "ring ms": 1e3 * p.ring,
-        "ring % of ideal": p.ideal / p.ring, "all-gather ms": 1e3 * p.gather, "all-gather % of ideal": p.ideal / p.gather,
-        "gathered GiB": p.gathered / 2**30,
+        "ring % of ideal": p.ideal / p.ring, "all-gather ms": 1e3 * p.gather,
+        "all-gather % of ideal": p.ideal / p.gather, "gathered GiB": p.gathered / 2**30,
     }  # fmt: skip
 
 

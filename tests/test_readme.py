@@ -41,6 +41,13 @@ def test_the_picture_is_the_layout():
 
 
 @pytest.mark.source
+def test_the_library_is_as_long_as_it_says():
+    assert "fourteen hundred lines" in README.read_text()
+    lines = sum(len(file.read_text().splitlines()) for file in (README.parent / "zigzag_jax").glob("*.py"))
+    assert 1300 < lines < 1500
+
+
+@pytest.mark.source
 def test_every_file_it_names_is_there():
     for name in re.findall(r"\]\(([^)#:]+)\)|`((?:zigzag_jax|docs|examples)/[\w/.]+)`", README.read_text()):
         assert (README.parent / (name[0] or name[1])).exists(), name
