@@ -110,8 +110,9 @@ def latent_attention(
 
     def attend(q, latent, k_pe, kv_b, extras: dict[str, jax.Array]):
         make = Latent(nope)
-        sizes = LatentSizes(latent.shape[2], k_pe.shape[2], *q.shape[2:], kv_b.shape[2] - nope)
-        form = payload or choose_payload(mesh.shape[axis_name], *q.shape[:2], sizes, q.dtype.itemsize)
+        batch, length, heads, dim = q.shape
+        sizes = LatentSizes(latent.shape[2], k_pe.shape[2], heads, dim, kv_b.shape[2] - nope)
+        form = payload or choose_payload(mesh.shape[axis_name], batch, length, sizes, q.dtype.itemsize)
         plan = attention_plan(
             q, axis_name=axis_name, window=window, scale=scale, softcap=None, strategy=strategy or "ring",
             implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype, layout="zigzag",
