@@ -13,6 +13,7 @@ from zigzag_jax.cost import (
     Layer,
     Machine,
     Seconds,
+    along_critical_path,
     busiest,
     choose_payload,
     choose_strategy,
@@ -94,8 +95,9 @@ def test_documents_as_the_benchmarks_say():
 
     work = [pairs(4, LENGTH // 4, positions=documents(8, seed)) for seed in range(8)]
     assert np.mean([lock_step(x) for x in work]) == pytest.approx(1.92, abs=0.005)
-    for x in work:  # who waits for neighbours alone waits less
-        path = critical_path(x.astype(float), [[Flight(1e-9, 1)]] * 3 + [[]]) / x.sum(axis=0).mean()
+    paths = [along_critical_path(x, (0, 1, 2, 3)) for x in work]
+    assert np.mean(paths) == pytest.approx(1.67, abs=0.005)
+    for x, path in zip(work, paths, strict=True):  # who waits for neighbours alone waits less
         assert busiest(x) <= path <= lock_step(x)
 
 

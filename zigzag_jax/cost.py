@@ -104,7 +104,9 @@ class Seconds(NamedTuple):
     """Of one layer's attention, all ranks together: when the last has finished."""
 
     forward: float
+    """The pass that makes the result."""
     backward: float
+    """The pass that makes the gradients, with all that it computes again."""
 
     @property
     def both(self) -> float:
@@ -161,6 +163,7 @@ class Flight(NamedTuple):
     """A hop beside a kernel."""
 
     seconds: float
+    """That it takes, alone on the link."""
     by: int
     """How many ranks it goes on."""
 
@@ -176,6 +179,12 @@ def critical_path(kernels: np.ndarray, flights: list[list[Flight]], toll: float 
             ends = np.maximum(ends, np.max([begin, *partners], axis=0) + taken)
         begin = ends
     return float(begin.max())
+
+
+def along_critical_path(work: np.ndarray, live: tuple[int, ...]) -> float:
+    """The ring's forward where hops take no time, as a multiple of the mean rank's work [live step, rank]."""
+    flights = [[Flight(0.0, hop.by)] if hop.by else [] for hop in forward_hops(live)]
+    return critical_path(work.astype(float), flights) / float(work.sum(axis=0).mean())
 
 
 def ring_seconds(
@@ -257,6 +266,6 @@ def choose_payload(
 
 
 __all__ = [
-    "H100", "Flight", "LatentSizes", "Layer", "Machine", "Payload", "Seconds", "busiest", "choose_payload",
-    "choose_strategy", "critical_path", "gather_seconds", "lock_step", "pairs", "ring_seconds",
+    "H100", "Flight", "LatentSizes", "Layer", "Machine", "Payload", "Seconds", "along_critical_path", "busiest",
+    "choose_payload", "choose_strategy", "critical_path", "gather_seconds", "lock_step", "pairs", "ring_seconds",
 ]  # fmt: skip

@@ -54,7 +54,7 @@ def balance_over_cp() -> Canvas:
     left, ground, wide, high = 60, 290, 460, 240
     top = max(max(curve) for curve in curves.values())
     y_of = lambda value: ground - high * (value - 1) / (top - 1)
-    canvas.text(left, 20, "Time of the ring / time if all were busy", size=15, bold=True)
+    canvas.text(left, 20, "Ring in lock step: its time / time if all were busy", size=15, bold=True)
     for tick in np.arange(1, top + 0.01, 0.5):
         canvas.line(left, y_of(tick), left + wide, y_of(tick), "#dde2e7")
         canvas.text(left - 8, y_of(tick), f"{tick:g}", size=12, anchor="end", fill=QUIET)
