@@ -19,6 +19,7 @@ from zigzag_jax.models.devices import ring_mesh, start_ring, use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import open_source, read_state
 from zigzag_jax.models.registry import model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.tokenizer import read_tokenizer
 
 DONE, USER_ERROR = 0, 2
 
@@ -40,7 +41,7 @@ def _continue(args: argparse.Namespace) -> None:
     start_ring(args.cp, args.cpu_devices)
     source = open_source(args.folder)
     config = read_config(source.config)
-    tokenizer = _tokenizer(args.tokenizer or source.beside / "tokenizer.json")
+    tokenizer = read_tokenizer(args.tokenizer or source.beside / "tokenizer.json")
     text = Path(args.prompt_file).read_text("utf-8") if args.prompt_file else args.prompt
     prompt = [*_begin(source.beside, tokenizer), *tokenizer.encode(text).ids]
     if not prompt:
@@ -90,15 +91,6 @@ def _begin(folder: Path, tokenizer: Tokenizer) -> list[int]:
     token = token.get("content") if isinstance(token, dict) else token
     number = tokenizer.token_to_id(token) if values.get("add_bos_token") and token else None
     return [] if number is None or number in tokenizer.encode("a").ids else [number]
-
-
-def _tokenizer(path: str | Path) -> Tokenizer:
-    if not Path(path).is_file():
-        raise ValueError(f"tokenizer: must be a tokenizer.json that exists, got {path}")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
-        raise ValueError(f"tokenizer: must be a tokenizer.json ({error}), got {path}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
 
 Each holds the state, a small JSON with what the run was (`identity`), and the model's config.json, so that it can be
-exported alone (models/hf/checkpoint.py reads it). A folder appears under its final name only
+exported alone (models/hf/run_folder.py reads it). A folder appears under its final name only
 when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed STEP.corrupt, and the one
 before it used; if none can be read, that is an error and all stay as they are: the cause may be the machine. One that
 cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does then.
@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from zigzag_jax.models.hf.checkpoint import CONFIG, STATE
+from zigzag_jax.models.hf.run_folder import CONFIG, STATE
 from zigzag_jax.train.errors import RunError, UserError
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background

@@ -108,7 +108,7 @@ def checked_mesh(config: PlanConfig) -> tuple[int, int, int]:
     if config.gpus not in (None, size := math.prod(shape)):
         rule = f"must be {' * '.join(AXES)} = {' * '.join(map(str, shape))} = {size}"
         raise UserError("gpus", rule, config.gpus)
-    check_batch(config, shape)
+    check_batch(config.batch, config.accumulate, shape)
     return shape
 
 

@@ -2,7 +2,7 @@
 
     Hugging Face's           config.json, model*.safetensors         separate tensors (see convert.py)
     an imported one          config.json, parameters*.safetensors    stacked tensors, in the dtype they had
-    a training checkpoint    DIR/checkpoints/STEP                    stacked tensors, float32 (see checkpoint.py)
+    a training checkpoint    DIR/checkpoints/STEP                    stacked tensors, float32 (see run_folder.py)
 
 The config.json of the first two is the same file, kept as it came, and so are the tokenizer's files beside it.
 """
@@ -22,7 +22,7 @@ from flax import nnx
 
 from zigzag_jax.models.balance import BIAS
 from zigzag_jax.models.config import read_json
-from zigzag_jax.models.hf import checkpoint, convert, files
+from zigzag_jax.models.hf import convert, files, run_folder
 from zigzag_jax.models.registry import ModelConfig, read_config
 from zigzag_jax.models.sharding import Sharding
 
@@ -67,13 +67,13 @@ def open_source(folder: Path) -> Source:
         return Source(read_json(path), files.Folder(path, IMPORTED), stacked=True, trained=False, beside=path)
     if any(path.glob("model*.safetensors")):
         return Source(read_json(path), files.Folder(path), stacked=False, trained=False, beside=path)
-    step = checkpoint.find(path)
+    step = run_folder.find(path)
     if step is None:
         raise ValueError(
             f"a model's folder must hold model*.safetensors, {IMPORTED}*.safetensors or a run's checkpoints, got {path}"
         )
-    config = checkpoint.config(step)
-    return Source(config, checkpoint.Parameters(step), stacked=True, trained=True, beside=step.parent.parent)
+    config = run_folder.config(step)
+    return Source(config, run_folder.Parameters(step), stacked=True, trained=True, beside=step.parent.parent)
 
 
 def has_weights(folder: Path) -> bool:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zigzag_jax.models.hf.checkpoint import Parameters
 from zigzag_jax.models.hf.files import Folder
+from zigzag_jax.models.hf.run_folder import Parameters
 from zigzag_jax.models.hf.saved import export_model
 
 FLAGS = ["--dtype", "float32", "--seq-len", "64", "--batch", "4", "--save-every", "3", "--seed", "7", "--steps", "9"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zigzag_jax.models.hf.checkpoint import Parameters
+from zigzag_jax.models.hf.run_folder import Parameters
 
 FLAGS = ["--seq-len", "32", "--batch", "2", "--save-every", "2", "--mesh.cp", "4", "--hosts.timeout", "60"]
 
