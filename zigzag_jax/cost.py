@@ -227,13 +227,16 @@ def _hop_seconds(layer: Layer, tokens: int, machine: Machine) -> tuple[float, fl
 
 
 def _expansion(layer: Layer, tokens: int, machine: Machine) -> float:
-    """Seconds in which k and v are made of one rank's latent: a matmul, and what it made is read and written once more
-    when it is laid out as k and v. Its gradient takes three times as long: made again, and two matmuls.
+    """Seconds in which k and v are made of one rank's latent: two matmuls, one of which makes v; what the other made
+    is read and written once more when the rotary key is put beside it. Its gradient takes three times as long: made
+    again, and two matmuls.
     """
     if not layer.rank:
         return 0.0
-    made = tokens * layer.heads * (layer.dim + layer.out_dim)
-    return 2 * layer.rank * made / machine.matmul + 3 * layer.itemsize * made / machine.memory
+    each, rope = tokens * layer.heads, layer.payload - layer.rank
+    nope = layer.dim - rope
+    moved = nope + layer.out_dim + nope + layer.dim
+    return each * (2 * layer.rank * (nope + layer.out_dim) / machine.matmul + layer.itemsize * moved / machine.memory)
 
 
 # ------------------------------------------------------------------------------------------------------------- choices

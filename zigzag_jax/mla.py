@@ -43,9 +43,12 @@ class Latent:
     def fwd(self, params, payload):
         """See ring.Expand."""
         latent, k_pe = payload
-        kv = _einsum("bsr,rhc->bshc", latent, params.astype(latent.dtype)).astype(latent.dtype)
-        shared = jnp.broadcast_to(k_pe[:, :, None, :], (*kv.shape[:3], k_pe.shape[-1]))
-        return jnp.concatenate([kv[..., : self.nope], shared], -1), kv[..., self.nope :]
+        # two matmuls, v's with an operand of its own: XLA would merge them and cut v out of what that makes, a copy
+        times = lambda x, w: _einsum("bsr,rhc->bshc", x, w.astype(x.dtype)).astype(x.dtype)
+        nope = times(latent, params[..., : self.nope])
+        v = times(jax.lax.optimization_barrier(latent), params[..., self.nope :])
+        shared = jnp.broadcast_to(k_pe[:, :, None, :], (*nope.shape[:3], k_pe.shape[-1]))
+        return jnp.concatenate([nope, shared], -1), v
 
     def bwd(self, params, payload, dk, dv):
         """See ring.Expand."""
