@@ -16,6 +16,7 @@ from rich.console import Console
 from zigzag_jax.models.decode import write
 from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import copy_companions
+from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.config import Config, check
@@ -97,7 +98,8 @@ def _run(config: Config, sizes: ModelConfig, console: Console, say: Callable[[st
                 if source is not None:
                     copy_companions(source, config.folder)
                 shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
-        first, state = checkpoints.restore(this.abstract) or (0, this.init())
+        with ByteBar("reading weights", "read", console) as told:
+            first, state = checkpoints.restore(this.abstract) or (0, this.init(told))
         _say_where(this, first)
         mine = config.folder if jax.process_index() == 0 else None
         with _writable(config.folder):

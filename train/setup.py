@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from zigzag_jax.models.decode import Writer
+from zigzag_jax.models.progress import Told
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data.batches import Batches
@@ -57,8 +58,8 @@ class Run:
     """Jitted step(state, batch) -> (state, metrics)."""
     abstract: TrainState
     """Its state as shapes with shardings."""
-    init: Callable[[], TrainState]
-    """Draws the first state."""
+    init: Callable[[Told], TrainState]
+    """The first state, drawn or read; gets who is told how much is read."""
     batches: Batches
     """What it trains on."""
     held_out: HeldOut
@@ -87,8 +88,8 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     if config.router.bias_rate > 0:
         say("router biases: this run's checkpoints cannot be exported for transformers, which has no place for them")
 
-    def init() -> TrainState:
-        params = first_parameters(config, sizes, shapes, sharding)
+    def init(told: Told) -> TrainState:
+        params = first_parameters(config, sizes, shapes, sharding, told)
         where = state_shardings(shapes, tx, sharding).opt_state
         return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
 
