@@ -105,8 +105,11 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     lengths = dataset.train.lengths
     long, cuts = cut_count(lengths, config.seq_len)
     say(f"{long:,} of {len(lengths):,} documents are longer than a row: cut into {cuts:,} pieces")
+    scored = HeldOut(held_out, count)
     for line in shares(dataset.train, train_plan, config.steps * config.batch):
         say(f"in {config.steps} steps, {line}")
+    for line in shares(dataset.held_out, eval_plan, scored.rows):
+        say(f"in the held-out loss, of {scored.rows} rows, {line}")
     return Run(
         config=config,
         identity=identity(config, sizes, dataset),
@@ -119,7 +122,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         abstract=program.state,
         init=init,
         batches=batches,
-        held_out=HeldOut(held_out, count),
+        held_out=scored,
         writer=Writer(lambda sharding: maker(config, sizes, sharding), sharding),
         losses=jax.jit(task.losses),
         say=say,

@@ -1,5 +1,8 @@
 """Checkpoints come back bit for bit on any mesh; a damaged one is named, set aside, and the one before it used."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -91,6 +94,79 @@ def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
         kept.restore(wrong)
     assert sorted(p.name for p in kept.folder.iterdir() if not p.name.startswith(".")) == ["4", "8"]
     assert kept.restore(abstract()) is not None
+
+
+class Votes:
+    """Two threads as two processes: `lowest` of what both give."""
+
+    def __init__(self) -> None:
+        self.given, self.barrier = [0, 0], threading.Barrier(2, timeout=60)
+
+    def of(self, process: int) -> Callable[[int], int]:
+        def vote(value: int) -> int:
+            self.given[process] = value
+            self.barrier.wait()
+            lowest = min(self.given)
+            self.barrier.wait()
+            return lowest
+
+        return vote
+
+
+def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_before(kept: Checkpoints):
+    for step in (4, 8):
+        kept.save(step, state(step), {}, {})
+        kept.wait()
+    votes, said = Votes(), ([], [])
+    both = [Checkpoints(kept.folder, 2, said[i].append, process=i, vote=votes.of(i)) for i in (0, 1)]
+    read = both[1]._read
+
+    def damaged(step: int, abstract: dict) -> dict:
+        if step == 8:
+            raise OSError(5, "Input/output error")
+        return read(step, abstract)
+
+    both[1]._read = damaged  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: one.restore(abstract()), both))
+    for got in found:
+        assert got is not None
+        assert got[0] == 4
+        same(got[1], state(4))
+    assert said[0] == [
+        f"checkpoints/8 cannot be read and is now {kept.folder}/8.corrupt; an older one is used "
+        "(process 1 cannot read it)"
+    ]
+    assert [one.latest() for one in both] == [4, 4]
+    for one in both:
+        one.close()
+
+
+def test_where_one_of_two_processes_sees_no_checkpoint_nobody_begins_anew(kept: Checkpoints, tmp_path: Path):
+    kept.save(4, state(4), {}, {})
+    kept.wait()
+    votes = Votes()
+    both = [
+        Checkpoints(folder, 2, lambda text: None, process=i, vote=votes.of(i))
+        for i, folder in enumerate((kept.folder, tmp_path / "elsewhere"))
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        sees, none = [pool.submit(one.restore, abstract()) for one in both]
+        assert none.result() is None
+        with pytest.raises(UserError, match=r"^out: must hold a checkpoint that can be read \(a process sees none\)"):
+            sees.result()
+    for one in both:
+        one.close()
+
+
+def test_what_is_still_being_written_is_not_called_whole(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    assert kept.newest_said() == "there is no checkpoint yet"
+    kept.save(4, state(4), {}, {})
+    kept.wait()
+    assert kept.newest_said() == "the newest checkpoint, of step 4, is whole"
+    monkeypatch.setattr(kept, "latest", lambda: 8)
+    monkeypatch.setattr(kept._manager, "is_saving_in_progress", lambda: True)
+    assert kept.newest_said() == "the newest checkpoint, of step 4, is whole, that of step 8 is still being written"
 
 
 def test_a_refused_save_is_an_error(kept: Checkpoints):

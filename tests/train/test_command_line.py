@@ -122,6 +122,20 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     assert losses(tmp_path)[2] < losses(tmp_path)[1]
 
 
+def test_sigterm_during_the_report_skips_what_is_left_of_it(calm: tuple[Path, str], corpus: Path):
+    out, _ = calm
+    with subprocess.Popen(command(out, corpus), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "resumed at step 9: finished" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 75, rest
+    assert "SIGTERM: the weights are saved after step 9. The same command again writes the report." in rest
+    assert "the model goes on" not in rest
+
+
 def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
     out, _ = calm
     again = run(out, corpus)

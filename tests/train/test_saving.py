@@ -138,7 +138,7 @@ def test_a_run_that_ends_says_what_was_not_written(tmp_path: Path, monkeypatch: 
     with full():
         checkpoints.save(1, state(1), {}, {})
         checkpoints.close()
-    assert said == ["the checkpoint that was being written could not be (File too large); the newest: None"]
+    assert said == ["the checkpoint that was being written could not be (File too large); there is no checkpoint yet"]
 
 
 def test_one_of_several_processes_ends(make: Callable[..., Saver]):
