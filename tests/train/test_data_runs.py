@@ -78,7 +78,7 @@ def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources
     assert 0 < len(long) < len(lengths) <= 88
     assert f"{len(long)} of {len(lengths)} documents are longer than a row: cut into {pieces} pieces" in said
     assert sum("in 3 steps, source" in line for line in said) == sources
-    assert sum("in the held-out loss, of 64 rows, source" in line for line in said) == sources
+    assert sum(f"in the held-out loss, of {this.held_out.rows} rows, source" in line for line in said) == sources
 
 
 @pytest.mark.slow
