@@ -1,11 +1,11 @@
 """Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
 
-Each holds the state, a small JSON with what the run was (`identity`), and the model's config.json, so that it can be
-exported alone (models/hf/checkpoint.py reads it). A folder appears under its final name only when it is whole, so a
-kill leaves the one before. One that cannot be read is named, renamed STEP.corrupt, and the one before it used; if none
-can be read, that is an error and all stay as they are: the cause may be the machine. Of several processes all take the
-newest that every one of them can read: each tries, then they vote. One that cannot be written takes back what it wrote
-and raises SaveError; train/saving.py tells what a run does then.
+Each holds the state, a small JSON with what the run was (`identity`), one that a person may want to read (`origin`),
+and the model's config.json, so that it can be exported alone (models/hf/checkpoint.py reads it). A folder appears under
+its final name only when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed
+STEP.corrupt, and the one before it used; if none can be read, that is an error and all stay as they are: the cause may
+be the machine. Of several processes all take the newest that every one of them can read: each tries, then they vote.
+One that cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does then.
 """
 
 import json
@@ -88,16 +88,20 @@ class Checkpoints:
                 continue  # `restore` names it
         return None
 
-    def save(self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any]) -> None:
-        """Begin to save the state after `step` finished steps, what the run was, and the model's config.json.
+    def save(
+        self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any], origin: dict[str, Any]
+    ) -> None:
+        """Begin to save the state after `step` finished steps, what the run was, the model's config.json, and where it
+        comes from (train/origin.py).
 
         A small state is on disk when this returns; the files of a large one are written while training goes on.
         Raises SaveError, for an earlier step's files too.
         """
         if step == self.latest():
             return
-        about = {"identity": ocp.args.JsonSave(identity), CONFIG: ocp.args.JsonSave(config)}
-        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **about)
+        about = {"identity": identity, CONFIG: config, "origin": origin}
+        items = {name: ocp.args.JsonSave(values) for name, values in about.items()}
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **items)
         with self._saving():
             if not self._manager.save(step, args=args):
                 raise RunError(f"step {step}: the checkpoint was refused, the newest is {self.latest()}")

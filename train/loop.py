@@ -37,6 +37,7 @@ from zigzag_jax.train.logs.wandb_run import check_wandb, start_wandb
 from zigzag_jax.train.mesh import join, make_mesh, start_devices
 from zigzag_jax.train.models import model_config, model_folder
 from zigzag_jax.train.optim import schedule
+from zigzag_jax.train.origin import origin
 from zigzag_jax.train.saving import Saver
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState
@@ -154,7 +155,7 @@ def _train(
     """Steps up to --steps, or until a stop is asked for; (last finished step, state), saved."""
     config, (step, state) = this.config, begin
     rate = schedule(config.optim, config.steps)
-    about = (this.identity, this.config_json)
+    about = (this.identity, this.config_json, origin(config))
     saver = Saver(checkpoints, config.save_every, about, display.say, alone=watchdog.link is None)
     saving = lambda: watchdog.doing(step, "saving after step", PATIENT)
     while step < config.steps:

@@ -23,8 +23,8 @@ class Saver:
     """Where to."""
     every: int
     """Steps between two checkpoints."""
-    about: tuple[dict[str, Any], dict[str, Any]]
-    """What the run is, and the model's config.json."""
+    about: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+    """What the run is, the model's config.json, and where it comes from."""
     say: Callable[[str], None]
     """Prints a line."""
     alone: bool

@@ -47,7 +47,7 @@ def test_nothing_there(kept: Checkpoints):
 
 
 def test_saved_on_one_device_read_on_four(kept: Checkpoints):
-    kept.save(3, state(1.5), {"model": "a"}, {})
+    kept.save(3, state(1.5), {"model": "a"}, {}, {})
     kept.wait()
     step, got = kept.restore(abstract(4)) or pytest.fail("nothing restored")
     assert step == 3
@@ -58,9 +58,9 @@ def test_saved_on_one_device_read_on_four(kept: Checkpoints):
 
 def test_only_the_newest_are_kept_and_a_step_is_saved_once(kept: Checkpoints):
     for step in (1, 2, 3):
-        kept.save(step, state(step), {}, {})
+        kept.save(step, state(step), {}, {}, {})
     kept.wait()
-    kept.save(3, state(99.0), {}, {})
+    kept.save(3, state(99.0), {}, {}, {})
     kept.wait()
     assert sorted(p.name for p in kept.folder.iterdir() if p.name.isdigit()) == ["2", "3"]
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(3))
@@ -69,7 +69,7 @@ def test_only_the_newest_are_kept_and_a_step_is_saved_once(kept: Checkpoints):
 @pytest.mark.parametrize("damage", ["halve", "remove"])
 def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], damage: str):
     for step in (4, 8):
-        kept.save(step, state(step), {"model": "a"}, {})
+        kept.save(step, state(step), {"model": "a"}, {}, {})
         kept.wait()
     for file in (kept.folder / "8").rglob("*"):
         if file.is_file():
@@ -80,14 +80,14 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     same(got, state(4))
     assert (kept.folder / "8.corrupt").is_dir()
     assert any("checkpoints/8" in line for line in said)
-    kept.save(8, state(8.5), {}, {})  # the run goes on and comes to step 8 again
+    kept.save(8, state(8.5), {}, {}, {})  # the run goes on and comes to step 8 again
     kept.wait()
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(8.5))
 
 
 def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
     for step in (4, 8):
-        kept.save(step, state(step), {}, {})
+        kept.save(step, state(step), {}, {}, {})
         kept.wait()
     wrong = {"w": abstract()["w"], "another": abstract()["m"]}
     with pytest.raises(UserError, match=r"^out: must hold a checkpoint that can be read .*/8$"):
@@ -115,7 +115,7 @@ class Votes:
 
 def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_before(kept: Checkpoints):
     for step in (4, 8):
-        kept.save(step, state(step), {}, {})
+        kept.save(step, state(step), {}, {}, {})
         kept.wait()
     votes, said = Votes(), ([], [])
     both = [Checkpoints(kept.folder, 2, said[i].append, process=i, vote=votes.of(i)) for i in (0, 1)]
@@ -143,7 +143,7 @@ def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_bef
 
 
 def test_where_one_of_two_processes_sees_no_checkpoint_nobody_begins_anew(kept: Checkpoints, tmp_path: Path):
-    kept.save(4, state(4), {}, {})
+    kept.save(4, state(4), {}, {}, {})
     kept.wait()
     votes = Votes()
     both = [
@@ -161,7 +161,7 @@ def test_where_one_of_two_processes_sees_no_checkpoint_nobody_begins_anew(kept: 
 
 def test_what_is_still_being_written_is_not_called_whole(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch):
     assert kept.newest_said() == "there is no checkpoint yet"
-    kept.save(4, state(4), {}, {})
+    kept.save(4, state(4), {}, {}, {})
     kept.wait()
     assert kept.newest_said() == "the newest checkpoint, of step 4, is whole"
     monkeypatch.setattr(kept, "latest", lambda: 8)
@@ -170,10 +170,10 @@ def test_what_is_still_being_written_is_not_called_whole(kept: Checkpoints, monk
 
 
 def test_a_refused_save_is_an_error(kept: Checkpoints):
-    kept.save(8, state(8), {}, {})
+    kept.save(8, state(8), {}, {}, {})
     kept.wait()
     with pytest.raises(RunError, match="step 4: the checkpoint was refused, the newest is 8"):
-        kept.save(4, state(4), {}, {})
+        kept.save(4, state(4), {}, {}, {})
 
 
 def test_identity_names_field_old_and_new():

@@ -69,6 +69,10 @@ def test_a_run_learns_and_reports(calm: tuple[Path, str]):
         assert words in printed
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (out / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6", "9"]
+    origin = json.loads((out / "checkpoints" / "9" / "origin" / "metadata").read_text())
+    assert origin["seq-len"] == "64"
+    assert "--seq-len 64" in origin["command"]
+    assert {"git revision", "code of zigzag_jax", "version of jax", "data"} <= origin.keys()
 
 
 @pytest.mark.slow
