@@ -136,7 +136,7 @@ def verdict(config: PlanConfig, footprint: Footprint, memory: int, say: Say) -> 
     say(f"{pool.size / GIB:10.2f}  what JAX has of a card's {memory / GIB:.2f}")
     say(f"{room / GIB:10.2f}  what XLA fills of it before it recomputes and stops overlapping")
     if footprint.travels:
-        say("\nleaves a device in a step, in the compiled program")
+        say("\neach device gives to transfers in a step, in the compiled program")
         for line in traffic.table(footprint.travels):
             say(line)
     over = footprint.peak - room

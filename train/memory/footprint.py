@@ -38,7 +38,7 @@ class Footprint:
     kept: Counter[Kept]
     """What the layers keep for the backward, by kind: in `temporary` or `host`."""
     travels: tuple[Travel, ...]
-    """What leaves the device; docs/schedule.md tells what flies above what."""
+    """What the device gives to transfers; docs/schedule.md tells what flies above what."""
 
     @property
     def state(self) -> int:

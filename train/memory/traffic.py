@@ -1,7 +1,8 @@
-"""What leaves a device during a step, read off the schedule of the compiled step (zigzag_jax/hlo.py).
+"""What each device gives to transfers during a step, read off the schedule of the compiled step (zigzag_jax/hlo.py).
 
-Loops are counted as often as they run. XLA may put several small arrays of one hop into one transfer, or leave out what
-nobody needs, so these are the program's own numbers; those of --dry-run follow from the model's sizes.
+Loops are counted as often as they run. What is given to a gather or a reduction goes on to all others. XLA may put
+several small arrays of one hop into one transfer, or leave out what nobody needs, so these are the program's own
+numbers; those of --dry-run follow from the model's sizes.
 """
 
 from collections import defaultdict
