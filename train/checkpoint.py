@@ -12,6 +12,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,6 +153,8 @@ class Checkpoints:
                 state = self._read(step, abstract)
             except Exception as error:  # whatever a damaged file raises
                 failed[step] = _reason(error)
+                if self._process != 0:  # only process 0 says lines, and it does not know why
+                    sys.stderr.write(f"process {self._process}: checkpoints/{step} cannot be read ({failed[step]})\n")
             if (who := self._vote(_NOBODY if step not in failed else self._process)) == _NOBODY:
                 newer = [x for x in steps if x > step]  # one that another process does not see would be in the way too
                 self._set_aside({x: failed.get(x, "not all processes see it") for x in newer})

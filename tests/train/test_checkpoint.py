@@ -113,7 +113,9 @@ class Votes:
         return vote
 
 
-def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_before(kept: Checkpoints):
+def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_before(
+    kept: Checkpoints, capsys: pytest.CaptureFixture[str]
+):
     for step in (4, 8):
         kept.save(step, state(step), {}, {}, {})
         kept.wait()
@@ -137,6 +139,7 @@ def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_bef
         f"checkpoints/8 cannot be read and is now {kept.folder}/8.corrupt; an older one is used "
         "(process 1 cannot read it)"
     ]
+    assert capsys.readouterr().err == "process 1: checkpoints/8 cannot be read (Input/output error)\n"
     assert [one.latest() for one in both] == [4, 4]
     for one in both:
         one.close()
