@@ -11,7 +11,7 @@ Nothing of a `bitcast` is moved; and what a kernel reads through a slice that wa
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from scheduled_hlo import Array, Instruction, Program
+from zigzag_jax.hlo import Array, Instruction, Program
 
 # by how many of its operands an instruction passes on; the rest are places and fillers
 _MOVES = dict.fromkeys(("copy", "copy-start", "transpose", "bitcast", "reshape", "slice", "dynamic-slice", "pad",

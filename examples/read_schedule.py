@@ -22,9 +22,9 @@ import jax.numpy as jnp
 from h100 import h100s, on
 from hlo_copies import copies
 from jax.sharding import PartitionSpec as P
-from scheduled_hlo import Flight, Instruction, Program
 
 from zigzag_jax import zigzag_attention
+from zigzag_jax.hlo import Flight, Instruction, Program
 
 SMALL = 1 << 20  # bytes under which a copy or a transfer is not drawn
 LANES = 6  # transfers in flight at once that there is room for

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from zigzag_jax.models.decode import Writer, write
 from zigzag_jax.models.devices import ring_mesh, start_ring, use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import open_source, read_state
+from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.models.registry import model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.models.tokenizer import read_tokenizer
@@ -52,7 +54,8 @@ def _continue(args: argparse.Namespace) -> None:
     build = functools.partial(model_of(config), config, dtype=dtype, router_bias=source.router_bias)
     make = lambda sharding: lambda rngs: build(sharding, rngs=rngs)
     sys.stderr.write("reading weights\n")
-    params = read_state(source, config, abstract_state(make(where))[1], where, dtype)
+    with ByteBar("reading weights", "read", Console(stderr=True)) as told:
+        params = read_state(source, config, abstract_state(make(where))[1], where, dtype, told)
     print(text, end="", flush=True)  # noqa: T201
     shown: list[int] = []
     told = functools.partial(_tell, tokenizer, shown)

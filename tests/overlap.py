@@ -1,4 +1,4 @@
-"""What the schedule of a ring must look like, as rules over examples/scheduled_hlo.py's reading of it.
+"""What the schedule of a ring must look like, as rules over zigzag_jax/hlo.py's reading of it.
 
 P bytes of payload and G of its gradient (float32) a hop, cp steps; in the scheduled HLO, every loop counted as often as
 it runs,
@@ -14,7 +14,8 @@ import math
 from collections import defaultdict
 
 from hlo_copies import copies
-from scheduled_hlo import Program
+
+from zigzag_jax.hlo import Program
 
 KERNELS = ("flash_fwd", "flash_bwd", "matmul")
 

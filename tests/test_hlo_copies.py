@@ -3,7 +3,8 @@
 import pytest
 from hlo_copies import copies
 from overlap import copied
-from scheduled_hlo import Program
+
+from zigzag_jax.hlo import Program
 
 pytestmark = pytest.mark.source
 TRIPS = 'backend_config={"known_trip_count":{"n":"3"}}'

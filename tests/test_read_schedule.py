@@ -3,7 +3,8 @@
 import pytest
 from overlap import copied, flown
 from read_schedule import draw, main, summary
-from scheduled_hlo import Array, Program, arrays
+
+from zigzag_jax.hlo import Array, Program, arrays
 
 pytestmark = pytest.mark.source
 

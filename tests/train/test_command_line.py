@@ -69,6 +69,10 @@ def test_a_run_learns_and_reports(calm: tuple[Path, str]):
         assert words in printed
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (out / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6", "9"]
+    origin = json.loads((out / "checkpoints" / "9" / "origin" / "metadata").read_text())
+    assert origin["seq-len"] == "64"
+    assert "--seq-len 64" in origin["command"]
+    assert {"git revision", "code of zigzag_jax", "version of jax", "data"} <= origin.keys()
 
 
 @pytest.mark.slow
@@ -120,6 +124,20 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     steps = [line for line in lines(tmp_path) if "loss" in line]
     assert [line.keys() for line in steps] == [numbers] * 2  # a CPU says neither memory nor what it can do
     assert losses(tmp_path)[2] < losses(tmp_path)[1]
+
+
+def test_sigterm_during_the_report_skips_what_is_left_of_it(calm: tuple[Path, str], corpus: Path):
+    out, _ = calm
+    with subprocess.Popen(command(out, corpus), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "resumed at step 9: finished" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 75, rest
+    assert "SIGTERM: the weights are saved after step 9. The same command again writes the report." in rest
+    assert "the model goes on" not in rest
 
 
 def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):

@@ -141,7 +141,7 @@ def test_a_run_resumes_with_another_ep(tmp_path: Path):
         state, _ = apart.run(state, n, False)
     checkpoints = Checkpoints(tmp_path, keep=1, say=print)
     try:
-        checkpoints.save(2, state, {}, {})
+        checkpoints.save(2, state, {}, {}, {})
         checkpoints.wait()
         for made, devices in ((whole, 1), (apart, 8)):  # to one device, and back to the experts' owners
             step, read = checkpoints.restore(made.abstract) or pytest.fail("nothing restored")

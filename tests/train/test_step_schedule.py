@@ -13,8 +13,8 @@ from h100 import h100s
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from overlap import check, copied
-from scheduled_hlo import Program
 
+from zigzag_jax.hlo import Program
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of
