@@ -153,11 +153,10 @@ def check(case: Case, problem: Problem, got) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- numbers
 # any two of cp, the kind of heads and a size of v like or unlike k's meet; not all three
-HEADS = [((2, 2), (4, 2), (3, 1)), (8, 16)]
 CASES = [
-    Case(cp, Heads(*heads, 8, HEADS[1][(i + j) % 2]))
+    Case(cp, Heads(heads, kv_heads, 8, (8, 16)[(i + j) % 2]))
     for i, cp in enumerate((1, 2, 3, 4, 5, 8))
-    for j, heads in enumerate(HEADS[0])
+    for j, (heads, kv_heads) in enumerate(((2, 2), (4, 2), (3, 1)))
 ]
 
 

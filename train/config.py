@@ -138,7 +138,7 @@ class Config:
     wandb: str | None = None
     """Project of Weights & Biases that gets the numbers of metrics.jsonl too; needs the package wandb."""
     profile: str | None = None
-    """Steps to trace, A:B or N, counted from 1; the trace is written to profile/ in the run's folder."""
+    """Steps to trace, A:B or N, counted from 1: written to profile/ in the run's folder, summed up by named scope."""
     dry_run: bool = False
     """Print the mesh, the bytes of parameters and optimiser a device, what the ring sends, and stop."""
     mesh: MeshConfig = field(default_factory=MeshConfig)

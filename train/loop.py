@@ -158,6 +158,7 @@ def _train(
     about = (this.identity, this.config_json, origin(config))
     saver = Saver(checkpoints, config.save_every, about, display.say, alone=watchdog.link is None)
     saving = lambda: watchdog.doing(step, "saving after step", PATIENT)
+    program = None
     while step < config.steps:
         times = PATIENT if step == begin[0] else 1
         watchdog.doing(step + 1, "reading the batch of step", times)
@@ -165,7 +166,9 @@ def _train(
         batch = this.batches.at(step)
         observer.timer.data_ready()
         watchdog.doing(step + 1, "computing step", times)
-        state, result = this.step(state, batch)
+        if program is None:
+            program = observer.profile.program = this.step.lower(state, batch).compile()
+        state, result = program(state, batch)
         result = jax.device_get(result)  # waits: hundreds of steps in flight at once can hang CPU devices
         observer.finished(step + 1)
         learning_rate = float(jax.device_get(rate(step)))

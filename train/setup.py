@@ -54,7 +54,7 @@ class Run:
     """Its devices."""
     task: Task
     """Its model and loss."""
-    step: Callable[..., Any]
+    step: jax.stages.Wrapped
     """Jitted step(state, batch) -> (state, metrics)."""
     abstract: TrainState
     """Its state as shapes with shardings."""

@@ -129,6 +129,7 @@ class Program:
         """`text` is that of a scheduled module. ValueError where it is not."""
         if "is_scheduled=true" not in text.split("\n", 1)[0]:
             raise ValueError("text must be a scheduled module (HloModule ..., is_scheduled=true), got another")
+        self.name = text.split(",", 1)[0].removeprefix("HloModule ")
         self.computations: dict[str, tuple[Instruction, ...]] = {}
         self.entry, name, lines = "", "", []
         for line in text.splitlines():

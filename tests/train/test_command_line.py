@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,6 +120,7 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     assert "aux loss hf counts experts" in done.stdout
     assert f"trace written to {tmp_path / 'profile'}" in done.stdout
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert re.search(r"\nattention +(\d+\.\d{3} +){2,3}", done.stdout)  # its time, forward and backward
     numbers = {"step", "loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "expert_load", "tokens_per_second"}
     numbers |= {"tokens_per_second_per_device", "time_data", "time_compute", "time_wait"}
     steps = [line for line in lines(tmp_path) if "loss" in line]
