@@ -10,7 +10,8 @@ counted in scores, pairs of a query and a key it sees, from the library's own ke
 
 import numpy as np
 
-from zigzag_jax.cost import along_critical_path, busiest, lock_step, pairs
+from zigzag_jax.cost import along_critical_path
+from zigzag_jax.work import busiest, lock_step, pairs
 
 LENGTH = 4096
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from bench_common import MODELS, documents, table
 
-from zigzag_jax.cost import H100, Layer, Machine, along_critical_path, gather_seconds, lock_step, pairs, ring_seconds
+from zigzag_jax.cost import H100, Layer, Machine, along_critical_path, gather_seconds, ring_seconds
+from zigzag_jax.work import lock_step, pairs
 
 LENGTHS = tuple(2**n for n in (15, 17, 19, 20, 22))  # 32k .. 4M
 RANKS = tuple(2**n for n in range(9))  # 1 .. 256

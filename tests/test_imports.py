@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.source
 ROOT = Path(__file__).parent.parent
 # a file may import what stands before it
-ORDER = ("layout", "ranges", "hops", "cost", "hlo", "kernels", "ring", "attention", "mla", "models", "train")
+ORDER = ("layout", "ranges", "hops", "work", "cost", "hlo", "kernels", "ring", "attention", "mla", "models", "train")
 FOLDERS = {name: ROOT / "zigzag_jax" for name in ORDER} | {"models": ROOT, "train": ROOT}
 KINDS = ("flash", "grouped")  # of kernels
 COLLECTIVES = {"ppermute", "pshuffle", "all_gather", "psum_scatter", "all_to_all", "ragged_all_to_all"}

@@ -1,7 +1,7 @@
-"""What context parallelism costs, on paper: each rank's work and bytes, and how long ranks wait for each other.
+"""What context parallelism costs, on paper: seconds that the ranks of a ring compute, send, and wait for each other.
 
-Work is counted in pairs of a query and a key that it sees, exactly, from the same bounds as ranges.py's, on the host.
-The constants that make seconds of it were measured; how well they predict other runs: docs/schedule.md.
+work.py counts each rank's work exactly. The constants that make seconds of it were measured; how well they predict
+other runs: docs/schedule.md.
 
 In a ring, rank r attends at step s to the keys of rank (r - s) % cp while it passes them on (hops.py). Its next step
 begins when its kernel is done and its hop too. A hop by n ranks takes from rank r - n and gives to rank r + n, and is
@@ -11,18 +11,8 @@ done when both have come to it; a payload and a gradient beside one kernel go by
                           max(begin[s] of r and of r - n, r + n for each hop by n) + sum of hop[s])
 
 where the toll is what a hop takes from the kernel that it flies beside. The backward's first hop flies beside the
-matmul that makes dout and is taken as free.
-
-Plain causal attention in zigzag order gives every rank the same work at every step, and nobody waits. Documents and
-windows do not: who has little to do at a step waits. `critical_path` follows the dependencies above. `lock_step` is the
-upper bound, in which everybody waits for the busiest at every step. An all-gather waits once, for all bytes at the
-start and for the slowest rank's sum at the end, and needs the memory of cp payloads.
-
-    >>> pairs(cp=4, length=8)                      # [step, rank]: the diagonal, then half of the keys or of the queries
-    array([[36, 36, 36, 36],
-           [32, 32, 32, 32],
-           [32, 32, 32, 32],
-           [32, 32, 32, 32]])
+matmul that makes dout and is taken as free. `critical_path` follows these dependencies. An all-gather waits once, for
+all bytes at the start and for the slowest rank's sum at the end, and needs the memory of cp payloads.
 """
 
 from typing import Literal, NamedTuple
@@ -30,7 +20,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from zigzag_jax.hops import Hop, backward_hops, forward_hops
-from zigzag_jax.layout import CHUNKS, Layout, chunk_starts
+from zigzag_jax.layout import Layout
 from zigzag_jax.ranges import live_steps
 
 Payload = Literal["latent", "expanded"]
@@ -114,50 +104,6 @@ class Seconds(NamedTuple):
         return self.forward + self.backward
 
 
-# ---------------------------------------------------------------------------------------------------------------- work
-def pairs(
-    cp: int, length: int, *, layout: Layout = "zigzag", positions: np.ndarray | None = None, window: int | None = None
-) -> np.ndarray:
-    """Pairs of a query and a key it sees, int64 [live steps, cp]: at each of `live_steps(cp, length, window)`, by rank.
-
-    length: tokens a rank. positions: int [B, cp * length], natural order, or None: one document a row; rows of a batch
-    are added up. ValueError for positions of another length.
-    """
-    steps = live_steps(cp, length, window, layout)
-    if positions is not None and positions.shape[1:] != (cp * length,):
-        raise ValueError(f"positions must be [B, {cp * length}], got {list(positions.shape)}")
-    chunk = length // CHUNKS[layout]
-    starts = np.array([chunk_starts(rank, cp, length, layout) for rank in range(cp)])
-    sources = (np.arange(cp) - np.array(steps)[:, None]) % cp
-    work = np.zeros(sources.shape, np.int64)
-    for rank in range(cp):
-        g = (starts[rank][:, None] + np.arange(chunk)).reshape(-1)
-        for row in [None] if positions is None else positions:
-            lo = np.zeros_like(g) if row is None else g - row[g]
-            lo = lo if window is None else np.maximum(lo, g - window + 1)
-            edges = np.stack([starts, starts + chunk])[:, sources[:, rank]]  # [edge, step, chunk]
-            seen = _beyond(g + 1, edges) - _beyond(lo, edges)
-            work[:, rank] += np.sum(seen[0] - seen[1], axis=-1)
-    return work
-
-
-def _beyond(bounds: np.ndarray, t: np.ndarray) -> np.ndarray:
-    """sum(max(bounds - t, 0)) for each t, of bounds that never decrease: a search, and a running sum from the end."""
-    tails = np.append(np.cumsum(bounds[::-1])[::-1], 0)
-    at = np.searchsorted(bounds, t)
-    return tails[at] - t * (len(bounds) - at)
-
-
-def lock_step(work: np.ndarray) -> float:
-    """Sum over steps of the busiest rank's work [step, rank], as a multiple of the mean rank's: a ring in lock step."""
-    return float(work.max(axis=1).sum() / work.sum(axis=0).mean())
-
-
-def busiest(work: np.ndarray) -> float:
-    """Sum over steps of the rank that has most, as a multiple of the mean rank's: what an all-gather waits for."""
-    return float(work.sum(axis=0).max() / work.sum(axis=0).mean())
-
-
 # ------------------------------------------------------------------------------------------------------------- seconds
 class Flight(NamedTuple):
     """A hop beside a kernel."""
@@ -191,7 +137,7 @@ def ring_seconds(
     layer: Layer, cp: int, length: int, work: np.ndarray, *, rows: int = 1, window: int | None = None,
     layout: Layout = "zigzag", machine: Machine = H100,
 ) -> Seconds:  # fmt: skip
-    """Of the ring (ring.py). work: `pairs` of the same cp, length, window and layout, all `rows` of a rank's batch."""
+    """Of the ring (ring.py). work: `pairs` (work.py) of the same cp, length, window and layout, of all rows."""
     live = live_steps(cp, length, window, layout)
     payload, gradient = _hop_seconds(layer, rows * length, machine)
     made = _expansion(layer, rows * length, machine)
@@ -269,6 +215,6 @@ def choose_payload(
 
 
 __all__ = [
-    "H100", "Flight", "LatentSizes", "Layer", "Machine", "Payload", "Seconds", "along_critical_path", "busiest",
-    "choose_payload", "choose_strategy", "critical_path", "gather_seconds", "lock_step", "pairs", "ring_seconds",
+    "H100", "Flight", "LatentSizes", "Layer", "Machine", "Payload", "Seconds", "along_critical_path",
+    "choose_payload", "choose_strategy", "critical_path", "gather_seconds", "ring_seconds",
 ]  # fmt: skip

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from canvas import INK, QUIET, RANKS, Canvas
 
-from zigzag_jax.cost import lock_step, pairs
+from zigzag_jax.work import lock_step, pairs
 
 BALANCE = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "balance.py"))
 
