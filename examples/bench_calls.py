@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_common import BARS, Inputs, relative, truth
+from bench_inputs import BARS, Inputs, relative, truth
 
 from zigzag_jax.kernels import flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import cudnn
