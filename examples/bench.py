@@ -25,9 +25,10 @@ from bench_picture import Chart, Panel, draw
 from clock import Clock
 
 
-def flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what every benchmark takes: --quick and --out."""
-    parser.add_argument("--quick", action="store_true", help="small and one sample: does it run at all?")
+def flags(parser: argparse.ArgumentParser, *, quick: bool = True) -> None:
+    """Adds what every benchmark takes: --out, and --quick where it can be small."""
+    if quick:
+        parser.add_argument("--quick", action="store_true", help="small and one sample: does it run at all?")
     parser.add_argument("--out", type=Path, metavar="DIR", help="a folder for the numbers (JSON) and their picture")
 
 
@@ -64,39 +65,39 @@ def facts(script: str, argv: list[str] | None) -> dict[str, Any]:
 
 
 class Report:
-    """The tables of one run. `status` is its exit status: 1 where something fell short, or nothing could be checked."""
+    """The tables of one run; `status` is its exit status: 1 where something fell short, or nothing could be checked."""
 
     def __init__(self, script: str, argv: list[str] | None, out: Path | None, *, name: str = "", **more: Any) -> None:
         """Prints the command and the hardware.
 
         script: its file's name without .py. out: --out. name: of the files, default the script's without bench_.
-        more: further facts.
+        more: further facts, or others in the place of those: card="..." where JAX does not see the one that is timed.
         """
         self.name = name or script.removeprefix("bench_")
         self.out = out
         self.run = facts(script, argv) | more
         self.results: dict[str, list[dict]] = {}
         self.status = 0
-        self._panels: list[Panel] = []
-        self._drawn = out is not None and importlib.util.find_spec("matplotlib") is not None
+        self._panels: dict[str, Panel] = {}
+        self.draws = out is not None and importlib.util.find_spec("matplotlib") is not None
         print(f"    {self.run['command']}\n\n{self.run['card']}, jax {self.run['jax']}, {self.run['date']}")
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            if not self._drawn:
+            if not self.draws:
                 print("no pictures: matplotlib is not installed")
 
     def add(self, title: str, rows: list[dict], chart: Chart | None = None, note: str = "") -> None:
-        """A table, its heading, and the sentence that says what to see in it."""
+        """A table, its heading, and the sentence that says what to see in it; in the place of one with that title."""
         self.results[title] = rows
-        print(f"\n{title}\n\n{table(rows) if rows else 'Nothing here can run it.'}")
-        print(*([f"\n{note}"] if note else []), end="\n" if note else "", flush=True)
+        text = [f"\n{title}", table(rows) if rows else "Nothing here can run it.", *([note] if note else [])]
+        print("\n\n".join(text), flush=True)
         if chart and rows:
-            self._panels.append(Panel(title, chart, rows))
+            self._panels[title] = Panel(title, chart, rows)
         if self.out is not None:
             (self.out / f"{self.name}.json").write_text(json.dumps({**self.run, "results": self.results}, indent=1))
-            if self._drawn:
+            if self.draws:
                 head = f"{self.run['command']}\n{self.run['card']}, jax {self.run['jax']}, {self.run['date']}"
-                draw(self._panels, head, self.out / f"{self.name}.png")
+                draw(list(self._panels.values()), head, self.out / f"{self.name}.png")
 
     def check(self, title: str, rows: list[dict], by: str = "by") -> list[str]:
         """The table of a check, and who in its column `by` may be timed: those whose every `verdict` is ok."""

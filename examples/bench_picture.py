@@ -72,7 +72,9 @@ class Panel(NamedTuple):
         if len(self.chart.values) > 1 and all(name.endswith(" ms") for name in self.chart.values):
             unit = "ms"
         axes.set_yticks(ticks, list(groups), fontsize=8)
-        axes.set(xlabel=unit, xlim=(0, 1.08 * most), ylim=(at - 1, -1))
+        axes.tick_params(labelsize=8)
+        axes.set_xlabel(unit, fontsize=8)
+        axes.set(xlim=(0, 1.08 * most), ylim=(at - 1, -1))
         axes.set_title(self.title, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -16,8 +16,8 @@ from zigzag_jax import cost
 
 PATH, WIRE = "compute critical path ms", "modelled wire ms"
 SUM = "compute critical path plus the modelled wire ms"
-RANKS = Chart(("fwd ms", "bwd ms"), ("strategy", "rank"), ("by",), stacked=True)
-PATHS = Chart((PATH, WIRE), ("strategy",), ("by",), stacked=True)
+RANKS = Chart(("fwd ms", "bwd ms"), ("strategy", "rank", "by"), stacked=True)
+PATHS = Chart((PATH, WIRE), ("strategy", "by"), stacked=True)
 AREAS = Chart(("time / causal", "area / causal", "lock step / causal"), ("mask",), ("by",))
 
 
