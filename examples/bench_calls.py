@@ -15,6 +15,9 @@ from zigzag_jax.kernels.flash import cudnn
 from zigzag_jax.ranges import KeyRange
 
 
+jit_fwd, jit_bwd = (jax.jit(f, static_argnames=("scale", "implementation")) for f in (flash_fwd, flash_bwd))
+
+
 def row_dot(dout, out):
     """Delta [B, H, S]: the row sums of dout * out."""
     return jnp.einsum("bqhe,bqhe->bhq", dout, out, preferred_element_type=jnp.float32)
@@ -140,12 +143,10 @@ def errors(name: str, x: Inputs, keys: KeyRange) -> dict[str, float]:
     at = x.k.shape[2] // 2
     group = x.q.shape[2] // x.k.shape[2]
     mine = slice(at * group, (at + 1) * group)
-    jit = jax.jit if name not in PEERS else lambda f: f  # cuDNN's adapter reads the ranges
-
-    out, lse = jit(lambda q, k, v, keys: flash_fwd(q, k, v, keys, scale=x.scale, implementation=name))(*x[:3], keys)
-    dq, dk, dv = jit(lambda *args: flash_bwd(*args, scale=x.scale, implementation=name))(
-        *x[:3], lse, row_dot(x.dout.astype(jnp.float32), out), x.dout, keys
-    )
+    static = {"scale": x.scale, "implementation": name}
+    ahead, back = (flash_fwd, flash_bwd) if name in PEERS else (jit_fwd, jit_bwd)  # cuDNN's adapter reads the ranges
+    out, lse = ahead(*x[:3], keys, **static)
+    dq, dk, dv = back(*x[:3], lse, row_dot(x.dout.astype(jnp.float32), out), x.dout, keys, **static)
     got = out[0, :, mine], lse[0, mine].T, dq[0, :, mine], dk[0, :, at], dv[0, :, at]
     want = truth(x.q[0, :, mine], x.k[0, :, at], x.v[0, :, at], x.dout[0, :, mine], keys, x.scale)
     return {key: relative(a, b) for key, a, b in zip(BARS, got, want, strict=True)}
