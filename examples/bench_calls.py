@@ -14,7 +14,6 @@ from zigzag_jax.kernels import flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import cudnn
 from zigzag_jax.ranges import KeyRange
 
-
 jit_fwd, jit_bwd = (jax.jit(f, static_argnames=("scale", "implementation")) for f in (flash_fwd, flash_bwd))
 
 
