@@ -1,4 +1,4 @@
-"""scripts/check_gpu without a GPU: a `python` that only writes down what it is asked, and would be taken by who it asks."""
+"""scripts/check_gpu without a GPU: a `python` that only writes down its arguments, and whether they would be taken."""
 
 import importlib
 import json
