@@ -121,10 +121,12 @@ def test_other_tables_on_a_cpu(tmp_path, capsys):
     causal = [row for row in results["qwen masks"] if row["mask"] == "causal"]
     assert [row["time / area"] for row in causal] == [1.0] * 3
     assert results["qwen masks ring"][0]["time / area"] == 1.0
-    assert {row["mask"]: round(row["area / causal"], 2) for row in results["qwen masks ring"]} == {
-        "causal": 1.0, "8 documents": 0.25, "documents of 16": 0.07, "documents of 32": 0.13, "documents of 64": 0.25,
-        "window 16": 0.12, "window 32": 0.23, "window 64": 0.44,
-    }  # fmt: skip
+    for row in results["qwen masks ring"]:
+        mask = bench_inputs.masks(256)[row["mask"]]
+        inside = np.arange(256) if mask.positions is None else mask.positions[0]
+        chunk = np.minimum(inside + 1, mask.window or 256).reshape(4, 64).sum(axis=1)  # what its rows see
+        slowest = max(chunk[0] + chunk[3], chunk[1] + chunk[2])
+        assert row["area / causal"] == pytest.approx(slowest / (256 * 257 // 4))
     assert [row["step"] for row in results["qwen deterministic"]] == ["diag", "back", "front"]
 
 
@@ -191,7 +193,7 @@ def test_whole_rings_compile_for_an_h100():
     mesh, heads, length, cp = h100s(1), MODELS["qwen"], 8192, 4
     array = lambda shape, dtype=jnp.bfloat16: on(mesh, shape, dtype)
     q, lse = array((1, length, heads.heads, heads.dim)), array((1, heads.heads, length), jnp.float32)
-    bounds = lambda *shape: KeyRange(*[array((*shape, 1, length), jnp.int32)] * 2)
+    bounds = lambda *shape: KeyRange(*[array((*shape, 1, length), jnp.int32)] * 2)  # pyright: ignore[reportArgumentType]
     own, static = (heads.kv_heads, heads.dim), {"scale": 0.1, "name": "mosaic"}
     for ahead, back, kv, keys in (
         (bench_calls.ring_forward, bench_calls.ring_backward, array((cp, 1, length, *own)), bounds(cp)),
@@ -200,7 +202,7 @@ def test_whole_rings_compile_for_an_h100():
         calls = cp if kv.ndim == 5 else 1
         texts = ahead.lower(q, kv, kv, keys, **static), back.lower(q, kv, kv, q, lse, q, keys, **static)
         for lowered, kernel in zip(texts, ("flash_fwd", "flash_bwd"), strict=True):
-            text = lowered.compile().as_text()
+            text = lowered.compile().as_text() or ""
             assert text.count('custom_call_target="mosaic_gpu') == calls
             assert kernel in text
 
