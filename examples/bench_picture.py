@@ -61,10 +61,10 @@ class Panel(NamedTuple):
                 axes.barh(at, value, left=left, height=0.9, color=colour, label=label)
                 left = left + value if self.chart.stacked else 0.0
                 if not self.chart.stacked:
-                    axes.text(value + 0.005 * most, at, f"{value:.3g}", va="center", fontsize=7)
+                    axes.text(value + 0.005 * most, at, digits(value), va="center", fontsize=7)
                     at += 1
             if self.chart.stacked:
-                axes.text(left + 0.005 * most, at, f"{left:.3g}", va="center", fontsize=7)
+                axes.text(left + 0.005 * most, at, digits(left), va="center", fontsize=7)
                 at += 1
             ticks.append((first + at - 1) / 2)
             at += 1
@@ -78,6 +78,11 @@ class Panel(NamedTuple):
         axes.set_title(self.title, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def digits(x: float) -> str:
+    """A number beside its bar: three digits, all of them before the point."""
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
 
 
 def draw(panels: Sequence[Panel], head: str, path: Path) -> None:

@@ -120,12 +120,12 @@ def peer(args: argparse.Namespace) -> list[dict]:
 
 def row(name: str, ms: float, loss: jax.Array, args: argparse.Namespace, flops: float, beside: list[dict]) -> dict:
     """What is said of a pass; beside: the peer's rows."""
-    memory = jax.devices()[0].memory_stats() or {}
+    memory = jax.devices()[0].memory_stats()  # a CPU has none
     speed = args.tokens / ms * 1e3
     other = next((row["tokens/s"] for row in beside if row["pass"] == name), None)
     return {
         "by": "zigzag_jax", "pass": name, "ms": ms, "tokens/s": speed, "MFU": flops / (ms / 1e3) / args.peak,
-        "peak GiB": memory.get("peak_bytes_in_use", 0) / 2**30, "loss": float(loss),
+        "peak GiB": memory and memory["peak_bytes_in_use"] / 2**30, "loss": float(loss),
         "tokens/s / peer": other and speed / other,
     }  # fmt: skip
 

@@ -6,7 +6,7 @@ import math
 import matplotlib.image
 import pytest
 from bench import Report, table, verdict
-from bench_picture import Chart, Panel
+from bench_picture import Chart, Panel, digits
 from clock import Clock
 
 pytestmark = pytest.mark.source
@@ -69,6 +69,10 @@ def test_the_bars_are_the_rows():
     }
     named = Panel("", Chart(("fwd ms", "bwd ms"), ("rank",), ("by",)), ROWS)
     assert list(named.groups()["rank 0"]) == ["a fwd ms", "a bwd ms", "b fwd ms"]
+
+
+def test_numbers_beside_the_bars():
+    assert [digits(x) for x in (2_567_000.0, 439.4, 1.2345, 0.00123)] == ["2,567,000", "439", "1.23", "0.00123"]
 
 
 def test_a_report_is_table_json_and_picture(tmp_path, capsys):
