@@ -9,6 +9,7 @@ With documents or a window ranks wait for each other as well: the slowest rank i
 takes between its own time and the lock step of all.
 """
 
+from bench_inputs import Mask
 from bench_picture import Chart
 from bench_rings import STRATEGIES, Case, Rings
 
@@ -69,7 +70,7 @@ def modelled_wire(rings: Rings, strategy: str, slowest: dict, link: float) -> fl
     work = rings.flops(Case(strategy, slowest["rank"]))
     rate = {which: work[which] / slowest[f"{which} ms"] * 1e3 for which in work}
     machine = cost.H100._replace(forward=rate["fwd"], backward=rate["bwd"], link=link)
-    layer, counted = rings.heads.layer(rings.x.q.dtype.itemsize), cost.pairs(rings.cp, rings.length, layout=layout)
+    layer, counted = rings.heads.layer(rings.x.q.dtype.itemsize), rings.pairs(Mask(), layout)
     if gathers:
         seconds = cost.gather_seconds(layer, rings.cp, rings.length, counted, machine=machine)
     else:

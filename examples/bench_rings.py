@@ -16,7 +16,8 @@ from bench_calls import backward, forward, refusal, ring_backward, ring_forward,
 from bench_inputs import BARS, Heads, Inputs, Mask, flops, masks, pairs, relative, step_range, truth
 from clock import Clock
 
-from zigzag_jax import cost, to_zigzag
+from zigzag_jax import to_zigzag
+from zigzag_jax.cost import pairs as pairs_of_ranks
 from zigzag_jax.layout import Layout, global_positions
 from zigzag_jax.ranges import KeyRange, live_steps, visible_bounds
 
@@ -140,9 +141,9 @@ class Rings(NamedTuple):
         count = pairs(self.keys(case))
         return {which: flops(self.heads, count, which) for which in ("fwd", "bwd")}
 
-    def pairs(self, mask: Mask) -> np.ndarray:
+    def pairs(self, mask: Mask, layout: Layout = "zigzag") -> np.ndarray:
         """Pairs that are seen, [live step, rank]."""
-        return cost.pairs(self.cp, self.length, positions=mask.positions, window=mask.window)
+        return pairs_of_ranks(self.cp, self.length, layout=layout, positions=mask.positions, window=mask.window)
 
     def slowest(self) -> dict[str, Case]:
         """The zigzag ring of the rank with most pairs, for each mask."""

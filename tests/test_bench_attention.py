@@ -20,6 +20,7 @@ from clock import Clock
 from h100 import h100s, on
 
 from zigzag_jax import cost
+from zigzag_jax.cost import pairs as pairs_of_ranks
 from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import cudnn
 from zigzag_jax.ranges import KeyRange
@@ -151,7 +152,9 @@ def test_a_ring_meets_the_shards_of_its_live_steps():
     assert few.sources(narrow) == [1, 0, 2]  # the middle step of four is dead
     for strategy in STRATEGIES:
         for mask in bench_inputs.masks(256).values():
-            work = cost.pairs(4, 64, layout=STRATEGIES[strategy].layout, positions=mask.positions, window=mask.window)
+            work = pairs_of_ranks(
+                4, 64, layout=STRATEGIES[strategy].layout, positions=mask.positions, window=mask.window
+            )
             assert pairs(few.keys(Case(strategy, 3, mask))) == work[:, 3].sum()
     slowest = few.slowest()
     assert set(slowest) == set(bench_inputs.masks(256))
@@ -171,7 +174,7 @@ def test_the_wire_is_the_cost_model_s():
         for (strategy, rank), (fwd, bwd) in ms.items()
     ]
     layer, machine = MODELS["qwen"].layer(), cost.H100._replace(link=link)
-    zigzag, naive = (cost.pairs(cp, length, layout=layout) for layout in ("zigzag", "contiguous"))
+    zigzag, naive = (pairs_of_ranks(cp, length, layout=layout) for layout in ("zigzag", "contiguous"))
     want = {
         "zigzag ring": cost.ring_seconds(layer, cp, length, zigzag, machine=machine),
         "naive ring": cost.ring_seconds(layer, cp, length, naive, layout="contiguous", machine=machine),
