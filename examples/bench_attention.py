@@ -1,13 +1,14 @@
 """How fast the attention kernels are on the steps of a ring, and that they are right.
 
     python examples/bench_attention.py                    the step shapes of every rank: diagonal, front, back
-    python examples/bench_attention.py --ring             a rank's whole ring, and the naive layout's last rank
-    python examples/bench_attention.py --masks            documents and a window, against what their tiles predict
+    python examples/bench_attention.py --ring             every rank's whole ring: zigzag, naive, all-gather
+    python examples/bench_attention.py --masks            documents and windows, against the pairs that they leave
     python examples/bench_attention.py --deterministic    what a fixed order of sums costs the backward
 
-Before any time is taken each implementation is compared with float32: exit status 1 where one falls short. Times are
-medians of 5 samples of 10 calls; what is compared runs in turn, 0.3 s of rest before each sample, for a card that is
-kept busy slows down. The ceiling, a large matmul, is one of the turns, and so is cuDNN: itself, on K and Q already cut.
+Before any time is taken each implementation is compared with float32; one that falls short is not timed, and the exit
+status is 1. Times are medians of 5 samples of 10 calls, what is compared in turn (clock.py). The ceiling, a large
+matmul, is one of the turns, and so is cuDNN: itself, on K and Q already cut. Whole rings: bench_rings.py. --out DIR
+writes the numbers as JSON and their bars as PNG, named by the parts: attention, attention-ring, ..
 
 FLOPs count the visible pairs of a query and a key: 2 (D + E) a pair and head forward, 2 (3 D + 2 E) backward. `fwd`
 writes q's dtype, `carry` continues the float32 softmax of an earlier step, `bwd` includes delta and the casts of dq, dk
@@ -17,39 +18,31 @@ and dv, as FlashAttention's backward does.
 import argparse
 import functools
 import importlib.util
-import json
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
+import bench_ring_tables as tables
 import jax
-import jax.numpy as jnp
-from bench_calls import PEERS, backward, calls, errors, forward, refusal, ring_backward, ring_forward, usable
-from bench_common import (
-    MODELS,
-    Clock,
-    Heads,
-    Inputs,
-    documents,
-    facts,
-    flops,
-    pairs,
-    shapes,
-    spread,
-    step_range,
-    table,
-    tile_area,
-    verdict,
-)
+from bench import Report, ceiling, flags, jax_clock, verdict
+from bench_calls import PEERS, backward, calls, errors, forward, refusal, usable
+from bench_inputs import BARS, MODELS, Heads, Inputs, flops, masks, pairs, shapes, step_range, tile_area
+from bench_picture import Chart
+from bench_rings import STRATEGIES, Case, Rings
+from clock import Clock
 
+from zigzag_jax.cost import H100
 from zigzag_jax.kernels import FLASH, flash_implementation
 from zigzag_jax.kernels.flash.contract import Settings
-from zigzag_jax.layout import Layout
 from zigzag_jax.ranges import KeyRange
+
+STEPS = Chart(("TF/s",), ("rank", "step"), ("by", "pass"))
+MASKS = Chart(("time / area",), ("mask",), ("by", "pass"))
+ORDERS = Chart(("ms", "fixed order ms"), ("step",), ("by",))
 
 
 class Bench(NamedTuple):
-    """The tables of one model's heads."""
+    """One model's heads on one rank's tokens."""
 
     heads: Heads
     x: Inputs
@@ -57,6 +50,10 @@ class Bench(NamedTuple):
     """Implementations and peers."""
     cp: int
     clock: Clock
+    ceiling: tuple[Callable, int]
+    """The large matmul, and its FLOPs."""
+    link: float
+    """Bytes a second between neighbours, one way."""
 
     @property
     def length(self) -> int:
@@ -64,13 +61,18 @@ class Bench(NamedTuple):
         return self.x.q.shape[1]
 
     @property
+    def rings(self) -> Rings:
+        """Its whole rings."""
+        return Rings(self.heads, self.x, self.kernels, self.cp, self.clock)
+
+    @property
     def kernels(self) -> list[str]:
         """The implementations that take any ranges."""
         return [name for name in self.names if name not in PEERS]
 
-    def range(self, rank: int, source: int, layout: Layout = "zigzag") -> KeyRange:
+    def range(self, rank: int, source: int) -> KeyRange:
         """What `rank` sees of `source`."""
-        return step_range(rank, source, self.cp, self.length, layout)
+        return step_range(rank, source, self.cp, self.length)
 
     def kinds(self) -> dict[str, KeyRange]:
         """The ranges of each kind of step; every rank's are the same."""
@@ -85,13 +87,13 @@ class Bench(NamedTuple):
                 with refusal(name, step):
                     found = errors(name, self.x, keys)
                     figures = {key: f"{error:.1e}" for key, error in found.items()}
-                    rows.append({"step": step, "by": name, **figures, "verdict": verdict(found)})
+                    rows.append({"step": step, "by": name, **figures, "verdict": verdict(found, BARS)})
         return rows
 
     def steps(self) -> list[dict]:
         """Every step shape of every rank."""
         rows = []
-        matmul, operations = self.clock.ceiling(self.x.q.dtype)
+        matmul, operations = self.ceiling
         for rank in range(self.cp):
             for step, source in shapes(rank, self.cp).items():
                 keys = self.range(rank, source)
@@ -107,56 +109,25 @@ class Bench(NamedTuple):
                     })  # fmt: skip
         return rows
 
-    def ring(self) -> list[dict]:
-        """A whole ring of each zigzag rank and of the naive layout's last, without communication."""
-        ks, vs = (jnp.stack([jnp.roll(y, 37 * at, 1) for at in range(self.cp)]) for y in (self.x.k, self.x.v))
-        ranks: list[tuple[Layout, int]] = [("zigzag", rank) for rank in range(self.cp)]
-        ranks.append(("contiguous", self.cp - 1))
-        keys, count = {}, {}
-        for layout, rank in ranks:
-            steps = [self.range(rank, (rank - s) % self.cp, layout) for s in range(self.cp)]
-            keys[layout, rank] = ring = KeyRange(*(jnp.stack(y) for y in zip(*steps, strict=True)))
-            count[layout, rank] = sum(flops(self.heads, pairs(ring), which) for which in ("fwd", "bwd"))
-
-        def build(name: str) -> dict:
-            static, runs = {"scale": self.x.scale, "name": name}, {}
-            for who, ring in keys.items():
-                runs[*who, "fwd"] = fwd = functools.partial(ring_forward, self.x.q, ks, vs, ring, **static)
-                saved = *fwd(), self.x.dout, ring
-                runs[*who, "bwd"] = functools.partial(ring_backward, self.x.q, ks, vs, *saved, **static)
-            return runs
-
-        rows = []
-        for name in self.kernels:
-            ms = self.clock.in_turn(usable(name, functools.partial(build, name)))
-            if len(ms) < 2 * len(ranks):
-                continue
-            both = {who: ms[*who, "fwd"] + ms[*who, "bwd"] for who in ranks}
-            zigzag = [both[who] for who in ranks[:-1]]
-            for who, t in both.items():
-                rows.append({
-                    "layout": who[0], "rank": who[1], "by": name, "fwd ms": ms[*who, "fwd"], "bwd ms": ms[*who, "bwd"],
-                    "both ms": t, "TF/s": count[who] / t / 1e9, "/ slowest zigzag": t / max(zigzag),
-                })  # fmt: skip
-        return rows
-
     def masks(self) -> list[dict]:
-        """Documents and a window on one rank's tokens, beside the plain causal step that is their measure."""
-        window = min(4096, self.length // 2)
-        one = functools.partial(step_range, 0, 0, 1, self.length)
-        packed = one(positions=documents(8, self.length))
-        masks = {"causal": one(), "8 documents": packed, f"window {window}": one(window=window)}
-        area = {mask: tile_area(keys) for mask, keys in masks.items()}
+        """Documents and windows, one call on a rank's tokens, beside plain causal, their measure: the share of its
+        pairs, of the pairs in tiles that hold one, and of its time.
+        """
+        keys = {title: step_range(0, 0, 1, self.length, "zigzag", *mask) for title, mask in masks(self.length).items()}
+        area = {title: pairs(ranges) / pairs(keys["causal"]) for title, ranges in keys.items()}
+        tiles = {title: tile_area(ranges) / tile_area(keys["causal"]) for title, ranges in keys.items()}
         runs = {}
         for name in self.names:
-            for mask, keys in masks.items():
-                runs |= {(mask, *key): call for key, call in calls(name, self.x, keys).items()}
+            for title, ranges in keys.items():
+                runs |= {(title, *key): call for key, call in calls(name, self.x, ranges).items()}
         ms, rows = self.clock.in_turn(runs), []
-        for (mask, name, which), t in ms.items():
+        for (title, name, which), t in ms.items():
             causal = ms.get(("causal", name, which))
             rows.append({
-                "mask": mask, "by": name, "pass": which, "ms": t, "tiles / scores": area[mask] / pairs(masks[mask]),
-                "time / predicted": causal and t / (causal * area[mask] / area["causal"]),
+                "mask": title, "by": name, "pass": which, "ms": t, "time / causal": causal and t / causal,
+                "area / causal": area[title], "tiles / causal": tiles[title],
+                "time / area": causal and t / causal / area[title],
+                "time / tiles": causal and t / causal / tiles[title],
             })  # fmt: skip
         return rows
 
@@ -179,7 +150,38 @@ class Bench(NamedTuple):
         return rows
 
 
-PARTS = {"ring": Bench.ring, "masks": Bench.masks, "deterministic": Bench.deterministic}
+# --------------------------------------------------------------------------------------------------------------- parts
+def tell_steps(report: Report, model: str, bench: Bench) -> None:
+    """Every step shape of every rank."""
+    report.add(f"{model} steps", bench.steps(), STEPS)
+
+
+def tell_ring(report: Report, model: str, bench: Bench) -> None:
+    """Whole rings of every rank, zigzag, naive and all-gather, and the modelled wire."""
+    rings, link = bench.rings, bench.link
+    last = {strategy: Case(strategy, bench.cp - 1) for strategy in STRATEGIES}
+    rings = rings._replace(names=report.check(f"{model} ring check", rings.check(last)))
+    rows = tables.ranks(rings)
+    report.add(f"{model} ring", rows, tables.RANKS, tables.balance(rows))
+    note = f"The path is measured, the wire modelled at {link / 1e9:g} GB/s: nothing travelled."
+    report.add(f"{model} ring path", tables.paths(rings, rows, link), tables.PATHS, note)
+
+
+def tell_masks(report: Report, model: str, bench: Bench) -> None:
+    """Documents and windows: one call, and the slowest rank's whole ring, against the pairs that they leave."""
+    report.add(f"{model} masks", bench.masks(), MASKS)
+    cases = bench.rings.slowest()
+    some = {title: cases[title] for title in ("8 documents", list(cases)[-1])}
+    rings = bench.rings._replace(names=report.check(f"{model} masks ring check", bench.rings.check(some)))
+    report.add(f"{model} masks ring", tables.masks(rings), tables.AREAS)
+
+
+def tell_deterministic(report: Report, model: str, bench: Bench) -> None:
+    """The backward with a fixed order of sums, beside the one without."""
+    report.add(f"{model} deterministic", bench.deterministic(), ORDERS)
+
+
+PARTS = {"steps": tell_steps, "ring": tell_ring, "masks": tell_masks, "deterministic": tell_deterministic}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -193,11 +195,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, help="of the whole sequence (32768; with --quick 1024)")
     parser.add_argument("--cp", type=int, default=4, help="ranks of the ring; each holds tokens / cp")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    for part, table_of in PARTS.items():
-        parser.add_argument(f"--{part}", action="store_true", help=f"instead of the steps: {table_of.__doc__}")
+    for part, tell in list(PARTS.items())[1:]:
+        parser.add_argument(f"--{part}", action="store_true", help=f"instead of the steps: {tell.__doc__}")
     parser.add_argument("--peers", action="store_true", help="tokamax too, where it is installed")
-    parser.add_argument("--quick", action="store_true", help="few tokens and heads, one sample: does it run at all?")
-    parser.add_argument("--json", type=Path, help="a file for all the numbers")
+    parser.add_argument(
+        "--link", type=float, default=H100.link, help="with --ring: bytes a second between neighbours, one way"
+    )
+    flags(parser)
     args = parser.parse_args(argv)
     args.tokens = args.tokens or (1024 if args.quick else 32768)
     for option, allowed in (("implementations", FLASH), ("models", MODELS)):
@@ -205,6 +209,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option} must be of {', '.join(allowed)}, got {', '.join(unknown)}")
     if args.cp < 1:
         parser.error(f"--cp must be at least 1, got {args.cp}")
+    if not args.link > 0:
+        parser.error(f"--link must be > 0 bytes a second, got {args.link}")
     unit = 128 if args.masks else 2
     if args.tokens < 1 or args.tokens % (unit * args.cp):
         parser.error(f"--tokens must be a multiple of {unit} * cp, got {args.tokens} with --cp {args.cp}")
@@ -224,29 +230,22 @@ def contestants(args, x: Inputs) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result falls short of the bars or nothing could be checked."""
     args = parse(argv)
-    run = facts("bench_attention.py", argv)
     local = args.tokens // args.cp
-    print(f"    {run['command']}\n")
-    print(f"{run['card']}, jax {jax.__version__}, {run['date']}; {local} tokens a rank, {args.dtype}.")
-    clock = Clock(1, 1, 0.0, 256) if args.quick else Clock(5, 10, 0.3, 8192)
-    results, failed = {}, False
+    parts = [part for part in PARTS if part != "steps" and getattr(args, part)]
+    report = Report("bench_attention", argv, args.out, name="-".join(["attention", *parts]))
+    print(f"{local} tokens a rank, {args.dtype}")
+    clock = jax_clock(args.quick)
     for model in args.models:
         heads = MODELS[model].smaller() if args.quick else MODELS[model]
         x = Inputs.draw(heads, local, args.dtype)
-        bench = Bench(heads, x, contestants(args, x), args.cp, clock)
-        tables = {"check": Bench.check}
-        tables |= {part: PARTS[part] for part in PARTS if getattr(args, part)} or {"steps": Bench.steps}
-        for part, make in tables.items():
-            results[f"{model} {part}"] = rows = make(bench)
-            print(f"\n{model}, {part}: H = {heads.heads}, K = {heads.kv_heads}, D = {heads.dim}, E = {heads.out_dim}\n")
-            print(table(rows) if rows else "Nothing here can run it.", flush=True)
-            if part == "ring" and rows:
-                print(f"\n{spread(rows)}", flush=True)
-        checked = results[f"{model} check"]
-        failed |= not checked or any(row["verdict"] != "ok" for row in checked)
-    if args.json:
-        args.json.write_text(json.dumps({**run, "results": results}, indent=1))
-    return int(failed)
+        bench = Bench(heads, x, contestants(args, x), args.cp, clock, ceiling(args.quick, args.dtype), args.link)
+        print(f"\n{model}: H = {heads.heads}, K = {heads.kv_heads}, D = {heads.dim}, E = {heads.out_dim}")
+        right = report.check(f"{model} check", bench.check())
+        bench = bench._replace(names=[name for name in bench.names if name in right or name not in FLASH])
+        if bench.kernels:
+            for part in parts or ["steps"]:
+                PARTS[part](report, model, bench)
+    return report.status
 
 
 if __name__ == "__main__":

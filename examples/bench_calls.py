@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from bench_common import BARS, Inputs, relative, truth
+from bench_inputs import BARS, Inputs, relative, truth
 
 from zigzag_jax.kernels import flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import cudnn
 from zigzag_jax.ranges import KeyRange
+
+jit_fwd, jit_bwd = (jax.jit(f, static_argnames=("scale", "implementation")) for f in (flash_fwd, flash_bwd))
 
 
 def row_dot(dout, out):
@@ -140,12 +142,10 @@ def errors(name: str, x: Inputs, keys: KeyRange) -> dict[str, float]:
     at = x.k.shape[2] // 2
     group = x.q.shape[2] // x.k.shape[2]
     mine = slice(at * group, (at + 1) * group)
-    jit = jax.jit if name not in PEERS else lambda f: f  # cuDNN's adapter reads the ranges
-
-    out, lse = jit(lambda q, k, v, keys: flash_fwd(q, k, v, keys, scale=x.scale, implementation=name))(*x[:3], keys)
-    dq, dk, dv = jit(lambda *args: flash_bwd(*args, scale=x.scale, implementation=name))(
-        *x[:3], lse, row_dot(x.dout.astype(jnp.float32), out), x.dout, keys
-    )
+    static = {"scale": x.scale, "implementation": name}
+    ahead, back = (flash_fwd, flash_bwd) if name in PEERS else (jit_fwd, jit_bwd)  # cuDNN's adapter reads the ranges
+    out, lse = ahead(*x[:3], keys, **static)
+    dq, dk, dv = back(*x[:3], lse, row_dot(x.dout.astype(jnp.float32), out), x.dout, keys, **static)
     got = out[0, :, mine], lse[0, mine].T, dq[0, :, mine], dk[0, :, at], dv[0, :, at]
     want = truth(x.q[0, :, mine], x.k[0, :, at], x.v[0, :, at], x.dout[0, :, mine], keys, x.scale)
     return {key: relative(a, b) for key, a, b in zip(BARS, got, want, strict=True)}

@@ -4,9 +4,9 @@
     python examples/bench_experts.py --shapes qwen-gate   one of them
 
 Groups are uneven (multinomial over Dirichlet(4) shares), as a router makes them. Before any time is taken y, dx and dw
-are compared with float32: exit status 1 where one is off. Times are medians of 5 samples of 10 calls, what is compared
-in turn, 0.3 s of rest before each sample, for a card that is kept busy slows down. Everything is inside the jit, the
-kernels' schedule of row tiles too; `both` is a forward whose result is used, and the gradients of x and w.
+are compared with float32; who is off is not timed, and the exit status is 1. Times are medians of 5 samples of 10
+calls, what is compared in turn (clock.py). Everything is inside the jit, the kernels' schedule of row tiles too; `both`
+is a forward whose result is used, and the gradients of x and w. --out DIR writes experts.json and experts.png.
 
 FLOPs count the rows there are: 2 M k n forward, three times that for both. `dense` is what one matrix for all rows
 would cost, `% of matmul` the rate against a large square matmul in the same turns. torch's grouped_mm, where torch is
@@ -19,16 +19,21 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_common import Clock, facts, relative, table
+from bench import Report, ceiling, flags, jax_clock, verdict
+from bench_inputs import relative
+from bench_picture import Chart
+from clock import Clock
 
 from zigzag_jax.kernels import GROUPED, grouped_implementation, grouped_matmul
 
+TIMES = Chart(("TF/s",), ("pass",), ("by",))
 BARS = {"float32": 3e-6, "bfloat16": 3e-3, "float16": 5e-4}  # relative L2: the rounding of the result
 
 
@@ -152,24 +157,23 @@ def check(names: list[str], x: Inputs, bar: float) -> list[dict]:
     rows = []
     for name in names:
         found = errors(name, x)
-        bad = [what for what, error in found.items() if not error <= bar]
         figures = {what: f"{error:.1e}" for what, error in found.items()}
-        rows.append({"by": name, **figures, "verdict": " ".join(["FAIL", *bad]) if bad else "ok"})
+        rows.append({"by": name, **figures, "verdict": verdict(found, dict.fromkeys(found, bar))})
     return rows
 
 
-def times(names: list[str], shape: Shape, x: Inputs, clock: Clock) -> list[dict]:
-    """Every implementation, beside the dense matmul and torch."""
+def times(names: list[str], shape: Shape, x: Inputs, clock: Clock, most: tuple[Callable, int]) -> list[dict]:
+    """Every implementation, beside the dense matmul and torch. most: the large matmul, and its FLOPs."""
     runs = {key: call for name in [*names, "dense"] for key, call in calls(name, x).items()}
-    matmul, operations = clock.ceiling(x.x.dtype)
+    matmul, operations = most
     ms = clock.in_turn({"matmul": matmul, **runs})
-    most = operations / ms.pop("matmul")
+    rate = operations / ms.pop("matmul")
     peer = torch_times(shape, jnp.dtype(x.x.dtype).name, clock)
     ms |= {("torch", which): peer[which] for which in ("forward", "both") if which in peer}
     return [
         {
             "pass": which, "by": name, "ms": t, "TF/s": shape.flops(which) / t / 1e9,
-            "GB/s": shape.bytes(which, x.x.dtype.itemsize) / t / 1e6, "% of matmul": shape.flops(which) / t / most,
+            "GB/s": shape.bytes(which, x.x.dtype.itemsize) / t / 1e6, "% of matmul": shape.flops(which) / t / rate,
             "time / dense": t / ms["dense", which], "time / torch": peer.get(which) and t / peer[which],
         }
         for (name, which), t in ms.items()
@@ -183,8 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--implementations", type=names, help="a,b,..; default: what the device picks")
     parser.add_argument("--shapes", type=names, default=list(SHAPES), help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--dtype", default="bfloat16", choices=list(BARS))
-    parser.add_argument("--quick", action="store_true", help="small, one sample: does it run at all?")
-    parser.add_argument("--json", type=Path, help="a file for all the numbers")
+    flags(parser)
     args = parser.parse_args(argv)
     for option, allowed in (("implementations", GROUPED), ("shapes", SHAPES)):
         if unknown := [name for name in getattr(args, option) or [] if name not in allowed]:
@@ -195,10 +198,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Check, time, print; 1 where a result falls short of the bar or an implementation cannot."""
     args = parse(argv)
-    run = facts("bench_experts.py", argv)
-    print(f"    {run['command']}\n\n{run['card']}, jax {run['jax']}, {run['date']}; {args.dtype}.")
-    clock = Clock(1, 1, 0.0, 256) if args.quick else Clock(5, 10, 0.3, 8192)
-    results, failed = {}, False
+    report = Report("bench_experts", argv, args.out)
+    print(args.dtype)
+    clock, most = jax_clock(args.quick), ceiling(args.quick, args.dtype)
     for title in args.shapes:
         shape = SHAPES[title].smaller() if args.quick else SHAPES[title]
         x = Inputs.draw(shape, args.dtype)
@@ -208,17 +210,11 @@ def main(argv: list[str] | None = None) -> int:
                 names.append(grouped_implementation(x.x, x.w, name))
             except NotImplementedError as error:
                 print(f"\n{title}: {error}", flush=True)
-                failed = True
-        results[f"{title} check"] = checked = check(names, x, BARS[args.dtype])
-        results[f"{title} times"] = timed = times(names, shape, x, clock)
+                report.status = 1
         print(f"\n{title}: {shape.rows} rows, {shape.groups} groups, {shape.k} -> {shape.n}")
-        for rows in (checked, timed):
-            if rows:
-                print(f"\n{table(rows)}", flush=True)
-        failed |= any(row["verdict"] != "ok" for row in checked)
-    if args.json:
-        args.json.write_text(json.dumps({**run, "results": results}, indent=1))
-    return int(failed)
+        if right := report.check(f"{title} check", check(names, x, BARS[args.dtype])):
+            report.add(f"{title} times", times(right, shape, x, clock, most), TIMES)
+    return report.status
 
 
 if __name__ == "__main__":

@@ -5,26 +5,10 @@ a forward with its gradients.
 """
 
 import json
-import statistics
 import sys
-import time
 
 import torch
-
-
-def median_ms(call, samples: int, repeats: int, idle: float) -> float:
-    """As bench_common.Clock takes it."""
-    taken = []
-    for _ in range(samples):
-        time.sleep(idle)
-        call()
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-        taken.append((time.perf_counter() - begin) / repeats * 1e3)
-    return statistics.median(taken)
+from clock import Clock
 
 
 def main() -> None:
@@ -36,11 +20,14 @@ def main() -> None:
     w = (torch.randn(len(job["sizes"]), job["k"], job["n"], **on) * job["k"] ** -0.5).requires_grad_()
     dy = torch.randn(job["rows"], job["n"], **on)
     offsets = torch.tensor(job["sizes"], device="cuda").cumsum(0).to(torch.int32)
-    clock = job["samples"], job["repeats"], job["idle"]
-    with torch.no_grad():
-        forward = median_ms(lambda: grouped(x, w, offs=offsets), *clock)
-    both = median_ms(lambda: torch.autograd.grad(grouped(x, w, offs=offsets), (x, w), dy), *clock)
-    print(json.dumps({"forward": forward, "both": both, "torch": torch.__version__}))
+    clock = Clock(job["samples"], job["repeats"], job["idle"], lambda _: torch.cuda.synchronize())
+
+    def forward():
+        with torch.no_grad():
+            return grouped(x, w, offs=offsets)
+
+    both = lambda: torch.autograd.grad(grouped(x, w, offs=offsets), (x, w), dy)
+    print(json.dumps(clock.in_turn({"forward": forward, "both": both}) | {"torch": torch.__version__}))
 
 
 if __name__ == "__main__":

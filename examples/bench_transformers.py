@@ -1,19 +1,24 @@
 """The peer of bench_slice.py: the same slice in `transformers` on one GPU, with torch's own fast kernels.
 
     python examples/bench_transformers.py                 4 layers of Qwen3-30B-A3B, 32k tokens, forward and backward
+    python examples/bench_slice.py --peer                 both, one after the other
 
 bfloat16 parameters and gradients, grouped_mm experts, SDPA (which picks cuDNN or FlashAttention-2), a checkpoint around
-every layer, cross-entropy over 4096 tokens at a time. Needs torch and transformers 5, and nothing of JAX on the GPU.
+every layer, cross-entropy over 4096 tokens at a time; median of 7 (clock.py). Nothing is timed where the loss is not
+finite. Needs torch and transformers 5, and nothing of JAX on the GPU. --out DIR writes transformers.json and .png.
 """
 
 import argparse
 import dataclasses
+import math
 import os
-import statistics
 import sys
-import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # only the sizes and the FLOPs come from here
+
+from bench import Report, flags
+from bench_picture import Chart
+from clock import Clock
 
 from zigzag_jax.models.flops import H100_FLOPS, training_flops
 from zigzag_jax.models.presets import PRESETS
@@ -28,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=32768, help=f"of the one sequence, a multiple of {CHUNK}")
     parser.add_argument("--peak", type=float, default=H100_FLOPS, help="FLOPs a second that MFU is measured against")
+    flags(parser, quick=False)
     args = parser.parse_args(argv)
     if args.tokens % CHUNK:
         parser.error(f"--tokens must be a multiple of {CHUNK}, got {args.tokens}")
@@ -61,24 +67,25 @@ def main(argv: list[str] | None = None) -> int:
         parts = zip(hidden.split(CHUNK), tokens[0, 1:].split(CHUNK), strict=True)
         loss = sum(checkpoint(of_chunk, *part, use_reentrant=False) for part in parts) / args.tokens
         loss.backward()
-        torch.cuda.synchronize()
         return loss
 
-    loss, times = gradient(), []
-    for _ in range(7):
-        time.sleep(0.3)
-        begin = time.perf_counter()
-        gradient()
-        times.append(time.perf_counter() - begin)
-    seconds = statistics.median(times)
-    mfu = training_flops(sizes, args.tokens) / seconds / args.peak
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    print(f"transformers {transformers.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
-    print(
-        f"gradient: {seconds * 1e3:.1f} ms, {args.tokens / seconds:.0f} tokens/s, MFU {mfu:.3f}, peak {peak:.1f} GiB, "
-        f"loss {loss.item():.4f}"
-    )
-    return 0
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    report = Report("bench_transformers", argv, args.out, card=torch.cuda.get_device_name(), **versions)
+    print(f"transformers {transformers.__version__}, torch {torch.__version__}")
+    loss = gradient().item()
+    if not math.isfinite(loss):
+        print(f"Not timed: the loss is {loss}")
+        return 1
+    clock = Clock(7, 1, 0.3, lambda _: torch.cuda.synchronize())
+    ms = clock.in_turn({"gradient": gradient})["gradient"]
+    speed, peak = args.tokens / ms * 1e3, torch.cuda.max_memory_allocated() / 2**30
+    mfu = training_flops(sizes, args.tokens) / (ms / 1e3) / args.peak
+    row = {
+        "by": "transformers", "pass": "gradient", "ms": ms, "tokens/s": speed, "MFU": mfu, "peak GiB": peak,
+        "loss": loss, "tokens/s / peer": None,
+    }  # fmt: skip
+    report.add("slice", [row], Chart(("tokens/s",), ("pass",), ("by",)))
+    return report.status
 
 
 if __name__ == "__main__":

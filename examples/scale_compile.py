@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-from bench_common import table
+from bench import table
 from read_schedule import attention
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from bench_common import MODELS, documents, table
+from bench import table
+from bench_inputs import MODELS, documents
 
 from zigzag_jax.cost import H100, Layer, Machine, along_critical_path, gather_seconds, ring_seconds
 from zigzag_jax.work import lock_step, pairs
@@ -109,8 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--lengths must be multiples of {2 * SHORTEST}, got {wrong[0]}")
     if not 1 <= args.documents <= min(args.lengths):
         parser.error(f"--documents must be 1 to {min(args.lengths)}, got {args.documents}")
-    heads = MODELS["qwen"]
-    layer = Layer(heads.heads, heads.dim, heads.out_dim, heads.kv_heads * (heads.dim + heads.out_dim))
+    layer = MODELS["qwen"].layer()
     machine = H100._replace(link=args.link)
     ranks = lambda length: [cp for cp in RANKS if length % (2 * cp) == 0 and length // cp >= SHORTEST]
     points = [predict(layer, n, cp, machine, args.documents) for n in args.lengths for cp in ranks(n)]

@@ -1,49 +1,40 @@
 """The experts' benchmark: what it counts, that a quick run works on a CPU, and that a wrong result is noticed."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
+import bench_experts
+import jax
 import jax.numpy as jnp
 import pytest
+from bench import ceiling
+from bench_experts import SHAPES, Inputs, Shape
+from clock import Clock
 
 from zigzag_jax.kernels import GROUPED
 
 pytestmark = pytest.mark.source
-EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The script's names."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield runpy.run_path(str(EXAMPLES / "bench_experts.py"))
-    sys.modules.pop("bench_common")
-
-
-def run(bench, tmp_path, *arguments) -> tuple[int, dict]:
+def run(tmp_path, *arguments) -> tuple[int, dict]:
     """(exit status, results) of one quick run of one shape."""
-    path = tmp_path / "numbers.json"
-    status = bench["main"](["--quick", "--shapes", "qwen-gate", *arguments, "--json", str(path)])
-    found = json.loads(path.read_text())
-    assert {"command", "card", "jax", "date"} < set(found)
-    return status, found["results"]
+    status = bench_experts.main(["--quick", "--shapes", "qwen-gate", *arguments, "--out", str(tmp_path)])
+    return status, json.loads((tmp_path / "experts.json").read_text())["results"]
 
 
-def test_what_is_counted(bench):
-    gate = bench["SHAPES"]["qwen-gate"]
+def test_what_is_counted():
+    gate = SHAPES["qwen-gate"]
     assert gate.flops("forward") == pytest.approx(206e9, rel=0.01)
     assert gate.flops("both") == 3 * gate.flops("forward")
     assert gate.bytes("forward") == pytest.approx(771e6, rel=0.01)
-    for shape in bench["SHAPES"].values():
+    for shape in SHAPES.values():
         sizes = shape.sizes()
         assert (len(sizes), sizes.sum()) == (shape.groups, shape.rows)
         assert sizes.std() > 0
 
 
-def test_a_quick_run(bench, tmp_path, capsys):
-    status, results = run(bench, tmp_path, "--dtype", "float32")
+def test_a_quick_run(tmp_path, capsys):
+    status, results = run(tmp_path, "--dtype", "float32")
     assert status == 0
     assert [row["verdict"] for row in results["qwen-gate check"]] == ["ok"]
     rows = results["qwen-gate times"]
@@ -55,23 +46,24 @@ def test_a_quick_run(bench, tmp_path, capsys):
     assert "512 rows, 8 groups, 128 -> 48" in capsys.readouterr().out
 
 
-def test_a_result_that_falls_short_is_exit_status_1(bench, tmp_path, monkeypatch):
+def test_a_result_that_falls_short_is_exit_status_1(tmp_path, monkeypatch):
     right = GROUPED["reference"]
     wrong = lambda *args, **kw: (1 + 2**-6) * right.outer(*args, **kw)
     monkeypatch.setitem(GROUPED, "wrong", right._replace(outer=wrong))
-    status, results = run(bench, tmp_path, "--implementations", "wrong")
+    status, results = run(tmp_path, "--implementations", "wrong")
     assert status == 1
     assert [row["verdict"] for row in results["qwen-gate check"]] == ["FAIL dw"]
+    assert "qwen-gate times" not in results
 
 
-def test_an_implementation_that_cannot_is_said_so(bench, tmp_path, capsys):
-    status, results = run(bench, tmp_path, "--implementations", "mosaic")
+def test_an_implementation_that_cannot_is_said_so(tmp_path, capsys):
+    status, results = run(tmp_path, "--implementations", "mosaic")
     assert status == 1
     assert results["qwen-gate check"] == []
     assert "'mosaic' needs k and n that are multiples of 64" in capsys.readouterr().out
 
 
-def test_torch_is_asked_in_a_process_of_its_own(bench, monkeypatch):
+def test_torch_is_asked_in_a_process_of_its_own(monkeypatch):
     jobs = []
 
     def process(command, *, input, **_):
@@ -80,13 +72,13 @@ def test_torch_is_asked_in_a_process_of_its_own(bench, monkeypatch):
         assert Path(command[1]).exists()
         return type("Done", (), {"returncode": 0, "stdout": json.dumps({"forward": 2.0, "both": 4.0})})
 
-    clock, shape = bench["Clock"](1, 1, 0.0, 64), bench["Shape"](64, 2, 16, 16)
-    x = bench["Inputs"].draw(shape, jnp.bfloat16)
-    assert all(row["time / torch"] is None for row in bench["times"](["reference"], shape, x, clock))
+    clock, shape = Clock(1, 1, 0.0, jax.block_until_ready), Shape(64, 2, 16, 16)
+    x, most = Inputs.draw(shape, jnp.bfloat16), ceiling(True, jnp.bfloat16)
+    assert all(row["time / torch"] is None for row in bench_experts.times(["reference"], shape, x, clock, most))
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("subprocess.run", process)
-    rows = bench["times"](["reference"], shape, x, clock)
+    rows = bench_experts.times(["reference"], shape, x, clock, most)
     assert jobs[0]["sizes"] == shape.sizes().tolist()
     assert [row["time / torch"] for row in rows if row["by"] == "torch"] == [1.0, 1.0]
     assert all(row["time / torch"] > 0 for row in rows)
@@ -99,8 +91,8 @@ def test_torch_is_asked_in_a_process_of_its_own(bench, monkeypatch):
         (["--implementations", "magic"], "--implementations must be of mosaic, reference"),
     ],
 )
-def test_bad_arguments(bench, capsys, arguments, message):
+def test_bad_arguments(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit:
-        bench["main"](arguments)
+        bench_experts.main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err

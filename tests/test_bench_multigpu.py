@@ -1,108 +1,122 @@
-"""Benchmarks of rings and of slices, and the trace reader: that they run, count right and notice what is wrong."""
+"""Benchmarks of rings on several devices and of slices: that they run, count right and notice what is wrong."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
+import bench_layer
+import bench_multigpu
+import bench_slice
 import jax
-import jax.numpy as jnp
 import pytest
+from bench import Report
+from bench_inputs import Heads
+from bench_multigpu import Bench
+from clock import Clock
+from test_read_trace import RING, plane, write
+from trace_events import read
+
+from zigzag_jax.kernels import FLASH
 
 pytestmark = pytest.mark.source
-EXAMPLES = Path(__file__).parent.parent / "examples"
 QUICK = ["--quick", "--devices", "2"]
-
-
-@pytest.fixture
-def example(monkeypatch):
-    """A function that imports a file of examples/."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and Path(str(sys.modules[name].__file__)).parent == EXAMPLES:
-            del sys.modules[name]
+SMALL = Bench(2, 128, 128, {"qwen": Heads(2, 1, 16, 16)}, Clock(1, 1, 0.0, jax.block_until_ready), None)
 
 
 @pytest.mark.slow
-def test_a_quick_run_writes_its_numbers(example, tmp_path, capsys):
-    bench = example("bench_multigpu")
-    assert bench.main([*QUICK, "--only", "layouts,scaling", "--out", str(tmp_path)]) == 0
-    found = json.loads((tmp_path / "numbers.json").read_text())
+def test_a_quick_run_writes_its_numbers(tmp_path, capsys):
+    assert bench_multigpu.main([*QUICK, "--only", "layouts,scaling", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "multigpu.json").read_text())
+    assert {(row["model"], row["form"]) for row in found["results"]["check"]} == {
+        ("qwen", form) for form in ("plain", "window", "remat", "contiguous", "allgather")
+    }  # the heads that are timed
     assert {row["layout"] for row in found["results"]["layouts"]} == {"naive ring", "zigzag ring", "zigzag all-gather"}
     rows = {row["case"]: row for row in found["results"]["scaling"]}
     assert rows["64 tokens a GPU, cp 1"]["% of ideal"] == 1.0
     assert rows["128 tokens, cp 2"]["both ms"] == rows["64 tokens a GPU, cp 2"]["both ms"]
-    assert "2 x cpu" in capsys.readouterr().out
+    assert "2 devices" in capsys.readouterr().out
+    assert (tmp_path / "multigpu.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
-def test_the_check_notices_a_ring_that_is_wrong(example, monkeypatch):
-    bench = example("bench_multigpu")
-    heads = {"qwen": bench.MODELS["qwen"]._replace(heads=2, kv_heads=1, dim=16, out_dim=16)}
-    parts = bench.Bench(2, 128, 128, heads, bench.Clock(1, 1, 0.0, 64), None)
-    assert {row["verdict"] for row in parts.check()} == {"ok"}
-    real = bench.zigzag_attention
+def test_nothing_is_timed_where_a_ring_is_wrong(monkeypatch, capsys):
+    real = bench_layer.zigzag_attention
     spoilt = lambda *args, **rest: real(*args, **rest) * (1.01 if rest["mesh"].size > 1 else 1.0)
-    monkeypatch.setattr(bench, "zigzag_attention", spoilt)
-    assert all(row["verdict"].startswith("FAIL") for row in parts.check())
+    monkeypatch.setattr(bench_layer, "zigzag_attention", spoilt)
+    monkeypatch.setattr(bench_multigpu, "MODELS", {"qwen": Heads(8, 8, 16, 16), "mla": Heads(8, 8, 16, 16)})
+    monkeypatch.setattr(Bench, "timed", lambda self, cases: pytest.fail("timed"))
+    assert bench_multigpu.main([*QUICK, "--only", "layouts"]) == 1
+    assert "Not timed, for it is wrong: qwen" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"), [(["--only", "speed"], "--only must be of"), (["--devices", "1"], "")]
 )
-def test_mistakes(example, arguments, message, capsys):
-    bench = example("bench_multigpu")
+def test_mistakes(arguments, message, capsys):
     try:
-        status = bench.main(arguments)
+        status = bench_multigpu.main(arguments)
     except SystemExit as end:
         status = end.code
     assert status == 2
     assert (message or f"must be 2 to {len(jax.devices())}") in capsys.readouterr().err
 
 
-def test_exposed_communication(example):
-    trace = example("read_trace")
-    events = [
-        trace.Event("flash_fwd", 0.0, 100.0),
-        trace.Event("ncclDevKernel_SendRecv(args)", 20.0, 130.0),  # 30 us stand alone, 10 of them beside ...
-        trace.Event("fusion.3", 120.0, 125.0),  # ... a small kernel of 5
-        trace.Event("MemcpyP2P", 150.0, 160.0),
-        trace.Event("flash_bwd", 155.0, 200.0),
-    ]
-    row = trace.summary(events)
-    assert row["transfers"] == 2
-    expected = {"trace": 0.2, "kernels": 0.15, "communication": 0.12, "exposed": 0.03, "idle": 0.02}
-    for name, ms in expected.items():
-        assert row[f"{name} ms"] == pytest.approx(ms)
-    assert trace.summary([])["trace ms"] == 0.0
-    assert not trace.Event("MemcpyD2D", 0.0, 1.0).moves_data  # inside one GPU
-    lines = trace.busiest([*events, trace.Event("flash_fwd", 300.0, 350.0)], count=2).splitlines()
-    assert [line.split() for line in lines] == [
-        ["0.15", "ms", "2", "x", "flash_fwd"],
-        ["0.11", "ms", "1", "x", "ncclDevKernel_SendRecv(args)"],
-    ]
-
-
-def test_a_folder_without_a_gpu_trace_is_said_so(example, tmp_path, capsys):
-    trace = example("read_trace")
-    with pytest.raises(SystemExit):
-        trace.main([str(tmp_path)])
-    assert "must hold a trace" in capsys.readouterr().err
-    with jax.profiler.trace(str(tmp_path)):
-        jnp.ones(3).sum().block_until_ready()
-    with pytest.raises(SystemExit):
-        trace.main([str(tmp_path)])
-    assert "trace of a GPU" in capsys.readouterr().err
+def test_the_trace_is_told_by_hops_and_steps(tmp_path, monkeypatch, capsys):
+    late = [plane("/device:GPU:0", RING), plane("/device:GPU:1", RING, 5.0)]
+    gpus = read(write(tmp_path / "trace", "\n".join(late)))
+    monkeypatch.setattr(Bench, "trace", lambda self: gpus)
+    report = Report("bench_multigpu", [], tmp_path)
+    bench_multigpu.tell_trace(report, SMALL)
+    rows = {row["GPU"]: row for row in report.results["trace"]}
+    assert (rows["GPU:1"]["transfers"], rows["GPU:1"]["flights"]) == (3, 2)
+    assert rows["GPU:0"]["exposed us a hop"] == pytest.approx(60 / (bench_multigpu.TRACED * 3))
+    assert rows["GPU:0"]["exposed %"] == pytest.approx(60 / 1720)
+    assert [row["steps"] for row in report.results["trace steps"]] == [2, 2]
+    assert (tmp_path / "trace.png").stat().st_size > 5000
+    assert "exposed us a hop" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_slice_of_a_model_runs(example, tmp_path, capsys):
-    bench = example("bench_slice")
-    assert bench.main(["--quick", "--json", str(tmp_path / "slice.json")]) == 0
-    results = json.loads((tmp_path / "slice.json").read_text())["results"]
-    assert results["gradient"]["loss"] == pytest.approx(results["step"]["loss"], rel=1e-5)
-    with pytest.raises(SystemExit):
-        bench.main(["--layers", "49"])
-    assert "--layers must be 1 to 48" in capsys.readouterr().err
+def test_a_slice_of_a_model_runs(tmp_path, monkeypatch, capsys):
+    beside = [{"by": "transformers", "pass": "gradient", "ms": 1.0, "tokens/s": 2.0, "MFU": 0.5, "peak GiB": 1.0,
+               "loss": 1.0, "tokens/s / peer": None}]  # fmt: skip
+    monkeypatch.setattr(bench_slice, "peer", lambda args: beside)
+    assert bench_slice.main(["--quick", "--peer", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "slice-tiny-qwen3-moe.json").read_text())["results"]
+    assert [(row["by"], row["verdict"]) for row in results["check"]] == [("zigzag_jax", "ok")]
+    peer, gradient, step = results["slice"]
+    assert peer["by"] == "transformers"
+    assert [gradient["pass"], step["pass"]] == ["gradient", "step"]
+    assert gradient["tokens/s / peer"] == gradient["tokens/s"] / 2.0
+    assert step["tokens/s / peer"] is None
+    assert step["peak GiB"] is None  # of a CPU nothing is known
+    assert gradient["loss"] == pytest.approx(step["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_slice_that_is_wrong_is_not_timed(monkeypatch, capsys):
+    real = FLASH["reference"]
+
+    def bwd(*args):
+        dq, dk, dv = real.bwd(*args)
+        return dq, dk, dv * (2.0 if args[0].dtype != "float32" else 1.0)
+
+    monkeypatch.setitem(FLASH, "reference", real._replace(bwd=bwd))
+    monkeypatch.setattr(Clock, "in_turn", lambda self, calls: pytest.fail("timed"))
+    assert bench_slice.main(["--quick", "--only", "gradient", "--remat", "none"]) == 1
+    assert "FAIL worst gradient" in capsys.readouterr().out
+
+
+def test_a_peer_that_cannot_run_is_said_so(capsys):
+    args = bench_slice.parse(["--peer", "--tokens", "4096"])
+    assert bench_slice.peer(args) == []
+    assert "transformers is not beside it: bench_transformers.py: error: needs " in capsys.readouterr().out
+
+
+def test_mistakes_of_a_slice(capsys):
+    for arguments, message in (
+        (["--layers", "49"], "--layers must be 1 to 48"),
+        (["--tokens", "3"], "--tokens must be a multiple of 2"),
+        (["--profile", "x", "--only", "gradient"], "--profile is of a step"),
+    ):
+        with pytest.raises(SystemExit):
+            bench_slice.main(arguments)
+        assert message in capsys.readouterr().err

@@ -1,30 +1,16 @@
-"""What bench_attention.py counts, compares with and takes times by; nothing here calls a kernel."""
+"""Attention as the benchmarks see it: sizes, masks, random arrays, what is counted, and the float32 truth."""
 
-import datetime
 import functools
 import math
-import shlex
-import statistics
-import sys
-import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zigzag_jax.layout import CHUNKS, Layout, global_positions
+from zigzag_jax.cost import Layer
+from zigzag_jax.layout import Layout, global_positions
 from zigzag_jax.ranges import KeyRange, key_range, row_bounds, visible_bounds
-
-
-def facts(script: str, argv: list[str] | None) -> dict[str, Any]:
-    """What a benchmark's numbers are worth nothing without: the command, the card, the version, the day."""
-    return {
-        "command": shlex.join(["python", f"examples/{script}", *(sys.argv[1:] if argv is None else argv)]),
-        "card": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 class Heads(NamedTuple):
@@ -38,6 +24,10 @@ class Heads(NamedTuple):
     def smaller(self) -> "Heads":
         """An eighth of the heads, one at least."""
         return self._replace(heads=max(self.heads // 8, 1), kv_heads=max(self.kv_heads // 8, 1))
+
+    def layer(self, itemsize: int = 2) -> Layer:
+        """As the cost model sees it: k and v travel as they are."""
+        return Layer(self.heads, self.dim, self.out_dim, self.kv_heads * (self.dim + self.out_dim), itemsize)
 
 
 MODELS = {
@@ -85,6 +75,22 @@ def documents(count: int, length: int) -> jax.Array:
     cuts = np.sort(np.random.default_rng(0).choice(np.arange(1, length), count - 1, replace=False))
     sizes = np.diff(np.concatenate([[0], cuts, [length]]))
     return jnp.asarray(np.concatenate([np.arange(n) for n in sizes])[None], jnp.int32)
+
+
+class Mask(NamedTuple):
+    """What narrows causal attention."""
+
+    positions: np.ndarray | None = None
+    """Indices inside documents, int32 [1, S], natural order."""
+    window: int | None = None
+
+
+def masks(length: int) -> dict[str, Mask]:
+    """Causal, the measure of the others; documents of random and of equal lengths, and windows."""
+    found = {"causal": Mask(), "8 documents": Mask(np.asarray(documents(8, length)))}
+    sizes = [length // 16, length // 8, length // 4]
+    found |= {f"documents of {n}": Mask(np.arange(length, dtype=np.int32)[None] % n) for n in sizes}
+    return found | {f"window {n}": Mask(window=n) for n in sizes}
 
 
 class Inputs(NamedTuple):
@@ -141,74 +147,3 @@ def relative(got, want) -> float:
         return math.nan
     got, want = np.where(nothing, 0.0, got), np.where(nothing, 0.0, want)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
-
-
-def verdict(errors: dict[str, float]) -> str:
-    """Which of the errors are over their bars (or nan): ok, or FAIL and their names."""
-    return " ".join(["FAIL", *short]) if (short := [k for k, bar in BARS.items() if not errors[k] <= bar]) else "ok"
-
-
-def spread(rows: list[dict]) -> str:
-    """What a table of whole rings says of balance, a line an implementation."""
-    lines = []
-    for name in dict.fromkeys(row["by"] for row in rows):
-        zigzag, naive = ([r["both ms"] for r in rows if (r["by"], r["layout"]) == (name, layout)] for layout in CHUNKS)
-        lines.append(
-            f"{name}: naive / zigzag {naive[0] / max(zigzag):.3f} (by pairs {2 - 1 / len(zigzag):.3f}), "
-            f"slowest / fastest zigzag rank {max(zigzag) / min(zigzag):.3f}"
-        )
-    return "\n".join(lines)
-
-
-class Clock(NamedTuple):
-    """How times are taken."""
-
-    samples: int
-    repeats: int
-    idle: float
-    """Seconds of rest before a sample."""
-    matmul: int
-    """Rows of the square matmul that is the ceiling."""
-
-    def in_turn(self, functions: dict) -> dict:
-        """Median milliseconds of a call of each."""
-        samples, result = {key: [] for key in functions}, None
-        for _ in range(self.samples):
-            for key, call in functions.items():
-                time.sleep(self.idle)
-                jax.block_until_ready(call())
-                begin = time.perf_counter()
-                for _ in range(self.repeats):
-                    result = call()
-                jax.block_until_ready(result)
-                samples[key].append((time.perf_counter() - begin) / self.repeats * 1e3)
-        return {key: statistics.median(x) for key, x in samples.items()}
-
-    def ceiling(self, dtype):
-        """The call whose rate is the most that this card does in `dtype`, and its FLOPs."""
-        a = jax.random.normal(jax.random.key(1), (self.matmul, self.matmul), dtype)
-        product = jax.jit(jnp.matmul)
-        return lambda: product(a, a), 2 * self.matmul**3
-
-
-def table(rows: list[dict]) -> str:
-    """A Markdown table whose columns line up; a key names a column, `%` in it makes a percentage."""
-    names = list(rows[0])
-
-    def text(name, x) -> str:
-        if x is None or isinstance(x, (str, int)):
-            return "" if x is None else str(x)
-        if "%" in name:
-            return f"{100 * x:.0f}"
-        return f"{x:.0f}" if x > 100 else f"{x:.{3 if name.endswith('ms') else 2}f}"
-
-    lines = [names, *([text(name, row[name]) for name in names] for row in rows)]
-    widths = [max(len(line[at]) for line in lines) for at in range(len(names))]
-    left = [isinstance(rows[0][name], str) for name in names]
-
-    def pad(line):
-        cells = (x.ljust(w) if l else x.rjust(w) for x, w, l in zip(line, widths, left, strict=True))
-        return "| " + " | ".join(cells) + " |"
-
-    rule = ["-" * w if l else "-" * (w - 1) + ":" for w, l in zip(widths, left, strict=True)]
-    return "\n".join([pad(names), "| " + " | ".join(rule) + " |", *(pad(line) for line in lines[1:])])
