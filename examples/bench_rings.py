@@ -17,9 +17,9 @@ from bench_inputs import BARS, Heads, Inputs, Mask, flops, masks, pairs, relativ
 from clock import Clock
 
 from zigzag_jax import to_zigzag
-from zigzag_jax.cost import pairs as pairs_of_ranks
 from zigzag_jax.layout import Layout, global_positions
 from zigzag_jax.ranges import KeyRange, live_steps, visible_bounds
+from zigzag_jax.work import pairs as pairs_of_ranks
 
 
 class Strategy(NamedTuple):

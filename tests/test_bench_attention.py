@@ -20,10 +20,10 @@ from clock import Clock
 from h100 import h100s, on
 
 from zigzag_jax import cost
-from zigzag_jax.cost import pairs as pairs_of_ranks
 from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import cudnn
 from zigzag_jax.ranges import KeyRange
+from zigzag_jax.work import pairs as pairs_of_ranks
 
 pytestmark = pytest.mark.source
 TINY = ["--quick", "--models", "qwen", "--implementations", "reference"]
