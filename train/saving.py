@@ -31,7 +31,7 @@ class Saver:
     """Whether the run has one process."""
     retry: float = 30.0
     """Seconds between tries."""
-    give_up: float = 600.0
+    give_up: float = 240.0
     """Seconds that a finished run tries to save."""
     _failed: tuple[float, str] | None = field(default=None, init=False)  # when the newest try failed, and why
 
