@@ -92,7 +92,7 @@ def test_large_vocabularies_take_four_bytes():
 
 def test_killed_between_write_and_rename_leaves_nothing_visible(data, tmp_path):
     program = (
-        "import os, signal\nfrom zigzag_jax.train import store\n"
+        "import os, signal\nfrom zigzag_jax.train.data import store\n"
         "store._publish = lambda work, folder: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"store.open_dataset({str(data)!r}, None, vocab_size=300)\n"
     )
