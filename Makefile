@@ -5,7 +5,7 @@
 # make train ARGS="--steps 1000 --mesh.cp 4"     any flag of python -m zigzag_jax.train
 # make test ARGS="tests/test_ring.py -k cp4"     a part
 
-# two workers take a file at a time: what takes longest must not come last
+# two workers take a file at a time, in this order: what takes longest must not come last
 LONGEST_FIRST = tests/test_ring.py tests/train tests/models tests
 
 .PHONY: setup train test schedule lint check docs clean
@@ -28,7 +28,7 @@ lint: setup
 	.venv/bin/pyright
 
 test: lint $(if $(ARGS),,schedule)
-	JAX_PLATFORMS=cpu scripts/quick .venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),$(LONGEST_FIRST))
+	JAX_PLATFORMS=cpu scripts/quick .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),$(LONGEST_FIRST))
 
 # The CUDA compiler exists for Linux only.
 schedule: $(if $(filter Linux,$(shell uname -s)),.venv-aot/.ready)
