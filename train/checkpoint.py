@@ -61,7 +61,10 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if self._process == 0:  # what a killed save left; nobody is saving yet
             self._remove_parts()
-        logging.getLogger("absl").addFilter(_not_said_twice)
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_said_twice)
+        if not isinstance(sys.unraisablehook, _LateWrites):
+            sys.unraisablehook = _LateWrites(sys.unraisablehook)
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -203,9 +206,22 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+class _LateWrites:
+    """A sys.unraisablehook that passes over what tensorstore's threads say when a save has failed: writes that were
+    under way come back to an event loop that orbax has closed meanwhile, and each would print a traceback.
+    """
+
+    def __init__(self, other: Callable[[Any], None]) -> None:
+        self._other = other
+
+    def __call__(self, what: Any) -> None:
+        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
+            self._other(what)
+
+
 def _not_said_twice(record: logging.LogRecord) -> bool:
-    """Orbax writes a traceback of every error that it also raises."""
-    return record.levelno != logging.ERROR or "orbax" not in record.pathname
+    """Orbax writes a traceback of every error that it also raises, and asyncio one of every other of its writes."""
+    return record.levelno != logging.ERROR or "orbax" not in record.pathname + record.getMessage()
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -4,9 +4,10 @@ Nothing here is compared when a run is resumed: what may not change is its ident
 """
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
-from zigzag_jax.train.config import Config
+from zigzag_jax.train.config import Config, HostsConfig
 from zigzag_jax.train.flags import command_line
 from zigzag_jax.train.hosts.agree import facts
 
@@ -15,7 +16,8 @@ _HERE = Path(__file__).resolve().parents[1]  # the checkout that this file lies 
 
 def origin(config: Config) -> dict[str, str | None]:
     """The command, every flag, the digests of data and code, versions, and the git revision of a checkout."""
-    return facts(config) | {"command": command_line(config), "git revision": revision()}
+    anywhere = replace(config, hosts=HostsConfig())  # who this process was is not for another start to say
+    return facts(config) | {"command": command_line(anywhere), "git revision": revision()}
 
 
 def revision(checkout: Path = _HERE) -> str | None:

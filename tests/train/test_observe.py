@@ -83,6 +83,20 @@ def test_a_trace_of_chosen_steps(tmp_path: Path):
     assert said[0].startswith(f"trace written to {tmp_path / 'profile'}")
 
 
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full() -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr("jax.profiler.start_trace", lambda folder: None)
+    monkeypatch.setattr("jax.profiler.stop_trace", full)
+    said: list[str] = []
+    with Profile(profile_steps("1"), tmp_path, said.append) as profile:
+        profile.before(1)
+        profile.after(1)
+    assert len(said) == 1
+    assert said[0] == "the trace could not be written or read (RuntimeError: no room); training goes on"
+
+
 def test_a_trace_ends_with_the_run(tmp_path: Path):
     said: list[str] = []
     with Profile(profile_steps("1:9"), tmp_path, said.append) as profile:

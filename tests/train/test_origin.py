@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from zigzag_jax.train.config import Config
+from zigzag_jax.train.config import Config, HostsConfig
 from zigzag_jax.train.origin import origin, revision
 
 
@@ -28,7 +28,8 @@ def test_a_commit_and_whether_files_were_changed_since(tmp_path: Path):
 
 
 def test_what_a_person_may_want_to_know():
-    found = origin(Config(seq_len=64))
+    hosts = HostsConfig(coordinator="node1:61500", num_processes=4, process_id=3)
+    found = origin(Config(seq_len=64, hosts=hosts))
     assert found["command"] == "python -m zigzag_jax.train --seq-len 64"
     assert found["seq-len"] == "64"
     assert found["code of zigzag_jax"]

@@ -61,19 +61,23 @@ class Profile:
             if step + 1 not in self.steps:
                 self._stop()
 
-    def _stop(self) -> None:
+    def _stop(self, summary: bool = True) -> None:
+        """End the trace. What goes wrong with it is said and ends no run: training matters more than its picture."""
         self._step = None
-        jax.profiler.stop_trace()
         assert self.folder is not None
-        self.say(f"trace written to {self.folder} (xprof or TensorBoard's profile plugin shows it)")
-        if self.program is not None and self._traced:
-            seconds = by_scope(Program(self.program.as_text() or ""), launches(self.folder))
-            for line in table(seconds, jax.local_device_count(), self._traced):
-                self.say(line)
+        try:
+            jax.profiler.stop_trace()
+            self.say(f"trace written to {self.folder} (xprof or TensorBoard's profile plugin shows it)")
+            if summary and self.program is not None and self._traced:
+                seconds = by_scope(Program(self.program.as_text() or ""), launches(self.folder))
+                for line in table(seconds, jax.local_device_count(), self._traced):
+                    self.say(line)
+        except Exception as error:
+            self.say(f"the trace could not be written or read ({type(error).__name__}: {error}); training goes on")
 
     def __enter__(self) -> "Profile":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._step is not None:
-            self._stop()
+            self._stop(summary=error is None)
