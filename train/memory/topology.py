@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.memory.pool import DEFAULT
 
 GpuName = Literal["h100", "h200"]
 GPUS_PER_HOST = 8
@@ -69,7 +70,7 @@ def check_compiler() -> None:
 
 
 @functools.cache  # two descriptions of one machine are two machines to jit
-def described_mesh(name: GpuName, shape: tuple[int, ...], axis_names: tuple[str, ...], pool: float = 0.75) -> Mesh:
+def described_mesh(name: GpuName, shape: tuple[int, ...], axis_names: tuple[str, ...], pool: float = DEFAULT) -> Mesh:
     """A mesh of GPUs that are only described, in hosts of eight where there are more. Compile for it; nothing runs.
 
     `pool` is the part of a card's memory that JAX takes; its own default is 0.75.
