@@ -1,9 +1,10 @@
 """The Hopper kernels of the grouped matmul, compiled by ptxas for an H100 that is not there.
 
 As in test_flash_mosaic_compiled.py: no warning (of wgmmas that run one after the other, of registers spilled) but a
-harmless one, no stack, and as many waits for wgmma as the kernel asks for.
+harmless one, no stack but SwiGLU's, and as many waits for wgmma as the kernel asks for.
 """
 
+import functools
 import re
 
 import jax
@@ -13,6 +14,7 @@ from h100 import h100s, on
 
 from zigzag_jax.kernels import grouped_matmul
 from zigzag_jax.kernels.grouped import mosaic
+from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
 
 pytestmark = pytest.mark.aot
 
@@ -23,6 +25,8 @@ SHAPES = {  # rows, groups, k, n: the experts of Qwen3-30B-A3B and DeepSeek-V2-L
     "odd": (1537, 24, 128, 320),
     "one-tile": (8, 2, 64, 64),
 }
+# SwiGLU's backward: numbers of an item, each stored and loaded once, outside the matmul's loop
+STACK = {"outward": 56}
 HARMLESS = {"C7519"}  # "warpgroup.arrive is injected": it says how zeros in registers get to the first wgmma
 
 
@@ -55,19 +59,60 @@ def cases() -> list:
     ]
 
 
-def check(text: str) -> None:
-    """What ptxas said, and the PTX."""
-    assert re.findall(r"(\d+) bytes stack frame", text) == ["0"]
+def swiglu_call(shape: str, which: str, drawn: bool, dtype):
+    """A function and its arguments: a part of the experts' MLP."""
+    rows, groups, d, f = SHAPES[shape]
+    tuning, scale, sizes = GroupedTuning(drawn=drawn), array(rows, dtype=jnp.float32), array(groups, dtype=jnp.int32)
+    part = functools.partial(array, dtype=dtype)
+    if which == "outward":
+        outward = functools.partial(mosaic.outward, tuning=tuning)
+        return outward, part(rows, d), part(groups, f, d), part(rows, 2 * f), scale, sizes
+    inward = functools.partial(mosaic.inward, keep=which == "kept", tuning=tuning)
+    return inward, part(rows, d), part(groups, d, 2 * f), scale, sizes
+
+
+def swiglu_cases() -> list:
+    """Every part by its default on every shape, and the other way in float16 where nothing fits; a model's are quick."""
+    default = {"inward": False, "kept": True, "outward": True}  # drawn: mosaic_tuning.py
+    cases = [(shape, which, drawn, jnp.bfloat16) for shape in SHAPES for which, drawn in default.items()]
+    cases += [("odd", which, not drawn, jnp.float16) for which, drawn in default.items()]
+    return [
+        pytest.param(
+            *case,
+            id="-".join([*case[:2], "drawn" if case[2] else "fixed", jnp.dtype(case[3]).name]),
+            marks=() if case[0] == "qwen-gate" else pytest.mark.slow,
+        )
+        for case in cases
+        if case[0] != "qwen-down"  # the same layer, seen from its end
+    ]
+
+
+def check(text: str, stack: int = 0, wgmmas: tuple[int, int] = (4, 256)) -> None:
+    """What ptxas said, and the PTX; `wgmmas` of a step, and their columns."""
+    (found,) = map(int, re.findall(r"(\d+) bytes stack frame", text))
+    assert found <= stack
     assert set(re.findall(r"\((C75\d\d)\)", text)) <= HARMLESS
+    count, columns = wgmmas
+    accumulators = 256 // columns
     # one that leaves the newest wgmma running, at the loop's end one for it, and one before the sums are read
-    assert sorted(re.findall(r"wgmma\.wait_group\S* (\d)", text)) == ["0", "0", "1"]
+    assert sorted(re.findall(r"wgmma\.wait_group\S* (\d)", text)) == ["0"] * (1 + accumulators) + [str(accumulators)]
     # four wgmma of 16 in a step of 64, all of the widest kind
-    assert len(re.findall(r"wgmma\.mma_async\.sync\.aligned\.m64n256k16", text)) == 4
+    assert len(re.findall(rf"wgmma\.mma_async\.sync\.aligned\.m64n{columns}k16", text)) == count
 
 
 @pytest.mark.parametrize(("shape", "which", "dtype", "out_dtype"), cases())
 def test_kernel(compiler_says, shape, which, dtype, out_dtype):
     check(compiler_says(*calls(shape, which, dtype, out_dtype)))
+
+
+@pytest.mark.parametrize(("shape", "which", "drawn", "dtype"), swiglu_cases())
+def test_swiglu(compiler_says, shape, which, drawn, dtype):
+    # no spill in the forward; gate and up are two accumulators of half the columns
+    check(
+        compiler_says(*swiglu_call(shape, which, drawn, dtype)),
+        STACK.get(which, 0),
+        (4, 256) if which == "outward" else (8, 128),
+    )
 
 
 def test_a_layer_computes_its_schedule_once():

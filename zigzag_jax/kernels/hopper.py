@@ -269,6 +269,39 @@ def store_rows(tile, ref, row, column, first, end) -> None:
     write(tile, ref, *(i32(x) for x in (row, column, first, end)))
 
 
+def store_row_values(values, ref, at, row, first, end) -> None:
+    """Write 4 byte values [64], or another power of two, in shared memory to ref[at, row :], of its columns those in [first, end).
+
+    The warpgroup that calls it has written them and passed a barrier.
+    """
+    count, pitch = values.shape[0], 4 * ref.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 4))
+    def write(_, values, ref, *numbers):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p;
+            .reg .b32 t, r, s, x;
+            .reg .b64 g;
+            mov.u32 t, %tid.x;
+            and.b32 t, t, {WARPGROUP - 1};
+            add.s32 r, t, $3;
+            setp.lt.u32 p, t, {count};
+            and.b32 t, t, {count - 1};
+            setp.ge.and.s32 p, r, $4, p;
+            setp.lt.and.s32 p, r, $5, p;
+            mad.lo.s32 s, t, 4, $0;
+            mad.wide.s32 g, $2, {pitch}, $1;
+            mad.wide.s32 g, r, 4, g;
+            ld.shared.b32 x, [s];
+            @p st.global.b32 [g], x;
+            }}""",
+            mgpu.utils.memref_ptr(values), mgpu.utils.memref_ptr(ref), *(x.registers[()] for x in numbers),
+        )  # fmt: skip
+
+    write(values, ref, *(i32(x) for x in (at, row, first, end)))
+
+
 def swizzle(columns: int, dtype) -> int:
     """Widest swizzle in bytes (128, 64 or 32) whose columns divide `columns`."""
     width = columns * jnp.dtype(dtype).itemsize

@@ -1,0 +1,154 @@
+"""The experts' MLP in plain XLA against float64, what a recomputed layer keeps, and every error of the contract.
+
+The fused kernels run on a GPU (test_grouped_swiglu_gpu.py); test_grouped_mosaic_compiled.py compiles them.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hops import equations
+
+from zigzag_jax.kernels import GROUPED, grouped_swiglu
+from zigzag_jax.kernels.grouped import swiglu
+
+M, D, F, G = 120, 24, 40, 4
+NAMES = ("y", "dx", "dgate_up", "ddown", "dscale")
+SIZES = {"uneven": [3, 70, 0, 47], "rows-past-the-sum": [10, 0, 65, 30], "nothing": [0] * 4}
+
+
+@jax.jit
+def run(x, gate_up, down, scale, sizes, dy):
+    y, vjp = jax.vjp(lambda *arrays: grouped_swiglu(*arrays, sizes), x, gate_up, down, scale)
+    return y, *vjp(dy)
+
+
+def draw(dtype=jnp.float32):
+    """x, gate_up, down, scale, dy."""
+    rng = np.random.default_rng(0)
+    normal = lambda *size, dtype=dtype: jnp.asarray(rng.standard_normal(size), dtype)
+    x, gate_up, down = normal(M, D), normal(G, D, 2 * F) / 2, normal(G, F, D)
+    return x, gate_up, down, normal(M, dtype=jnp.float32), normal(M, D)
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_values_and_gradients(case):
+    *arrays, dy = draw()
+    sizes = SIZES[case]
+    want = oracle.grouped_swiglu(*arrays, sizes, dy)
+    rest = sum(sizes)  # what lies past the sum may be nan and reaches nothing
+    x, scale, dy = (a.at[rest:].set(jnp.nan) for a in (arrays[0], arrays[3], dy))
+    got = run(x, *arrays[1:3], scale, jnp.asarray(sizes, jnp.int32), dy)
+    for name, a, b in zip(NAMES, got, want, strict=True):
+        oracle.check(name, a, b)
+    for a in (got[0], got[1], got[4]):
+        assert not np.asarray(a)[rest:].any()
+
+
+def test_runs():
+    *arrays, dy = draw()
+    sizes, (x, gate_up, down, scale) = [[3, 20, 0, 17], [0, 40, 15, 0]], arrays
+    got = run(*arrays, jnp.asarray(sizes, jnp.int32), dy)
+    half = lambda a, r: a[60 * r : 60 * r + 60]
+    parts = [
+        oracle.grouped_swiglu(half(x, r), gate_up, down, half(scale, r), sizes[r], half(dy, r)) for r in range(2)
+    ]
+    for i, name in enumerate(NAMES):
+        first, second = parts[0][i], parts[1][i]
+        oracle.check(name, got[i], first + second if "_up" in name or "down" in name else np.append(first, second, 0))
+
+
+def test_narrow_inputs():
+    """bfloat16 differs from exact arithmetic by a few roundings: of hidden, inner, z, dhidden and the result."""
+    *arrays, dy = draw(jnp.bfloat16)
+    sizes = SIZES["uneven"]
+    got = run(*arrays, jnp.asarray(sizes, jnp.int32), dy)
+    assert [a.dtype for a in got] == [jnp.bfloat16] * 4 + [jnp.float32]
+    for name, a, b in zip(NAMES, got, oracle.grouped_swiglu(*arrays, sizes, dy), strict=True):
+        oracle.check(name, a, b, tolerance=4e-3)
+
+
+def test_only_the_recomputed_forward_keeps():
+    """Under a scan with jax.checkpoint the first forward writes no hidden, and the second multiplies by down no more."""
+    *arrays, _ = draw()
+    x, gate_up, down, scale = arrays
+    sizes, matmul = jnp.asarray(SIZES["uneven"], jnp.int32), GROUPED["reference"]
+    whole = swiglu.unfused(matmul)
+    marks = {True: jax.lax.tan, False: jax.lax.asinh}  # equations that nothing else brings
+
+    def inward(*args, keep):
+        inner, hidden = whole.inward(*args, keep=keep)
+        return marks[keep](inner), hidden
+
+    def product(rows, matrices, sizes, *, transposed, out_dtype):
+        y = matmul.product(rows, matrices, sizes, transposed=transposed, out_dtype=out_dtype)
+        return y if transposed else jax.lax.acosh(y)
+
+    parts, marked = swiglu.Parts(inward, whole.outward), matmul._replace(product=product)
+    layer = jax.checkpoint(lambda x, w: (swiglu.differentiable(marked, parts, x, *w, scale, sizes), None))
+    loss = lambda x, w: jnp.sum(jax.lax.scan(layer, x, w)[0])
+    stacked = tuple(jnp.stack([w, w, w]) for w in (gate_up, down))
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, stacked)
+    times = {name: sum(n for eqn, n in equations(jaxpr) if eqn.primitive.name == name) for name in ("tan", "asinh")}
+    assert times == {"tan": 3, "asinh": 3}
+    assert sum(n for eqn, n in equations(jaxpr) if eqn.primitive.name == "acosh") == 3
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scan_over_fused_layers_is_traced(remat):
+    """With the counters of drawn items, which a differentiated scan must not move out of its loop."""
+    sizes = jnp.asarray([100, 28], jnp.int32)
+    layer = lambda x, w: (x + grouped_swiglu(x, *w, sizes, fused=True, implementation="mosaic"), None)
+    step = jax.checkpoint(layer) if remat else layer
+    gradient = jax.grad(lambda x, w: jnp.sum(jax.lax.scan(step, x, w)[0].astype(jnp.float32)), argnums=(0, 1))
+    shape = lambda *size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(size, dtype)
+    arguments = shape(128, 64), (shape(3, 2, 64, 256), shape(3, 2, 128, 64), shape(3, 128, dtype=jnp.float32))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), jax.eval_shape(gradient, *arguments)) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), arguments
+    )
+
+
+def call(x=(6, 4), gate_up=(3, 4, 10), down=(3, 5, 4), scale=(6,), scale_dtype=jnp.float32, dtype=jnp.float32, **options):
+    arrays = (jnp.zeros(shape, dtype) for shape in (x, gate_up, down))
+    return grouped_swiglu(*arrays, jnp.zeros(scale, scale_dtype), jnp.zeros(3, jnp.int32), **options)
+
+
+ERRORS = {
+    "inner": (ValueError, {"gate_up": (3, 7, 10)}, "x [M, k] and w [G, k, n] must agree in k, got 4 and 7"),
+    "odd": (ValueError, {"gate_up": (3, 4, 9)}, "gate_up [G, d, 2 f] must have an even number of columns, got 9"),
+    "down": (
+        ValueError,
+        {"down": (3, 4, 5)},
+        "down must be float32 [G, f, d] = [3, 5, 4], got float32 [3, 4, 5]",
+    ),
+    "scale": (ValueError, {"scale": (5,)}, "scale must be float32 [M] = [6], got float32 [5]"),
+    "scale-dtype": (
+        ValueError,
+        {"scale_dtype": jnp.bfloat16},
+        "scale must be float32 [M] = [6], got bfloat16 [6]",
+    ),
+    "fused-reference": (
+        NotImplementedError,
+        {"fused": True, "implementation": "reference"},
+        "fused needs an implementation among mosaic, got 'reference'",
+    ),
+    "fused-inner": (
+        NotImplementedError,
+        {
+            "fused": True, "implementation": "mosaic", "dtype": jnp.bfloat16, "x": (6, 64), "gate_up": (3, 64, 64),
+            "down": (3, 32, 64),
+        },
+        "fused SwiGLU needs f that is a multiple of 64, got gate_up [3, 64, 64]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_state_rule_and_value(case):
+    error, change, message = ERRORS[case]
+    with pytest.raises(error, match=re.escape(message)):
+        call(**change)
+    assert call().shape == (6, 4)
