@@ -148,6 +148,16 @@ def next_turn(turns, index) -> None:
     signal(turns, index)
 
 
+def with_counter(*arrays) -> tuple[Any, ...]:
+    """The arrays, and a counter in global memory that begins at 0: int32 [1], a reference.
+
+    A scan that is differentiated moves what does not depend on its turn out of the loop, also a counter that begins at
+    0, and then refuses to hand a reference in: so it depends on all that the kernel reads.
+    """
+    zero, *arrays = jax.lax.optimization_barrier((jnp.zeros(1, jnp.int32), *arrays))
+    return *arrays, jax.new_ref(zero)
+
+
 def draw(counter, box) -> jax.Array:
     """The next number of a counter in global memory, int32 [1]: the same for all threads of the calling warpgroup.
 

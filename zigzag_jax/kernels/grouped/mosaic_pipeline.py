@@ -30,7 +30,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.hopper import WARP, WARPGROUP, NamedBarriers, draw, i32, launch, sm_count, smem
+from zigzag_jax.kernels.hopper import WARP, WARPGROUP, NamedBarriers, draw, i32, launch, sm_count, smem, with_counter
 
 ROWS = 64  # of the result that a consumer computes: the M of a wgmma
 CONSUMERS = 2
@@ -97,10 +97,7 @@ def run(
     }
     if tuning.drawn:
         scratch["records"] = plgpu.SMEM((_RECORDS * _FIELDS + _FIELDS,), jnp.int32)
-        # A scan that is differentiated moves what does not depend on its turn out of the loop, also a counter that
-        # begins at 0, and then refuses to hand a reference in: so it depends on all that the kernel reads.
-        zero, *arrays = lax.optimization_barrier((jnp.zeros(1, jnp.int32), *arrays))
-        arrays = (*arrays, jax.new_ref(zero))
+        arrays = with_counter(*arrays)
     return launch(
         body, *arrays, out_type=out_type, scratch_types=scratch, grid=(sm_count(),), grid_names=("sm",),
         warpgroups=CONSUMERS + 1, name=name,
