@@ -32,7 +32,7 @@ test: lint $(if $(ARGS),,schedule)
 
 # The CUDA compiler exists for Linux only.
 schedule: $(if $(filter Linux,$(shell uname -s)),.venv-aot/.ready)
-	@if [ -e .venv-aot/.ready ]; then JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -m "aot and not slow" tests/test_schedule.py tests/kernels; \
+	@if [ -e .venv-aot/.ready ]; then JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -m "aot and not slow" tests/test_schedule.py tests/kernels; \
 	else echo "no Linux: what needs the CUDA compiler is not tested here"; fi
 
 check: setup

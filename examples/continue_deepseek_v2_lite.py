@@ -2,14 +2,14 @@
 
     hf download deepseek-ai/DeepSeek-V2-Lite --local-dir HF
     python -m zigzag_jax.train.tokenize --data TEXT --tokenizer HF --out TOKENS       # once, on any machine
-    srun --ntasks-per-node=8 python examples/continue_deepseek_v2_lite.py --model HF --data TOKENS --out RUN
+    srun -N 1 -n 8 --gpus-per-node=8 python examples/continue_deepseek_v2_lite.py --model HF --data TOKENS --out RUN
     python -m zigzag_jax.models.hf export RUN OUT                      # the newest checkpoint, for transformers
 
 The weights go straight into the mesh, each host reading its own part; sizes, rotary scaling and tokenizer are the
 folder's.
 
 For one host of 8 H100 (80 GB), one cp ring. A step is one row. Any flag of `python -m zigzag_jax.train` may be
-given too.
+given too. srun starts one task a GPU, each of which must see all GPUs of the host (docs/hosts.md).
 
 What to expect: 7.5 GiB of float32 weights and 15 GiB of AdamW's moments a device; a step of 16,384 tokens a device
 takes about 3 s at an MFU of 0.4 (69 GFLOPs a token). The published model was stretched to 32k by yarn and takes the

@@ -2,7 +2,7 @@
 
     hf download Qwen/Qwen3-30B-A3B-Base --local-dir HF
     python -m zigzag_jax.train.tokenize --data TEXT --tokenizer HF --out TOKENS       # once, on any machine
-    srun --ntasks-per-node=8 python examples/continue_qwen3_30b_a3b.py --model HF --data TOKENS --out RUN
+    srun -N 4 -n 32 --gpus-per-node=8 python examples/continue_qwen3_30b_a3b.py --model HF --data TOKENS --out RUN
     python -m zigzag_jax.models.hf export RUN OUT                      # the newest checkpoint, for transformers
 
 The weights go straight into the mesh, each host reading its own part; sizes, rotary scaling and tokenizer are the
@@ -10,7 +10,8 @@ folder's. Beyond the length that the model was trained for, give its config.json
 authors name (yarn, factor 4 for 131,072 tokens) before the start.
 
 For 4 hosts of 8 H100 (80 GB): a host is one cp ring. A step is 4 rows, 0.5 M tokens. Any flag of
-`python -m zigzag_jax.train` may be given too.
+`python -m zigzag_jax.train` may be given too. srun starts one task a GPU, each of which must see all GPUs of its host
+(docs/hosts.md).
 
 What to expect: 3.6 GiB of float32 weights and 7.1 GiB of AdamW's moments a device; a step of 16,384 tokens a device
 takes about 7 s at an MFU of 0.4 (173 GFLOPs a token). The first loss is that of the published model on your text.

@@ -1,11 +1,12 @@
 """Pre-train DeepSeek-V2-Lite from random weights at 65,536 tokens a row, its latent on the ring.
 
     python -m zigzag_jax.train.tokenize --data TEXT --tokenizer FILE --out TOKENS     # once, on any machine
-    srun --ntasks-per-node=8 python examples/pretrain_deepseek_v2_lite.py --data TOKENS --out RUN
+    srun -N 2 -n 16 --gpus-per-node=8 python examples/pretrain_deepseek_v2_lite.py --data TOKENS --out RUN
     JAX_PLATFORMS=cpu python examples/pretrain_deepseek_v2_lite.py --dry-run    # on any machine: bytes, hops, exchange
 
 For 2 hosts of 8 H100 (80 GB): a cp ring of 4 inside a host, fsdp over 4 rings. A step is 8 rows, 0.5 M tokens. Any flag
-of `python -m zigzag_jax.train` may be given too.
+of `python -m zigzag_jax.train` may be given too. srun starts one task a GPU, each of which must see all GPUs of its
+host (docs/hosts.md).
 
 What to expect: 3.9 GiB of float32 weights and 7.7 GiB of AdamW's moments a device. A hop is 36 MiB of latent (expanded
 keys and values would be 320). A token is 42 GFLOPs of training at this length: at an MFU of 0.4 a step of 32,768 tokens

@@ -1,11 +1,12 @@
 """Pre-train Qwen3-30B-A3B from random weights at 131,072 tokens a row.
 
     python -m zigzag_jax.train.tokenize --data TEXT --tokenizer FILE --out TOKENS     # once, on any machine
-    srun --ntasks-per-node=8 python examples/pretrain_qwen3_30b_a3b.py --data TOKENS --out RUN
+    srun -N 8 -n 64 --gpus-per-node=8 python examples/pretrain_qwen3_30b_a3b.py --data TOKENS --out RUN
     JAX_PLATFORMS=cpu python examples/pretrain_qwen3_30b_a3b.py --dry-run     # on any machine: bytes, hops, exchange
 
 For 8 hosts of 8 H100 (80 GB). A host is one cp ring, so that keys, values and most routed rows stay on NVLink; fsdp
-runs over the hosts. A step is 8 rows, 1.05 M tokens. Any flag of `python -m zigzag_jax.train` may be given too.
+runs over the hosts. A step is 8 rows, 1.05 M tokens. Any flag of `python -m zigzag_jax.train` may be given too. srun
+starts one task a GPU, each of which must see all GPUs of its host (docs/hosts.md).
 
 What to expect: 1.8 GiB of float32 weights and 3.6 GiB of AdamW's moments a device. A token is 173 GFLOPs of training at
 this length, nine tenths of them attention: at an MFU of 0.4 a step of 16,384 tokens a device takes about 7 s. What has

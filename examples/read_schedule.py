@@ -20,10 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from h100 import h100s, on
+from hlo_copies import copies
 from jax.sharding import PartitionSpec as P
-from scheduled_hlo import Flight, Instruction, Program
 
 from zigzag_jax import zigzag_attention
+from zigzag_jax.hlo import Flight, Instruction, Program
 
 SMALL = 1 << 20  # bytes under which a copy or a transfer is not drawn
 LANES = 6  # transfers in flight at once that there is room for
@@ -125,8 +126,9 @@ def summary(program: Program) -> Iterator[str]:
         sync, bare = sum(not f.asynchronous for f in own), sum(not set(f.under) - {"copy"} for f in own)
         yield f"{kind}: {runs:g} transfers, {size / 2**20:.1f} MiB a device"
         yield f"    of {len(own)} in the text {sync} are synchronous, {bare} have nothing to fly above"
-    copied = sum(array.size * times for array, times in program.copies(SMALL))
-    yield f"copies of {SMALL >> 20} MiB or more: {copied / 2**20:.1f} MiB; {len(program)} instructions in all"
+    copied = sum(copy.array.size * copy.times for copy in copies(program, SMALL))
+    yield f"copies of {SMALL >> 20} MiB or more, in fusions too: {copied / 2**20:.1f} MiB"
+    yield f"{len(program)} instructions in all"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,7 +4,7 @@
     python examples/scale_on_paper.py --link 50e9              one port of 400 Gb/s a GPU
     python examples/scale_on_paper.py --documents 32 --png scale.png
 
-One layer's attention, forward and backward, of Qwen3-30B-A3B, one row. `of ideal` is the share of the time in which a
+One layer's attention, forward and backward, of Qwen3-30B-A3B, one row. `% of ideal` is the share of the time in which a
 rank computes for itself: mean work over the time of the whole. No device is used and nothing is run.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from bench_common import MODELS, documents, table
 
-from zigzag_jax.cost import H100, Layer, Machine, gather_seconds, lock_step, pairs, ring_seconds
+from zigzag_jax.cost import H100, Layer, Machine, along_critical_path, gather_seconds, lock_step, pairs, ring_seconds
 
 LENGTHS = tuple(2**n for n in (15, 17, 19, 20, 22))  # 32k .. 4M
 RANKS = tuple(2**n for n in range(9))  # 1 .. 256
@@ -29,6 +29,10 @@ class Point(NamedTuple):
     length: int
     cp: int
     lock_step: float
+    path: float
+    """Along the critical path, with hops that take no time: both as a multiple of the mean rank's work."""
+    sent: int
+    """Bytes that a rank of the ring sends, forward and backward."""
     hop: float
     """Seconds of a forward hop."""
     ideal: float
@@ -46,7 +50,8 @@ def predict(layer: Layer, length: int, cp: int, machine: Machine, count: int) ->
     alone = machine._replace(link=float("inf"))
     mean = np.full((1, 1), work.sum() // cp)
     return Point(
-        length, cp, lock_step(work),
+        length, cp, lock_step(work), along_critical_path(work, tuple(range(cp))),
+        sent=(cp - 1) * length // cp * layer.payload * 2 * (layer.itemsize + 2),  # twice itself, once its gradient
         hop=length // cp * layer.payload * layer.itemsize / machine.link,
         ideal=ring_seconds(layer, 1, length // cp, mean, machine=alone).both,
         ring=ring_seconds(layer, cp, length // cp, work, machine=machine).both,
@@ -59,9 +64,10 @@ def row(p: Point) -> dict:
     """A line of the table."""
     return {
         "tokens": f"{p.length >> 10}k", "cp": p.cp, "a rank": p.length // p.cp, "lock step": p.lock_step,
+        "critical path": p.path, "sent GiB": p.sent / 2**30,
         "hop ms": 1e3 * p.hop if p.cp > 1 else None, "ideal ms": 1e3 * p.ideal, "ring ms": 1e3 * p.ring,
-        "% of ideal": p.ideal / p.ring, "all-gather ms": 1e3 * p.gather, "of ideal %": p.ideal / p.gather,
-        "gathered GiB": p.gathered / 2**30,
+        "ring % of ideal": p.ideal / p.ring, "all-gather ms": 1e3 * p.gather,
+        "all-gather % of ideal": p.ideal / p.gather, "gathered GiB": p.gathered / 2**30,
     }  # fmt: skip
 
 

@@ -81,15 +81,17 @@ def main() -> int:
             run.send_signal(how)
             code, kills = run.wait(), kills + 1
             spare = newest(hit) == before
-            if how == signal.SIGTERM and not spare and code and (code != PREEMPTED or saved(hit)[-1] != newest(hit)):
-                print("SIGTERM in the middle of training must save the newest step and end with exit code 75")
+            training = before < newest(hit) < args.steps  # after the last step all is saved and it writes its report
+            if how == signal.SIGTERM and training and code and (code != PREEMPTED or saved(hit)[-1] != newest(hit)):
+                print(f"SIGTERM after step {newest(hit)}: exit code {code}, checkpoints {saved(hit)}")
+                print("in the middle of training it must save the newest step and end with exit code 75")
                 return 1
             print(
                 f"{time.monotonic() - begin:6.0f} s  {how.name} at step {newest(hit)}: exit code {code}, "
                 f"checkpoints {saved(hit)}",
                 flush=True,
             )
-            code = PREEMPTED if code == -how else code  # before the first step SIGTERM just ends a run
+            code = PREEMPTED if code == -how else code  # before its first step and after its end nothing is heeded
         if code not in (0, PREEMPTED):
             print((out / "hit.err").read_text()[-2000:], f"\na start ended with exit code {code}")
             return 1

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zigzag_jax.mla import hop_bytes, latent_attention
+from zigzag_jax.cost import LatentSizes
+from zigzag_jax.mla import latent_attention
 from zigzag_jax.models.balance import AuxLoss
 from zigzag_jax.models.config import Fields
 from zigzag_jax.models.decoder import Decoder, DecoderConfig, check_sizes
@@ -102,8 +103,8 @@ class DeepseekV2Config(DecoderConfig):
     def hop_values(self) -> dict[str, int]:
         """Values a token that travel round the ring in a layer's forward, for each payload of zigzag_jax/mla.py."""
         dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        sizes = (self.kv_lora_rank, self.qk_rope_head_dim, self.num_attention_heads, dim, self.v_head_dim)
-        return hop_bytes(1, *sizes, itemsize=1)
+        rope = self.qk_rope_head_dim
+        return LatentSizes(self.kv_lora_rank, rope, self.num_attention_heads, dim, self.v_head_dim).payloads
 
     @property
     def sparse_layers(self) -> list[bool]:

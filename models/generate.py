@@ -12,13 +12,16 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from rich.console import Console
 from tokenizers import Tokenizer
 
 from zigzag_jax.models.decode import Writer, write
 from zigzag_jax.models.devices import ring_mesh, start_ring, use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import open_source, read_state
+from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.models.registry import model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.tokenizer import read_tokenizer
 
 DONE, USER_ERROR = 0, 2
 
@@ -40,7 +43,7 @@ def _continue(args: argparse.Namespace) -> None:
     start_ring(args.cp, args.cpu_devices)
     source = open_source(args.folder)
     config = read_config(source.config)
-    tokenizer = _tokenizer(args.tokenizer or source.beside / "tokenizer.json")
+    tokenizer = read_tokenizer(args.tokenizer or source.beside / "tokenizer.json")
     text = Path(args.prompt_file).read_text("utf-8") if args.prompt_file else args.prompt
     prompt = [*_begin(source.beside, tokenizer), *tokenizer.encode(text).ids]
     if not prompt:
@@ -51,7 +54,8 @@ def _continue(args: argparse.Namespace) -> None:
     build = functools.partial(model_of(config), config, dtype=dtype, router_bias=source.router_bias)
     make = lambda sharding: lambda rngs: build(sharding, rngs=rngs)
     sys.stderr.write("reading weights\n")
-    params = read_state(source, config, abstract_state(make(where))[1], where, dtype)
+    with ByteBar("reading weights", "read", Console(stderr=True)) as told:
+        params = read_state(source, config, abstract_state(make(where))[1], where, dtype, told)
     print(text, end="", flush=True)  # noqa: T201
     shown: list[int] = []
     told = functools.partial(_tell, tokenizer, shown)
@@ -90,15 +94,6 @@ def _begin(folder: Path, tokenizer: Tokenizer) -> list[int]:
     token = token.get("content") if isinstance(token, dict) else token
     number = tokenizer.token_to_id(token) if values.get("add_bos_token") and token else None
     return [] if number is None or number in tokenizer.encode("a").ids else [number]
-
-
-def _tokenizer(path: str | Path) -> Tokenizer:
-    if not Path(path).is_file():
-        raise ValueError(f"tokenizer: must be a tokenizer.json that exists, got {path}")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
-        raise ValueError(f"tokenizer: must be a tokenizer.json ({error}), got {path}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

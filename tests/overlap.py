@@ -1,4 +1,4 @@
-"""What the schedule of a ring must look like, as rules over examples/scheduled_hlo.py's reading of it.
+"""What the schedule of a ring must look like, as rules over zigzag_jax/hlo.py's reading of it.
 
 P bytes of payload and G of its gradient (float32) a hop, cp steps; in the scheduled HLO, every loop counted as often as
 it runs,
@@ -7,12 +7,15 @@ it runs,
     (cp - 2) P + (cp - 1) G          above a backward kernel,
     P                                above the matmul that makes dout: the backward's first hop, posted early,
 
-and nothing above nothing; each kernel runs cp times, and nobody gathers or copies keys or values.
+and nothing above nothing; each kernel runs cp times, and nobody gathers keys or values. What is copied, `copied` says.
 """
 
+import math
 from collections import defaultdict
 
-from scheduled_hlo import Program
+from hlo_copies import copies
+
+from zigzag_jax.hlo import Program
 
 KERNELS = ("flash_fwd", "flash_bwd", "matmul")
 
@@ -40,7 +43,11 @@ def check(program: Program, cp: int, length: int, payload: int, layers: int = 1)
     assert not [str(x) for x in gathered if max(x.shape) >= length]  # no weight is as long as a rank's sequence
 
 
-def copied(program: Program, length: int, *widths: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Shapes of copies of [B, length, *width] for any of the widths."""
-    shapes = [x.shape for x, _ in program.copies(least=1)]
-    return [shape for shape in shapes if any(shape[1:] == (length, *width) for width in widths)]
+def copied(program: Program, length: int, *widths: int) -> dict[str, float]:
+    """Copies of arrays with `length` rows, in whatever order the axes lie, and so many values in each: how often."""
+    found: dict[str, float] = defaultdict(float)
+    for copy in copies(program):
+        shape = copy.array.shape
+        if length in shape and math.prod(shape) // length in widths:
+            found[str(copy.array)] += copy.times
+    return dict(found)

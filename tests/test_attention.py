@@ -277,7 +277,7 @@ GLOBAL = {
     "strategy": (lambda: call(strategy="magic"), "strategy must be one of ring, allgather, got 'magic'"),
     "implementation": (
         lambda: call(implementation="magic"),
-        f"implementation must be None or one of {', '.join(FLASH)}, got 'magic'",
+        f"implementation must be None or one of {', '.join(FLASH)}, hopper, got 'magic'",
     ),
     "layout": (lambda: call(layout="spiral"), "layout must be one of zigzag, contiguous, got 'spiral'"),
     "grad-dtype-float16": (

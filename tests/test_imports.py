@@ -11,8 +11,9 @@ import pytest
 pytestmark = pytest.mark.source
 ROOT = Path(__file__).parent.parent
 # a file may import what stands before it
-ORDER = ("layout", "ranges", "cost", "kernels", "ring", "attention", "mla", "models", "train")
+ORDER = ("layout", "ranges", "hops", "cost", "hlo", "kernels", "ring", "attention", "mla", "models", "train")
 FOLDERS = {name: ROOT / "zigzag_jax" for name in ORDER} | {"models": ROOT, "train": ROOT}
+KINDS = ("flash", "grouped")  # of kernels
 COLLECTIVES = {"ppermute", "pshuffle", "all_gather", "psum_scatter", "all_to_all", "ragged_all_to_all"}
 
 
@@ -22,7 +23,7 @@ def files(name: str) -> list[Path]:
     return sorted(folder.rglob("*.py")) if folder.is_dir() else [p for p in [folder.with_suffix(".py")] if p.exists()]
 
 
-LIBRARY = [path for name in ORDER[:7] for path in files(name)]
+LIBRARY = [path for name in ORDER[: ORDER.index("models")] for path in files(name)]
 EVERYTHING = [path for name in ORDER for path in files(name)]
 relative = lambda path: str(path.relative_to(ROOT))
 
@@ -77,6 +78,14 @@ def test_imports_run_one_way(name):
                 assert ORDER.index(rest[0]) <= at, f"{relative(path)} imports {imported}, which stands after {name}"
             elif at < ORDER.index("models"):
                 pytest.fail(f"{relative(path)} imports {imported}, which is not in the order of design.md")
+
+
+def test_the_map_of_the_tree_names_every_folder_and_this_order():
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("\n## ")[0]
+    folders = {f"{relative(path.parent)}/" for path in EVERYTHING} - {f"zigzag_jax/kernels/{x}/" for x in KINDS}
+    assert not [folder for folder in folders if f"`{folder}`" not in text]
+    assert all(f"`{kind}/`" in text for kind in KINDS)
+    assert f"`{' < '.join(ORDER)}`" in text
 
 
 @pytest.mark.parametrize("path", EVERYTHING, ids=relative)

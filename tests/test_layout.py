@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zigzag_jax import check_positions, cost, from_zigzag, layout, ranges, to_zigzag
+from zigzag_jax import check_positions, cost, from_zigzag, hops, layout, ranges, to_zigzag
 from zigzag_jax.layout import chunk_starts, global_positions, picture, zigzag_chunks, zigzag_indices
 
 CPS = range(1, 10)
 
 
-@pytest.mark.parametrize("module", [cost, layout, ranges], ids=["cost", "layout", "ranges"])
+@pytest.mark.parametrize("module", [cost, hops, layout, ranges], ids=lambda module: module.__name__)
 def test_docstring_examples_run(module):
     result = doctest.testmod(module, extraglobs={"np": np})
     assert result.attempted > 0

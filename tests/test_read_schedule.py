@@ -3,7 +3,8 @@
 import pytest
 from overlap import copied, flown
 from read_schedule import draw, main, summary
-from scheduled_hlo import Array, Program, arrays
+
+from zigzag_jax.hlo import Array, Program, arrays
 
 pytestmark = pytest.mark.source
 
@@ -84,10 +85,8 @@ def test_what_flies_above_what(program):
 
 def test_loops_count_as_often_as_they_run(program):
     assert program.kernels() == {"flash_fwd": 3}
-    assert program.copies(least=1) == [(Array("bf16", (1, 8192, 4, 128)), 3)]
-    assert program.copies(least=SIZE + 1) == []
-    assert copied(program, 8192, (4, 128)) == [(1, 8192, 4, 128)]
-    assert copied(program, 4096, (4, 128)) == copied(program, 8192, (8, 128)) == []
+    assert copied(program, 8192, 4 * 128) == {"bf16[1,8192,4,128]": 3}
+    assert copied(program, 4096, 4 * 128) == copied(program, 8192, 8 * 128) == {}
     assert list(program.launched()) == [("main", 1), ("body", 3)]
     assert len(program) == 2 + 9 + 2 + 2 + 12
 
@@ -108,7 +107,7 @@ def test_the_picture(program, tmp_path, capsys):
     assert (
         "collective-permute: 6 transfers, 72.0 MiB a device\n    of 2 in the text 1 are synchronous, 1 have" in numbers
     )
-    assert "copies of 1 MiB or more: 24.0 MiB" in numbers
+    assert "copies of 1 MiB or more, in fusions too: 24.0 MiB" in numbers
     (tmp_path / "hlo.txt").write_text(TEXT)
     assert main([str(tmp_path / "hlo.txt")]) == 0
     assert capsys.readouterr().out == "\n".join([*lines, "", numbers]) + "\n"

@@ -14,8 +14,8 @@ def test_the_table_and_the_picture(tmp_path, capsys):
     cells = {(row[0], int(row[1])): dict(zip(names, row, strict=True)) for row in rows}
     assert set(cells) == {("32k", 2**n) for n in range(8)} | {("64k", 2**n) for n in range(9)}  # 256 tokens a rank
     assert {row["lock step"] for row in cells.values()} == {"1.00"}
-    assert cells["32k", 1]["% of ideal"] == "100"
-    assert int(cells["32k", 4]["% of ideal"]) > int(cells["32k", 64]["% of ideal"])
+    assert cells["32k", 1]["ring % of ideal"] == "100"
+    assert int(cells["32k", 4]["ring % of ideal"]) > int(cells["32k", 64]["ring % of ideal"])
     assert float(cells["32k", 4]["hop ms"]) == pytest.approx(8192 * 1024 * 2 / 200e9 * 1e3, abs=5e-4)
     assert (tmp_path / "scale.png").stat().st_size > 10_000
 

@@ -7,6 +7,7 @@ property to test, not to believe; the rules are in overlap.py. A model's layers:
 import contextlib
 
 import pytest
+from jax import lax
 from overlap import check, copied, flown
 from read_schedule import attention
 
@@ -29,7 +30,7 @@ VALUES = 2 * 4 * 128  # a token of Qwen3-30B-A3B's k and v
 def test_every_hop_has_a_kernel_above_it(cp: int, length: int):
     program = attention(cp, length)
     check(program, cp, length, VALUES)
-    assert not copied(program, length, (4, 128), (32, 128))
+    assert copied(program, length, 4 * 128, 32 * 128) == {}
     assert [times for _, times in program.launched() if times > 1] == ([] if cp < 6 else [3, 2])
 
 
@@ -53,6 +54,16 @@ def test_without_barriers_the_check_fails(monkeypatch):
     assert alone(32768, False) == 0
     monkeypatch.setattr(zigzag_jax.ring.lax, "optimization_barrier", lambda x: x)
     assert alone(32768, False) > 0
+
+
+@pytest.mark.slow
+def test_a_loop_of_one_hop_an_iteration_copies_the_payload(monkeypatch):
+    def loop(hop, first, count, x):
+        return lax.fori_loop(0, count, lambda i, x: hop(first._replace(step=first.step + i), x), x)
+
+    monkeypatch.setattr(zigzag_jax.ring, "_run_equal", loop)
+    program = attention(8, 8192, gradient=False, implementation="reference")
+    assert copied(program, 8192, 4 * 128) == {"bf16[1,8192,4,128]": 2 * 6}  # k and v at each of six hops
 
 
 @pytest.mark.slow

@@ -1,16 +1,18 @@
 """Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
 
-Each holds the state, a small JSON with what the run was (`identity`), and the model's config.json, so that it can be
-exported alone (models/hf/checkpoint.py reads it). A folder appears under its final name only
-when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed STEP.corrupt, and the one
-before it used; if none can be read, that is an error and all stay as they are: the cause may be the machine. One that
-cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does then.
+Each holds the state, a small JSON with what the run was (`identity`), one that a person may want to read (`origin`),
+and the model's config.json, so that it can be exported alone (models/hf/run_folder.py reads it). A folder appears under
+its final name only when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed
+STEP.corrupt, and the one before it used; if none can be read, that is an error and all stay as they are: the cause may
+be the machine. Of several processes all take the newest that every one of them can read: each tries, then they vote.
+One that cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does then.
 """
 
 import json
 import logging
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,12 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from zigzag_jax.models.hf.checkpoint import CONFIG, STATE
+from zigzag_jax.models.hf.run_folder import CONFIG, STATE
 from zigzag_jax.train.errors import RunError, UserError
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
+_NOBODY = 2**31 - 1  # a vote that is above every process number
+_NO_STEP = -1  # a vote that is below every step
 
 
 class SaveError(Exception):
@@ -35,15 +41,25 @@ class SaveError(Exception):
         return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
 
 
+def lowest(value: int) -> int:
+    """The lowest of what all processes give, in all of them; each must call this as often as the others."""
+    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).min())
+
+
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, keep: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, keep: int, say: Callable[[str], None], *, process: int | None = None,
+        vote: Callable[[int], int] = lowest,
+    ) -> None:  # fmt: skip
+        """`keep` of them stay. `process` is this one's number, by default JAX's, and `vote` as `lowest`."""
         self.folder, self.keep, self.say = folder.absolute(), keep, say
+        self._process, self._vote = jax.process_index() if process is None else process, vote
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if jax.process_index() == 0:  # what a killed save left; nobody is saving yet
+        if self._process == 0:  # what a killed save left; nobody is saving yet
             self._remove_parts()
         logging.getLogger("absl").addFilter(_not_said_twice)
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
@@ -52,6 +68,17 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Newest step that is whole or being written, or None."""
         return self._manager.latest_step()
+
+    def newest_said(self) -> str:
+        """Which checkpoint a run would go on from, as words."""
+        try:
+            whole = max((int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()), default=None)
+        except OSError as error:
+            return f"the folder of checkpoints cannot be looked into ({error.strerror})"
+        text = "there is no checkpoint yet" if whole is None else f"the newest checkpoint, of step {whole}, is whole"
+        if self._manager.is_saving_in_progress() and self.latest() != whole:
+            text += f", that of step {self.latest()} is still being written"
+        return text
 
     def identity(self) -> dict[str, Any] | None:
         """What the run that wrote the newest readable identity was, or None where there is no checkpoint."""
@@ -62,16 +89,20 @@ class Checkpoints:
                 continue  # `restore` names it
         return None
 
-    def save(self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any]) -> None:
-        """Begin to save the state after `step` finished steps, what the run was, and the model's config.json.
+    def save(
+        self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any], origin: dict[str, Any]
+    ) -> None:
+        """Begin to save the state after `step` finished steps, what the run was, the model's config.json, and where it
+        comes from (train/origin.py).
 
         A small state is on disk when this returns; the files of a large one are written while training goes on.
         Raises SaveError, for an earlier step's files too.
         """
         if step == self.latest():
             return
-        about = {"identity": ocp.args.JsonSave(identity), CONFIG: ocp.args.JsonSave(config)}
-        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **about)
+        about = {"identity": identity, CONFIG: config, "origin": origin}
+        items = {name: ocp.args.JsonSave(values) for name, values in about.items()}
+        args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **items)
         with self._saving():
             if not self._manager.save(step, args=args):
                 raise RunError(f"step {step}: the checkpoint was refused, the newest is {self.latest()}")
@@ -107,36 +138,52 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
-        """(step, state) of the newest checkpoint that can be read, or None; `abstract` are shapes with shardings.
+        """(step, state) of the newest checkpoint that all processes can read, or None; `abstract` are shapes with
+        shardings.
 
-        UserError where there are checkpoints and none can be read.
+        UserError where there are checkpoints and none can be read, or not all processes see any.
         """
-        failed: dict[int, Exception] = {}
-        args = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract)})
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        steps = sorted(self._manager.all_steps())
+        failed: dict[int, str] = {}
+        left = list(steps)
+        while (step := self._vote(left[-1] if left else _NO_STEP)) != _NO_STEP:
+            left = [x for x in left if x < step]
+            state = None
             try:
-                state = self._manager.restore(step, args=args)[STATE]
+                state = self._read(step, abstract)
             except Exception as error:  # whatever a damaged file raises
-                failed[step] = error
-                continue
-            self._set_aside(failed)
-            return step, state
-        if failed:
-            newest = max(failed)
-            rule = f"must hold a checkpoint that can be read ({_reason(failed[newest])})"
+                failed[step] = _reason(error)
+                if self._process != 0:  # only process 0 says lines, and it does not know why
+                    sys.stderr.write(f"process {self._process}: checkpoints/{step} cannot be read ({failed[step]})\n")
+            if (who := self._vote(_NOBODY if step not in failed else self._process)) == _NOBODY:
+                newer = [x for x in steps if x > step]  # one that another process does not see would be in the way too
+                self._set_aside({x: failed.get(x, "not all processes see it") for x in newer})
+                return step, state
+            failed.setdefault(step, f"process {who} cannot read it")
+        if steps:
+            newest = steps[-1]
+            rule = f"must hold a checkpoint that can be read ({failed.get(newest, 'a process sees none')})"
             raise UserError("out", rule, self.folder / str(newest))
         return None
 
-    def _set_aside(self, failed: dict[int, Exception]) -> None:
+    def _read(self, step: int, abstract: Any) -> Any:
+        # not by the manager, which waits for the other processes after a read, also for one whose read has failed
+        args = ocp.args.StandardRestore(abstract)
+        return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / STATE, args=args)
+
+    def _set_aside(self, failed: dict[int, str]) -> None:
         """Name and rename checkpoints that cannot be read, now that an older one could."""
-        if not failed:
+        if self._vote(-len(failed)) == 0:
             return
         self._manager.close()
-        for step, error in failed.items():
-            path = self.folder / str(step)
-            free = next(p for n in range(1, 1000) if not (p := Path(f"{path}.corrupt{'' if n == 1 else n}")).exists())
-            path.rename(free)
-            self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({_reason(error)})")
+        if self._process == 0:
+            for step, reason in failed.items():
+                path = self.folder / str(step)
+                names = (Path(f"{path}.corrupt{'' if n == 1 else n}") for n in range(1, 1000))
+                free = next(name for name in names if not name.exists())
+                path.rename(free)
+                self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({reason})")
+        self._vote(0)  # the others open the folder when that is done
         self._manager = self._open()
 
     def close(self) -> None:
@@ -144,7 +191,7 @@ class Checkpoints:
         try:
             self.wait()
         except SaveError as error:
-            self.say(f"the checkpoint that was being written could not be ({error}); the newest: {self.latest()}")
+            self.say(f"the checkpoint that was being written could not be ({error}); {self.newest_said()}")
         self._manager.close()
 
 

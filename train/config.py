@@ -138,7 +138,7 @@ class Config:
     wandb: str | None = None
     """Project of Weights & Biases that gets the numbers of metrics.jsonl too; needs the package wandb."""
     profile: str | None = None
-    """Steps to trace, A:B or N, counted from 1; the trace is written to profile/ in the run's folder."""
+    """Steps to trace, A:B or N, counted from 1: written to profile/ in the run's folder, summed up by named scope."""
     dry_run: bool = False
     """Print the mesh, the bytes of parameters and optimiser a device, what the ring sends, and stop."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -191,9 +191,10 @@ def check(config: Config) -> None:
         raise UserError("hosts.num-processes", "must be given with --hosts.coordinator", hosts.num_processes)
     if hosts.num_processes > 1 and hosts.coordinator is None:
         raise UserError("hosts.coordinator", "must be ADDRESS:PORT with several processes", None)
-    for name in ("learning_rate", "clip"):
-        if not getattr(optim, name) > 0:
-            raise UserError(f"optim.{name.replace('_', '-')}", "must be > 0", getattr(optim, name))
+    if not 0 < optim.learning_rate < float("inf"):
+        raise UserError("optim.learning-rate", "must be > 0 and finite", optim.learning_rate)
+    if not optim.clip > 0:
+        raise UserError("optim.clip", "must be > 0", optim.clip)
     if not 0 <= optim.final_fraction <= 1:
         raise UserError("optim.final-fraction", "must be in 0 .. 1", optim.final_fraction)
     if not 0 < optim.decay_fraction <= 1:
@@ -211,5 +212,5 @@ def check(config: Config) -> None:
     profile_steps(config.profile)
     if config.seed >= 2**32:
         raise UserError("seed", "must be < 2**32", config.seed)
-    if not optim.weight_decay >= 0:
-        raise UserError("optim.weight-decay", "must be >= 0", optim.weight_decay)
+    if not 0 <= optim.weight_decay < float("inf"):
+        raise UserError("optim.weight-decay", "must be >= 0 and finite", optim.weight_decay)

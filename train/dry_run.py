@@ -31,7 +31,7 @@ def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> 
     if not on_cpu() and config.mesh == MeshConfig():
         raise UserError("mesh", "must be given with --dry-run, which does not ask how many GPUs there are", None)
     shape = mesh_shape(config.mesh)
-    check_batch(config, shape)
+    check_batch(config.batch, config.accumulate, shape)
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     program = make_program(config, sizes, cast(Mesh, mesh))  # shapes need no devices
     sharding, state = program.task.sharding, program.state

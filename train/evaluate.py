@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from rich.console import Console
 
 from zigzag_jax.layout import from_zigzag
 from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import Source, open_source, read_state
+from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import abstract_state
 from zigzag_jax.train.config import Config, MeshConfig, check
@@ -98,7 +100,8 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
     graphdef, shapes = abstract_state(make)
     say("reading weights")
     try:
-        params = read_state(source, sizes, shapes, sharding, jnp.dtype(config.dtype))
+        with ByteBar("reading weights", "read", Console(stderr=True)) as told:
+            params = read_state(source, sizes, shapes, sharding, jnp.dtype(config.dtype), told)
     except ValueError as error:
         raise UserError("folder", f"must hold the weights of its config ({error})", config.folder) from None
     task = Task(graphdef, sharding, jnp.dtype(config.dtype), "hf", 0.0)

@@ -16,6 +16,7 @@ from rich.console import Console
 from zigzag_jax.models.decode import write
 from zigzag_jax.models.devices import use_cpu_without_gpu
 from zigzag_jax.models.hf.saved import copy_companions
+from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.config import Config, check
@@ -36,10 +37,11 @@ from zigzag_jax.train.logs.wandb_run import check_wandb, start_wandb
 from zigzag_jax.train.mesh import join, make_mesh, start_devices
 from zigzag_jax.train.models import model_config, model_folder
 from zigzag_jax.train.optim import schedule
+from zigzag_jax.train.origin import origin
 from zigzag_jax.train.saving import Saver
 from zigzag_jax.train.setup import Run, set_up
 from zigzag_jax.train.step import StepMetrics, TrainState
-from zigzag_jax.train.stop import StopRequest
+from zigzag_jax.train.stop import Stopped, StopRequest
 
 _PROMPT, _WRITTEN = 24, 72  # tokens of a prompt, tokens the model adds
 
@@ -60,10 +62,10 @@ def run(config: Config) -> int:
         describe(config, sizes, say)
         return DONE
     start_devices(config)
-    with ExitStack() as stack:
+    with ExitStack() as last, ExitStack() as stack:  # `last`: signals are heeded until all else is closed
         link = _join(config, found, stack, say)
         watchdog = stack.enter_context(Watchdog(config.folder, config.hosts.timeout, link))
-        return _run(config, sizes, console, say, watchdog)
+        return _run(config, sizes, console, say, watchdog, last)
 
 
 def _join(config: Config, found: str, stack: ExitStack, say: Callable[[str], None]) -> Link | None:
@@ -78,7 +80,10 @@ def _join(config: Config, found: str, stack: ExitStack, say: Callable[[str], Non
     return link
 
 
-def _run(config: Config, sizes: ModelConfig, console: Console, say: Callable[[str], None], watchdog: Watchdog) -> int:
+def _run(
+    config: Config, sizes: ModelConfig, console: Console, say: Callable[[str], None], watchdog: Watchdog,
+    last: ExitStack,
+) -> int:  # fmt: skip
     """Train and report, with the devices there."""
     source = model_folder(config)
     mesh = make_mesh(config)
@@ -97,16 +102,17 @@ def _run(config: Config, sizes: ModelConfig, console: Console, say: Callable[[st
                 if source is not None:
                     copy_companions(source, config.folder)
                 shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
-        first, state = checkpoints.restore(this.abstract) or (0, this.init())
+        with ByteBar("reading weights", "read", console) as told:
+            first, state = checkpoints.restore(this.abstract) or (0, this.init(told))
+        step, stop = first, last.enter_context(StopRequest(say, watchdog.link))
         _say_where(this, first)
         mine = config.folder if jax.process_index() == 0 else None
         with _writable(config.folder):
             log = MetricsLog(mine, first, start_wandb(config.wandb, mine, this.identity), say)
             stack.callback(log.close)
             log.header(devices=mesh.size, mesh=dict(mesh.shape), resumed_from=first or None)
-        step = first
         if first < config.steps:
-            with Display(config.steps, first, console) as display, StopRequest(display.say, watchdog.link) as stop:
+            with Display(config.steps, first, console) as display:
                 profile = stack.enter_context(Profile(profile_steps(config.profile), mine, display.say))
                 observer = Observer(this.sizes, this.batches, mesh, profile)
                 step, state = _train(this, checkpoints, log, display, stop, watchdog, observer, (first, state))
@@ -114,7 +120,11 @@ def _run(config: Config, sizes: ModelConfig, console: Console, say: Callable[[st
                 say(f"{stop.asked}: saved after step {step}. The same command again resumes there.")
                 return PREEMPTED
         watchdog.doing(step, "writing the report after step", PATIENT)
-        _report(this, step, state, log)
+        try:
+            _report(this, step, state, log, stop.parts(step))
+        except Stopped:
+            say(f"{stop.asked}: the weights are saved after step {step}. The same command again writes the report.")
+            return PREEMPTED
     return DONE
 
 
@@ -145,9 +155,10 @@ def _train(
     """Steps up to --steps, or until a stop is asked for; (last finished step, state), saved."""
     config, (step, state) = this.config, begin
     rate = schedule(config.optim, config.steps)
-    about = (this.identity, this.config_json)
+    about = (this.identity, this.config_json, origin(config))
     saver = Saver(checkpoints, config.save_every, about, display.say, alone=watchdog.link is None)
     saving = lambda: watchdog.doing(step, "saving after step", PATIENT)
+    program = None
     while step < config.steps:
         times = PATIENT if step == begin[0] else 1
         watchdog.doing(step + 1, "reading the batch of step", times)
@@ -155,12 +166,14 @@ def _train(
         batch = this.batches.at(step)
         observer.timer.data_ready()
         watchdog.doing(step + 1, "computing step", times)
-        state, result = this.step(state, batch)
+        if program is None:
+            program = observer.profile.program = this.step.lower(state, batch).compile()
+        state, result = program(state, batch)
         result = jax.device_get(result)  # waits: hundreds of steps in flight at once can hang CPU devices
         observer.finished(step + 1)
         learning_rate = float(jax.device_get(rate(step)))
         step += 1
-        _check_finite(step, result, checkpoints.latest(), partial(save_batch, config.folder, step, batch))
+        _check_finite(step, result, checkpoints.newest_said, partial(save_batch, config.folder, step, batch))
         losses = result.losses
         seen = observer.values(step, float(losses.tokens))
         seen |= {"z_loss": float(losses.z_loss)} if config.optim.z_loss else {}
@@ -189,24 +202,24 @@ def _uneven(load: np.ndarray) -> float:
     return float(np.max(load / np.maximum(even, 1.0), initial=1.0 if load.size == 0 else 0.0))
 
 
-def _check_finite(step: int, result: StepMetrics, saved: int | None, keep: Callable[[], str]) -> None:
+def _check_finite(step: int, result: StepMetrics, newest: Callable[[], str], keep: Callable[[], str]) -> None:
     for name, value in (("loss", result.losses.loss), ("gradient norm", result.grad_norm)):
         if not math.isfinite(value):
-            kept = "no checkpoint was written" if saved is None else f"the newest checkpoint, of step {saved}, is whole"
-            raise RunError(f"step {step}: the {name} is {float(value)}, training stops; {kept}; {keep()}")
+            raise RunError(f"step {step}: the {name} is {float(value)}, training stops; {newest()}; {keep()}")
 
 
-def _report(this: Run, step: int, state: TrainState, log: MetricsLog) -> None:
-    """The end of a finished run."""
+def _report(this: Run, step: int, state: TrainState, log: MetricsLog, part: Callable[[], None]) -> None:
+    """The end of a finished run; `part` is called after each part that needs all processes."""
     config, say = this.config, this.say
-    loss = this.held_out.loss(this.losses, state.params)
+    loss = this.held_out.loss(this.losses, state.params, part)
     log.step(step, eval_loss=loss)
     for line in shares(this.dataset.train, this.batches.plan, step * config.batch):
         say(line)
     unigram, bigram = this.held_out.baselines(this.dataset)
     say(f"held-out loss {loss:.3f} nats a token; unigram model {unigram:.3f}, bigram model {bigram:.3f}")
     prompts = report.prompts(this.dataset, 2, min(_PROMPT, config.seq_len - 1)).tolist()
-    texts = write(this.writer, state.params, prompts, _WRITTEN, seed=config.seed, temperature=0.7)
+    told = lambda tokens: part()
+    texts = write(this.writer, state.params, prompts, _WRITTEN, seed=config.seed, temperature=0.7, told=told)
     decode = this.dataset.tokenizer.decode
     for prompt, text in zip(prompts, texts, strict=True):
         say(f"\n--- given:\n{decode(prompt)}\n--- the model goes on:\n{decode(text)}")

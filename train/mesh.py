@@ -70,7 +70,7 @@ def make_mesh(config: Config) -> Mesh:
         raise UserError("mesh", f"{text} must be at most the {there} devices there are", f"{size} = {shape}")
     if size < there and jax.process_count() > 1:
         raise UserError("mesh", f"{text} must be the {there} devices of all processes", f"{size} = {shape}")
-    check_batch(config, shape)
+    check_batch(config.batch, config.accumulate, shape)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:size])
 
 
@@ -85,11 +85,13 @@ def make_sharding(config: Config, sizes: ModelConfig, mesh: Mesh) -> Sharding:
     return Sharding(mesh, expert_rules(axes))
 
 
-def check_batch(config: Config, shape: tuple[int, int, int]) -> None:
-    """UserError where the rows of a step cannot be cut into micro-batches and those over (dp, fsdp)."""
+def check_batch(batch: int, accumulate: int, shape: tuple[int, int, int]) -> None:
+    """UserError where the rows of a step cannot be cut into micro-batches and those over (dp, fsdp, ..)."""
     rows, rule = shape[0] * shape[1], "dp * fsdp"
-    if config.accumulate > 1:
-        rule = f"accumulate * dp * fsdp = {config.accumulate} * {shape[0]} * {shape[1]}"
-        rows *= config.accumulate
-    if config.batch % rows:
-        raise UserError("batch", f"must be divisible by {rule} = {rows}", config.batch)
+    if accumulate > 1:
+        rule = f"accumulate * dp * fsdp = {accumulate} * {shape[0]} * {shape[1]}"
+        rows *= accumulate
+    if batch < 1:
+        raise UserError("batch", "must be >= 1", batch)
+    if batch % rows:
+        raise UserError("batch", f"must be divisible by {rule} = {rows}", batch)

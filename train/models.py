@@ -16,6 +16,7 @@ from zigzag_jax.models.decoder import Decoder
 from zigzag_jax.models.hf.saved import check_weights, has_weights, open_source, read_state
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.progress import Told, silent
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import Sharding, init_state
 from zigzag_jax.train.config import Config
@@ -88,12 +89,17 @@ def tokenizer_file(config: Config) -> Path | None:
     return None
 
 
-def first_parameters(config: Config, sizes: ModelConfig, shapes: nnx.State, sharding: Sharding) -> nnx.State:
-    """Where training begins, on the mesh: the folder's weights, or random ones from --seed."""
+def first_parameters(
+    config: Config, sizes: ModelConfig, shapes: nnx.State, sharding: Sharding, told: Told = silent
+) -> nnx.State:
+    """Where training begins, on the mesh: the folder's weights, or random ones from --seed.
+
+    `told` gets the bytes of weights that are read.
+    """
     folder = model_folder(config)
     if folder is None or config.random_init:
         return init_state(maker(config, sizes, sharding), sharding, jax.random.key(config.seed))[1]
-    return read_state(open_source(folder), sizes, shapes, sharding)
+    return read_state(open_source(folder), sizes, shapes, sharding, told=told)
 
 
 def fit_vocabulary(sizes: ModelConfig, name: str, vocab_size: int) -> ModelConfig:

@@ -22,8 +22,11 @@ from zigzag_jax.kernels import HOPPER
 from zigzag_jax.models.stack import REMAT
 from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.errors import DONE, FAILED, USER_ERROR, UserError
+from zigzag_jax.train.flags import command_line
+from zigzag_jax.train.memory import traffic
 from zigzag_jax.train.memory.footprint import Footprint, known_parts, measure
 from zigzag_jax.train.memory.longest import MOST, longest
+from zigzag_jax.train.memory.pool import DEFAULT, LARGE, Pool, start_with
 from zigzag_jax.train.memory.topology import GPUS, GpuName, check_compiler, described_mesh
 from zigzag_jax.train.mesh import AXES, check_batch, mesh_shape
 from zigzag_jax.train.models import model_config
@@ -43,28 +46,13 @@ class PlanConfig(Config):
     """Which card, in its SXM form."""
     gpus: int | None = None
     """How many; default: as many as the mesh has. Without a mesh cp goes over all of them."""
-    memory_fraction: float = 0.92
+    memory_fraction: float = LARGE
     """Part of a card's memory that JAX takes: what XLA_PYTHON_CLIENT_MEM_FRACTION will be in the run (JAX's default is
     0.75). CUDA's context, NCCL and loaded kernels live in the rest."""
     longest: bool = True
     """Look for the longest seq-len that fits, too: two compiles more, mostly."""
     compare_remat: bool = False
     """Compile for every --remat and compare them, and nothing else."""
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The memory of one card that JAX may use."""
-
-    size: int
-    """Bytes."""
-
-    def room(self, state: int) -> int:
-        """Bytes within which XLA keeps its schedule: of what `state` leaves free it sets a twentieth aside.
-
-        Over that it goes for memory alone: it recomputes, and no hop flies above a kernel.
-        """
-        return state + (self.size - state) * 95 // 100
 
 
 def plan(config: PlanConfig, say: Say) -> int:
@@ -88,7 +76,7 @@ def plan(config: PlanConfig, say: Say) -> int:
         return compare(compiled, pool, say)
     first = compiled()
     breakdown(first, known_parts(config, sizes, program), say)
-    fits = verdict(first, pool, gpu.memory, say)
+    fits = verdict(config, first, gpu.memory, say)
     if config.longest:
         peak = lambda length: (first if length == config.seq_len else compiled(seq_len=length)).peak
         say_longest(config, first, peak, pool.room(first.state), shape[2], say)
@@ -108,7 +96,7 @@ def checked_mesh(config: PlanConfig) -> tuple[int, int, int]:
     if config.gpus not in (None, size := math.prod(shape)):
         rule = f"must be {' * '.join(AXES)} = {' * '.join(map(str, shape))} = {size}"
         raise UserError("gpus", rule, config.gpus)
-    check_batch(config, shape)
+    check_batch(config.batch, config.accumulate, shape)
     return shape
 
 
@@ -116,9 +104,8 @@ def _timed(config: PlanConfig, build: Callable[[Config], Program], say: Say) -> 
     say(f"compiling for rows of {config.seq_len} tokens, remat {config.remat} (minutes for a large model) ..")
     begin = time.monotonic()
     footprint = measure(config, build(config))
-    total, flying = footprint.hops
-    took = time.monotonic() - begin
-    say(f".. peak {footprint.peak / GIB:.2f} GiB a device, {flying} of {total} permutes asynchronous ({took:.0f} s)")
+    took, hops = time.monotonic() - begin, traffic.hops_said(footprint.travels)
+    say(f".. peak {footprint.peak / GIB:.2f} GiB a device; {hops} ({took:.0f} s)")
     return footprint
 
 
@@ -142,17 +129,26 @@ def breakdown(footprint: Footprint, parts: dict[str, int], say: Say) -> None:
         line(footprint.host, "pinned memory of the host, for each device")
 
 
-def verdict(footprint: Footprint, pool: Pool, memory: int, say: Say) -> bool:
-    """Whether the run fits, and how closely."""
+def verdict(config: PlanConfig, footprint: Footprint, memory: int, say: Say) -> bool:
+    """Whether the run fits into its part of `memory` bytes, how closely, and how it is to be started."""
+    pool = Pool(int(memory * config.memory_fraction))
     room = pool.room(footprint.state)
     say(f"{pool.size / GIB:10.2f}  what JAX has of a card's {memory / GIB:.2f}")
-    say(f"{room / GIB:10.2f}  what XLA fills of it before it recomputes and stops overlapping\n")
+    say(f"{room / GIB:10.2f}  what XLA fills of it before it recomputes and stops overlapping")
+    if footprint.travels:
+        say("\neach device gives to transfers in a step, in the compiled program")
+        for line in traffic.table(footprint.travels):
+            say(line)
     over = footprint.peak - room
-    if over > 0:
-        say(f"does not fit: {over / GIB:.2f} GiB too much a device")
-        return False
-    say(f"fits, {-over / GIB:.2f} GiB left; run it with XLA_PYTHON_CLIENT_MEM_FRACTION={pool.size / memory:.2f}")
-    return True
+    fits = f"fits, {-over / GIB:.2f} GiB left" if over <= 0 else f"does not fit: {over / GIB:.2f} GiB too much a device"
+    say(f"\n{fits} (memory alone: how fast it runs is not known here)")
+    part = start_with(footprint.peak, footprint.state, memory, config.memory_fraction)
+    if part == DEFAULT:
+        say(f"JAX's own {DEFAULT:.0%} of a card will do")
+    elif part is not None:
+        say(f"it needs more than JAX's own {DEFAULT:.0%} of a card, on every host:")
+        say(f"    XLA_PYTHON_CLIENT_MEM_FRACTION={part:g} {command_line(config)}")
+    return over <= 0
 
 
 def say_longest(
@@ -167,7 +163,8 @@ def say_longest(
     unit = 2 * cp * TILE
     length = longest(peak, room, fixed, config.seq_len, unit)
     more = ", or more" if length is not None and length > MOST * 31 // 32 else ""
-    say(f"no multiple of {unit} fits" if length is None else f"longest seq-len that fits, to 3%: {length}{more}")
+    part = f"into {config.memory_fraction:.0%} of a card"
+    say(f"no multiple of {unit} fits" if length is None else f"longest seq-len that fits {part}, to 3%: {length}{more}")
     return length
 
 

@@ -23,8 +23,8 @@ class Saver:
     """Where to."""
     every: int
     """Steps between two checkpoints."""
-    about: tuple[dict[str, Any], dict[str, Any]]
-    """What the run is, and the model's config.json."""
+    about: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+    """What the run is, the model's config.json, and where it comes from."""
     say: Callable[[str], None]
     """Prints a line."""
     alone: bool
@@ -55,7 +55,7 @@ class Saver:
         while self.checkpoints.latest() != step:
             if self._failed and time.monotonic() - begin > self.give_up:
                 why = f"the state could not be saved in {self.give_up:g} s ({self._failed[1]})"
-                raise RunError(f"step {step}: {why}; {self._newest()}")
+                raise RunError(f"step {step}: {why}; {self.checkpoints.newest_said()}")
             time.sleep(self.retry if self._failed else 0)
             working()
             self._try(step, lambda: self._save(step, state))
@@ -74,11 +74,7 @@ class Saver:
             why = f"the state cannot be saved in {self.checkpoints.folder} ({error})"
             if not self.alone:
                 if error.of_storage:
-                    raise RunError(f"step {step}: {why}; {self._newest()}") from None
+                    raise RunError(f"step {step}: {why}; {self.checkpoints.newest_said()}") from None
                 raise  # most probably another process is gone, which the watchdog says better
-            self.say(f"step {step}: {why}; {self._newest()}; next try in {self.retry:g} s")
+            self.say(f"step {step}: {why}; {self.checkpoints.newest_said()}; next try in {self.retry:g} s")
             self._failed = (time.monotonic(), str(error))
-
-    def _newest(self) -> str:
-        step = self.checkpoints.latest()
-        return "there is no checkpoint yet" if step is None else f"the newest checkpoint, of step {step}, is whole"

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from zigzag_jax.models.decode import Writer
+from zigzag_jax.models.progress import Told
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data.batches import Batches
@@ -53,12 +54,12 @@ class Run:
     """Its devices."""
     task: Task
     """Its model and loss."""
-    step: Callable[..., Any]
+    step: jax.stages.Wrapped
     """Jitted step(state, batch) -> (state, metrics)."""
     abstract: TrainState
     """Its state as shapes with shardings."""
-    init: Callable[[], TrainState]
-    """Draws the first state."""
+    init: Callable[[Told], TrainState]
+    """The first state, drawn or read; gets who is told how much is read."""
     batches: Batches
     """What it trains on."""
     held_out: HeldOut
@@ -87,8 +88,8 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     if config.router.bias_rate > 0:
         say("router biases: this run's checkpoints cannot be exported for transformers, which has no place for them")
 
-    def init() -> TrainState:
-        params = first_parameters(config, sizes, shapes, sharding)
+    def init(told: Told) -> TrainState:
+        params = first_parameters(config, sizes, shapes, sharding, told)
         where = state_shardings(shapes, tx, sharding).opt_state
         return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
 
@@ -104,8 +105,11 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
     lengths = dataset.train.lengths
     long, cuts = cut_count(lengths, config.seq_len)
     say(f"{long:,} of {len(lengths):,} documents are longer than a row: cut into {cuts:,} pieces")
+    scored = HeldOut(held_out, count)
     for line in shares(dataset.train, train_plan, config.steps * config.batch):
         say(f"in {config.steps} steps, {line}")
+    for line in shares(dataset.held_out, eval_plan, scored.rows):
+        say(f"in the held-out loss, of {scored.rows} rows, {line}")
     return Run(
         config=config,
         identity=identity(config, sizes, dataset),
@@ -118,7 +122,7 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         abstract=program.state,
         init=init,
         batches=batches,
-        held_out=HeldOut(held_out, count),
+        held_out=scored,
         writer=Writer(lambda sharding: maker(config, sizes, sharding), sharding),
         losses=jax.jit(task.losses),
         say=say,

@@ -1,15 +1,21 @@
 """Ctrl-C and SIGTERM ask a run to stop: it finishes its step, saves, and says so. Ctrl-C after that stops at once.
 
 Of several processes any may get the signal, and all stop after the same step: saving needs all of them. The one that
-got it says so between two steps (`StopRequest.after`), and they stop after the next.
+got it says so between two steps (`StopRequest.after`), and they stop after the next. The report at the end of a run
+goes on counting: each part of it that needs all processes, a batch or a token, is a step more.
 """
 
+import itertools
 import signal
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
 from zigzag_jax.train.hosts.link import Link
+
+
+class Stopped(Exception):
+    """What is left of a run's report was left out; its weights are saved."""
 
 
 class StopRequest:
@@ -19,6 +25,8 @@ class StopRequest:
 
     def __init__(self, say: Callable[[str], None], link: Link | None = None) -> None:
         self.asked: str | None = None
+        self.next = "finishing this step, then saving"
+        """What follows a signal, as words."""
         self._say, self._link = say, link
         self._before: list[Any] = []
 
@@ -40,8 +48,19 @@ class StopRequest:
             self.asked = "a signal to another process"
         return self._link.stop_at == step
 
+    def parts(self, step: int) -> Callable[[], None]:
+        """To call after each part of the report of a run that is saved after `step`; Stopped where that is the last."""
+        self.next = "all is saved, leaving the rest of the report out"
+        numbers = itertools.count(step + 1)
+
+        def after() -> None:
+            if self.after(next(numbers)):
+                raise Stopped
+
+        return after
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.asked is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = signal.Signals(number).name
-        self._say(f"{self.asked}: finishing this step, then saving (Ctrl-C again stops at once)")
+        self._say(f"{self.asked}: {self.next} (Ctrl-C again stops at once)")

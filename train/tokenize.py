@@ -5,7 +5,8 @@ several times: one corpus, in the order given.
 
 The work lies in DIR.unfinished until DIR is whole. Kill it whenever you like: the same command again goes on with the
 shards that are missing (data/shards.py), and DIR is byte for byte what an undisturbed run, with any number of
---workers, would have made. What the work was begun with stands in its plan.json; another request is refused.
+--workers, would have made. What the work was begun with stands in its plan.json; other flags are refused. A file that
+was mended since is read again, and shards without it are kept, unless a tokenizer trained on the text is another now.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from zigzag_jax.train.data.corpus import files
 from zigzag_jax.train.data.dataset import FORMAT, META, TOKENIZER, is_dataset, read_meta, unfinished, write_whole
 from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.data.formats import TEXT_FIELD, Piece, read
-from zigzag_jax.train.data.shards import SHARD, Shard, ShardWriter, clean, cut, join
+from zigzag_jax.train.data.shards import SHARD, Shard, ShardWriter, Stats, changed, clean, cut, join, stats_of
 from zigzag_jax.train.data.split import ends_held_out, parts, survey
 from zigzag_jax.train.data.tokenizer import id_count, load_tokenizer, same_ids, train_tokenizer
 from zigzag_jax.train.data.workers import run_tasks
@@ -78,7 +79,8 @@ def tokenize(config: TokenizeConfig, console: Console) -> None:
     say: Say = lambda text: console.print(text, highlight=False, markup=False)
     _check(config)
     found = _files(config)
-    request = _request(config, found)
+    stats = stats_of(found)
+    request = _request(config, stats)
     source = text_digest(json.dumps(request))
     out = config.out.expanduser().absolute()
     work = unfinished(out)
@@ -95,11 +97,12 @@ def tokenize(config: TokenizeConfig, console: Console) -> None:
         with _alone(work):
             if whole_already():  # by another command, since the first look
                 return
-            ends = _begin(config, found, request, work, say)
-            shards = cut(found)
-            _work(config, shards, work, ends, console)
-            if _request(config, _files(config)) != request:
-                raise UserError("data", f"must not change while it is read (delete {work})", "another size or date")
+            ends, sizes = _begin(config, found, stats, request, work, say)
+            how = [same_ids(load_tokenizer(work)), ends, config.text_field, FORMAT]
+            shards = cut(found, stats, json.dumps(how), sizes)
+            _work(config, shards, work, ends, console, say)
+            if stats_of(_files(config)) != stats:
+                raise UserError("data", f"must not change while it is read; {_GOES_ON}", "another size or date")
             meta = join(shards, work, work / "whole", source)
             os.rename(work / "whole", out)
             shutil.rmtree(work, ignore_errors=True)
@@ -124,20 +127,16 @@ def _files(config: TokenizeConfig) -> list[Path]:
     return [file for path in config.data for file in files(path.expanduser().absolute())]
 
 
-def _request(config: TokenizeConfig, found: list[Path]) -> dict[str, Any]:
+def _request(config: TokenizeConfig, stats: Stats) -> dict[str, Any]:
     """All that decides the result, by the name of its flag."""
-    try:
-        stats = [(str(file), stat.st_size, stat.st_mtime_ns) for file in found for stat in [file.stat()]]
-    except OSError as error:
-        raise UserError("data", f"must be readable ({error.strerror})", error.filename) from None
     given = None if config.tokenizer is None else same_ids(load_tokenizer(config.tokenizer))
     return {
         "data": [str(path.expanduser().absolute()) for path in config.data],
         "text-field": config.text_field,
         "tokenizer": given,
         "vocab-size": (1024 if config.vocab_size is None else config.vocab_size) if given is None else None,
-        "files": text_digest(json.dumps(stats)),
-        "version": f"{FORMAT}, shards of {SHARD}",
+        "files": text_digest(json.dumps(list(stats.items()))),
+        "version": f"{FORMAT}, shards of {SHARD} by name",
     }
 
 
@@ -164,16 +163,20 @@ def _alone(work: Path) -> Iterator[None]:
         yield
 
 
-def _begin(config: TokenizeConfig, found: list[Path], request: dict[str, Any], work: Path, say: Say) -> bool:
-    """Tokenizer and plan, made or found in the work folder; returns whether ends are held out."""
-    if (work / _PLAN).exists():
-        plan = json.loads((work / _PLAN).read_text())
-        for name, value in request.items():
-            if plan[name] != value:
-                field = {"files": "data", "version": "out"}.get(name, name)
-                raise UserError(field, f"must stay what {work} was begun with, {plan[name]} (or delete that)", value)
-        say(f"going on with {work}")
-        return plan["ends"]
+def _begin(
+    config: TokenizeConfig, found: list[Path], stats: Stats, request: dict[str, Any], work: Path, say: Say
+) -> tuple[bool, dict[str, int]]:
+    """Tokenizer and plan, made or found in the work folder: (whether ends are held out, the sizes to cut by)."""
+    plan = json.loads((work / _PLAN).read_text()) if (work / _PLAN).exists() else {}
+    for name, value in request.items():
+        if plan and name != "files" and plan[name] != value:
+            field = "out" if name == "version" else name
+            raise UserError(field, f"must stay what {work} was begun with, {plan[name]} (or delete that)", value)
+    if plan:
+        say(f"going on with {work}{changed(plan['stats'], stats)}")
+        if plan["files"] == request["files"]:
+            return plan["ends"], plan["sizes"]
+        write_whole(work / _PLAN, json.dumps(plan | {"files": None}))  # till the tokenizer is that of these files
     texts = lambda: itertools.chain.from_iterable(read(Piece(file), config.text_field) for file in found)
     if config.tokenizer is not None:
         tokenizer, ends = load_tokenizer(config.tokenizer), ends_held_out(texts())
@@ -184,15 +187,18 @@ def _begin(config: TokenizeConfig, found: list[Path], request: dict[str, Any], w
         kept = (part for text in texts() for held_out, part in parts(text, ends) if not held_out)
         tokenizer = train_tokenizer(kept, characters=whole.characters, vocab_size=request["vocab-size"])
         say(f"trained a tokenizer of {id_count(tokenizer)} tokens")
+    sizes = {file: size for file, (size, _) in stats.items()} | plan.get("sizes", {})
     write_whole(work / TOKENIZER, tokenizer.to_str(pretty=True))
-    write_whole(work / _PLAN, json.dumps(request | {"ends": ends}, indent=1))
-    return ends
+    write_whole(work / _PLAN, json.dumps(request | {"ends": ends, "stats": stats, "sizes": sizes}, indent=1))
+    return ends, sizes
 
 
-def _work(config: TokenizeConfig, shards: list[Shard], work: Path, ends: bool, console: Console) -> None:
+def _work(config: TokenizeConfig, shards: list[Shard], work: Path, ends: bool, console: Console, say: Say) -> None:
     """Tokenise the shards that are missing."""
-    clean(work)
+    clean(work, shards)
     missing = [shard for shard in shards if not shard.folder(work).is_dir()]
+    if kept := len(shards) - len(missing):
+        say(f"{kept} of {len(shards)} shards are kept")
     total, left = sum(shard.size for shard in shards), sum(shard.size for shard in missing)
     make = functools.partial(ShardWriter, work, config.text_field, ends)
     with TokenDisplay(total, total - left, console) as display:

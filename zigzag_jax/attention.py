@@ -135,7 +135,7 @@ def ring_attention(
       sink: float [H], logits of an attention sink per head, or None.
       softcap: static cap of the scores, or None.
       strategy: "ring" or "allgather".
-      implementation: kernel, a key of zigzag_jax.kernels.FLASH, or None for this backend's.
+      implementation: a key of zigzag_jax.kernels.FLASH, None for this backend's kernel, "hopper" for a Hopper GPU's.
       return_lse: also return lse float32 [B, H, S / cp] (natural log); it may have a cotangent.
       deterministic: gradient sums in a fixed order.
       grad_dtype: dtype in which the gradient of k and v travels: float32 (default) or bfloat16 (half the bytes, error

@@ -1,18 +1,21 @@
 """What context parallelism costs, on paper: each rank's work and bytes, and how long ranks wait for each other.
 
 Work is counted in pairs of a query and a key that it sees, exactly, from the same bounds as ranges.py's, on the host.
-The constants that make seconds of it were measured (docs/benchmarks.md).
+The constants that make seconds of it were measured; how well they predict other runs: docs/schedule.md.
 
-In a ring, rank r attends at step s to the keys of rank (r - s) % cp while it passes them on. Its next step begins when
-its kernel is done and its hop too, and a hop is done when both neighbours have come to it:
+In a ring, rank r attends at step s to the keys of rank (r - s) % cp while it passes them on (hops.py). Its next step
+begins when its kernel is done and its hop too. A hop by n ranks takes from rank r - n and gives to rank r + n, and is
+done when both have come to it; a payload and a gradient beside one kernel go by ways of their own and share the link:
 
-    begin[s + 1, r] = max(begin[s, r] + kernel[s, r] + toll * hop[s], max(begin[s] of r - 1, r, r + 1) + hop[s])
+    begin[s + 1, r] = max(begin[s, r] + kernel[s, r] + toll * sum of hop[s],
+                          max(begin[s] of r and of r - n, r + n for each hop by n) + sum of hop[s])
 
-where the toll is what a hop takes from the kernel that it flies beside.
+where the toll is what a hop takes from the kernel that it flies beside. The backward's first hop flies beside the
+matmul that makes dout and is taken as free.
 
 Plain causal attention in zigzag order gives every rank the same work at every step, and nobody waits. Documents and
-windows do not: who has little to do at a step waits. The upper bound, in which everybody waits for the slowest at every
-step, is `lock_step`; `critical_path` follows the dependencies above. An all-gather waits once, for all bytes at the
+windows do not: who has little to do at a step waits. `critical_path` follows the dependencies above. `lock_step` is the
+upper bound, in which everybody waits for the busiest at every step. An all-gather waits once, for all bytes at the
 start and for the slowest rank's sum at the end, and needs the memory of cp payloads.
 
     >>> pairs(cp=4, length=8)                      # [step, rank]: the diagonal, then half of the keys or of the queries
@@ -22,11 +25,11 @@ start and for the slowest rank's sum at the end, and needs the memory of cp payl
            [32, 32, 32, 32]])
 """
 
-import itertools
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from zigzag_jax.hops import Hop, backward_hops, forward_hops
 from zigzag_jax.layout import CHUNKS, Layout, chunk_starts
 from zigzag_jax.ranges import live_steps
 
@@ -56,6 +59,30 @@ class Machine(NamedTuple):
 H100 = Machine()
 
 
+class LatentSizes(NamedTuple):
+    """The sizes of multi-head latent attention (mla.py)."""
+
+    latent: int
+    """R, of the vector that k and v of all heads are made of."""
+    rope: int
+    """P, of the rotary key that the heads share."""
+    heads: int
+    """H."""
+    dim: int
+    """D, of q and k."""
+    out_dim: int
+    """E, of v."""
+
+    @property
+    def payloads(self) -> dict[str, int]:
+        """Values a token that a forward hop carries, in each form.
+
+        >>> LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128).payloads
+        {'latent': 576, 'expanded': 5120}
+        """
+        return {"latent": self.latent + self.rope, "expanded": self.heads * (self.dim + self.out_dim)}
+
+
 class Layer(NamedTuple):
     """The attention of one layer, as far as it costs anything."""
 
@@ -77,7 +104,9 @@ class Seconds(NamedTuple):
     """Of one layer's attention, all ranks together: when the last has finished."""
 
     forward: float
+    """The pass that makes the result."""
     backward: float
+    """The pass that makes the gradients, with all that it computes again."""
 
     @property
     def both(self) -> float:
@@ -120,7 +149,7 @@ def _beyond(bounds: np.ndarray, t: np.ndarray) -> np.ndarray:
 
 
 def lock_step(work: np.ndarray) -> float:
-    """Sum over steps of the busiest rank's work [step, rank], as a multiple of the mean rank's."""
+    """Sum over steps of the busiest rank's work [step, rank], as a multiple of the mean rank's: a ring in lock step."""
     return float(work.max(axis=1).sum() / work.sum(axis=0).mean())
 
 
@@ -130,19 +159,32 @@ def busiest(work: np.ndarray) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------- seconds
-def critical_path(kernels: np.ndarray, hops: list[float], gaps: list[int], toll: float = 0.0) -> float:
-    """When the last rank has finished `kernels` [step, rank], in seconds.
+class Flight(NamedTuple):
+    """A hop beside a kernel."""
 
-    hops: seconds that what flies beside each step's kernel takes; 0: nothing. gaps: how many ranks it goes on.
-    """
+    seconds: float
+    """That it takes, alone on the link."""
+    by: int
+    """How many ranks it goes on."""
+
+
+def critical_path(kernels: np.ndarray, flights: list[list[Flight]], toll: float = 0.0) -> float:
+    """When the last rank has finished `kernels` [step, rank], in seconds. flights: what flies beside each step's."""
     begin = np.zeros(kernels.shape[1])
-    for kernel, hop, gap in zip(kernels, hops, gaps, strict=True):
-        ends = begin + kernel + toll * hop
-        if hop:
-            met = np.maximum(np.maximum(begin, np.roll(begin, gap)), np.roll(begin, -gap))
-            ends = np.maximum(ends, met + hop)
+    for kernel, beside in zip(kernels, flights, strict=True):
+        taken = sum(flight.seconds for flight in beside)
+        ends = begin + kernel + toll * taken
+        if beside:
+            partners = [np.roll(begin, way * flight.by) for flight in beside for way in (1, -1)]
+            ends = np.maximum(ends, np.max([begin, *partners], axis=0) + taken)
         begin = ends
     return float(begin.max())
+
+
+def along_critical_path(work: np.ndarray, live: tuple[int, ...]) -> float:
+    """The ring's forward where hops take no time, as a multiple of the mean rank's work [live step, rank]."""
+    flights = [[Flight(0.0, hop.by)] if hop.by else [] for hop in forward_hops(live)]
+    return critical_path(work.astype(float), flights) / float(work.sum(axis=0).mean())
 
 
 def ring_seconds(
@@ -150,19 +192,20 @@ def ring_seconds(
     layout: Layout = "zigzag", machine: Machine = H100,
 ) -> Seconds:  # fmt: skip
     """Of the ring (ring.py). work: `pairs` of the same cp, length, window and layout, all `rows` of a rank's batch."""
-    steps = live_steps(cp, length, window, layout)
+    live = live_steps(cp, length, window, layout)
     payload, gradient = _hop_seconds(layer, rows * length, machine)
     made = _expansion(layer, rows * length, machine)
-    kernels = work * (2 * layer.heads * (layer.dim + layer.out_dim) / machine.forward) + made
-    gaps = [after - before for before, after in itertools.pairwise([*steps, steps[-1]])]
-    forward = critical_path(kernels, [*[payload] * (len(steps) - 1), 0.0], gaps, machine.toll)
-    # the diagonal last; its gradient's hop leads home, from the last step
-    order = [*range(1, len(steps)), 0]
-    kernels = work[order] * (2 * layer.heads * (3 * layer.dim + 2 * layer.out_dim) / machine.backward) + 3 * made
-    n = len(steps)
-    flying = [payload * (at < n - 2) + gradient * (at > 0) for at in range(n)]
-    backward = critical_path(kernels, flying, [*gaps[1:-1], *[cp - steps[-1]] * min(n, 2)][:n], machine.toll)
-    return Seconds(forward, backward)
+
+    def path(hops: list[Hop], seconds_a_pair: float, expansion: float) -> float:
+        kernels = work[[live.index(hop.step) for hop in hops]] * seconds_a_pair + expansion
+        flights = [
+            [Flight(seconds, by) for seconds, by in ((payload, hop.by), (gradient, hop.came)) if by] for hop in hops
+        ]
+        return critical_path(kernels, flights, machine.toll)
+
+    forward = 2 * layer.heads * (layer.dim + layer.out_dim) / machine.forward
+    backward = 2 * layer.heads * (3 * layer.dim + 2 * layer.out_dim) / machine.backward
+    return Seconds(path(forward_hops(live), forward, made), path(backward_hops(live, cp), backward, 3 * made))
 
 
 def gather_seconds(
@@ -184,13 +227,16 @@ def _hop_seconds(layer: Layer, tokens: int, machine: Machine) -> tuple[float, fl
 
 
 def _expansion(layer: Layer, tokens: int, machine: Machine) -> float:
-    """Seconds in which k and v are made of one rank's latent: a matmul, and what it made is read and written once more
-    when it is laid out as k and v. Its gradient takes three times as long: made again, and two matmuls.
+    """Seconds in which k and v are made of one rank's latent: two matmuls, one of which makes v; what the other made
+    is read and written once more when the rotary key is put beside it. Its gradient takes three times as long: made
+    again, and two matmuls.
     """
     if not layer.rank:
         return 0.0
-    made = tokens * layer.heads * (layer.dim + layer.out_dim)
-    return 2 * layer.rank * made / machine.matmul + 3 * layer.itemsize * made / machine.memory
+    each, rope = tokens * layer.heads, layer.payload - layer.rank
+    nope = layer.dim - rope
+    moved = nope + layer.out_dim + nope + layer.dim
+    return each * (2 * layer.rank * (nope + layer.out_dim) / machine.matmul + layer.itemsize * moved / machine.memory)
 
 
 # ------------------------------------------------------------------------------------------------------------- choices
@@ -202,28 +248,27 @@ def choose_strategy(ring: Seconds, gather: Seconds) -> Literal["ring", "allgathe
 
 
 def choose_payload(
-    cp: int, rows: int, length: int, sizes: tuple[int, int, int, int, int], itemsize: int, *, machine: Machine = H100
+    cp: int, rows: int, length: int, sizes: LatentSizes, itemsize: int, *, machine: Machine = H100
 ) -> Payload:
     """The form of MLA's keys and values (mla.py) with which a ring takes less time, forward and backward.
 
-    rows: of a rank's batch. length: tokens of each that a rank holds. sizes: (latent, rope, heads, dim, out_dim).
+    rows: of a rank's batch. length: tokens of each that a rank holds.
 
-    >>> lite = (512, 64, 16, 192, 128)
+    >>> lite = LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
     >>> choose_payload(4, 1, 8192, lite, 2), choose_payload(4, 1, 8192, lite, 2, machine=H100._replace(toll=0))
     ('latent', 'expanded')
     """
     if cp == 1:
         return "expanded"  # nothing travels
-    latent, rope, heads, dim, out_dim = sizes
     work = np.full((cp, 1), rows * length * length // 2)  # every rank's, of a plain causal mask
-    whole = Layer(heads, dim, out_dim, heads * (dim + out_dim), itemsize)
-    small = whole._replace(payload=latent + rope, rank=latent)
+    whole = Layer(sizes.heads, sizes.dim, sizes.out_dim, sizes.payloads["expanded"], itemsize)
+    small = whole._replace(payload=sizes.payloads["latent"], rank=sizes.latent)
     once = 4 * _expansion(small, rows * length, machine)
     time = lambda layer: ring_seconds(layer, cp, length, work, rows=rows, machine=machine).both
     return "expanded" if once + time(whole) < time(small) else "latent"
 
 
 __all__ = [
-    "H100", "Layer", "Machine", "Payload", "Seconds", "busiest", "choose_payload", "choose_strategy", "critical_path",
-    "gather_seconds", "lock_step", "pairs", "ring_seconds",
+    "H100", "Flight", "LatentSizes", "Layer", "Machine", "Payload", "Seconds", "along_critical_path", "busiest",
+    "choose_payload", "choose_strategy", "critical_path", "gather_seconds", "lock_step", "pairs", "ring_seconds",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from zigzag_jax.attention import attention_bounds, attention_plan
-from zigzag_jax.cost import Payload, choose_payload
+from zigzag_jax.cost import LatentSizes, Payload, choose_payload
 from zigzag_jax.layout import CHUNKS
 from zigzag_jax.ring import ring
 
@@ -43,9 +43,12 @@ class Latent:
     def fwd(self, params, payload):
         """See ring.Expand."""
         latent, k_pe = payload
-        kv = _einsum("bsr,rhc->bshc", latent, params.astype(latent.dtype)).astype(latent.dtype)
-        shared = jnp.broadcast_to(k_pe[:, :, None, :], (*kv.shape[:3], k_pe.shape[-1]))
-        return jnp.concatenate([kv[..., : self.nope], shared], -1), kv[..., self.nope :]
+        # two matmuls, v's with an operand of its own: XLA would merge them and cut v out of what that makes, a copy
+        times = lambda x, w: _einsum("bsr,rhc->bshc", x, w.astype(x.dtype)).astype(x.dtype)
+        nope = times(latent, params[..., : self.nope])
+        v = times(jax.lax.optimization_barrier(latent), params[..., self.nope :])
+        shared = jnp.broadcast_to(k_pe[:, :, None, :], (*nope.shape[:3], k_pe.shape[-1]))
+        return jnp.concatenate([nope, shared], -1), v
 
     def bwd(self, params, payload, dk, dv):
         """See ring.Expand."""
@@ -69,18 +72,6 @@ def _expand_bwd(latent: Latent, residuals, cotangents):
 
 
 expand.defvjp(lambda latent, params, payload: (latent.fwd(params, payload), (params, payload)), _expand_bwd)
-
-
-def hop_bytes(rows: int, latent: int, rope: int, heads: int, dim: int, out_dim: int, itemsize: int) -> dict[str, int]:
-    """Bytes of one forward hop of `rows` tokens (batch times local length) in each form.
-
-    >>> hop_bytes(8192, latent=512, rope=64, heads=16, dim=192, out_dim=128, itemsize=2)
-    {'latent': 9437184, 'expanded': 83886080}
-    """
-    return {
-        "latent": rows * (latent + rope) * itemsize,
-        "expanded": rows * heads * (dim + out_dim) * itemsize,
-    }
 
 
 def latent_attention(
@@ -122,10 +113,9 @@ def latent_attention(
 
     def attend(q, latent, k_pe, kv_b, extras: dict[str, jax.Array]):
         make = Latent(nope)
-        form = payload or choose_payload(
-            mesh.shape[axis_name], q.shape[0], q.shape[1],
-            (latent.shape[2], k_pe.shape[2], *q.shape[2:], kv_b.shape[2] - nope), q.dtype.itemsize,
-        )  # fmt: skip
+        batch, length, heads, dim = q.shape
+        sizes = LatentSizes(latent.shape[2], k_pe.shape[2], heads, dim, kv_b.shape[2] - nope)
+        form = payload or choose_payload(mesh.shape[axis_name], batch, length, sizes, q.dtype.itemsize)
         plan = attention_plan(
             q, axis_name=axis_name, window=window, scale=scale, softcap=None, strategy=strategy or "ring",
             implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype, layout="zigzag",
@@ -167,4 +157,4 @@ def _check(q, latent, k_pe, kv_b, mesh, spec, axis_name) -> None:
         raise ValueError(f"sequence length must be divisible by {parts} (2 * cp), got {q.shape[1]}: pad it")
 
 
-__all__ = ["Latent", "Payload", "expand", "hop_bytes", "latent_attention"]
+__all__ = ["Latent", "Payload", "expand", "latent_attention"]

@@ -37,7 +37,9 @@ class KeyRange(NamedTuple):
     """
 
     start: jax.Array
+    """First key that a row sees."""
     stop: jax.Array
+    """One past the last."""
 
 
 def visible_bounds(g: jax.Array, positions=None, window=None) -> tuple[jax.Array, jax.Array]:
@@ -83,9 +85,11 @@ class TileRows(NamedTuple):
     """Query rows that concern each tile of keys, int32 [B or 1, tiles] each; none where first >= end."""
 
     first: jax.Array
+    """See end."""
     end: jax.Array
     """Rows first <= i < end see some key of the tile. Rows between may see nothing of it."""
     whole_first: jax.Array
+    """See whole_end."""
     whole_end: jax.Array
     """Rows whole_first <= i < whole_end see all of it; a last tile that is not full is never seen whole."""
 

@@ -30,7 +30,7 @@ wait, for cp times the memory.
 import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from zigzag_jax.hops import Hop, backward_hops, forward_hops
 from zigzag_jax.kernels import flash_bwd, flash_fwd
 from zigzag_jax.layout import Layout, zigzag_chunks
 from zigzag_jax.ranges import KeyRange, key_range
@@ -177,32 +178,6 @@ def _rotate(plan: Plan, tree, by: int):
         return lax.ppermute(tree, plan.axis_name, [(rank, (rank + by) % plan.cp) for rank in range(plan.cp)])
 
 
-class Hop(NamedTuple):
-    """One step and the permutes posted above its kernel; `came` and `by` are 0 where nothing is sent."""
-
-    step: Any
-    """Ring step, int or traced."""
-    by: int
-    """How far the payload goes on, to the next live step."""
-    came: int = 0
-    """How far the travelling gradient has to come, from the live step before (backward only)."""
-
-
-def _forward_hops(live: tuple[int, ...]) -> list[Hop]:
-    """Live steps in order; the last one sends nothing."""
-    return [Hop(s, by) for s, by in zip(live, [*np.diff(live).tolist(), 0], strict=True)]
-
-
-def _backward_hops(live: tuple[int, ...], cp: int) -> list[Hop]:
-    """Live steps in order, the diagonal last: the payload has made its first hop, the gradient's last leads home."""
-    steps = live[1:]
-    if not steps:
-        return [Hop(0, by=0)]
-    gaps = np.diff(steps).tolist()
-    hops = [Hop(s, by, came) for s, by, came in zip(steps, [*gaps, 0], [0, *gaps], strict=True)]
-    return [*hops, Hop(0, by=0, came=cp - steps[-1])]
-
-
 def _run(hop: Callable, hops: Iterable[Hop], x):
     """Run x = hop(h, x) for each of `hops`; stretches of equal hops become a loop, two hops an iteration."""
     hops, at = list(hops), 0
@@ -242,7 +217,7 @@ def _ring_forward(plan: Plan, params, q, payload, lo, hi, sink):
         following = _rotate(plan, payload, h.by)
         return lax.optimization_barrier((attend(h.step, carry, payload), following))
 
-    *hops, last = _forward_hops(plan.live)
+    *hops, last = forward_hops(plan.live)
     x = (None, payload)
     if hops:
         x = _run(hop, hops[1:], hop(hops[0], x))  # the first starts the carry
@@ -250,7 +225,7 @@ def _ring_forward(plan: Plan, params, q, payload, lo, hi, sink):
 
 
 def _ring_backward(plan: Plan, params, q, payload, lo, hi, out, lse, dout, dlse):
-    hops = _backward_hops(plan.live, plan.cp)
+    hops = backward_hops(plan.live, plan.cp)
     moved = payload
     if len(plan.live) > 1:
         # Not before the forward's end: XLA would take its first hop for this one and keep what came all the while.

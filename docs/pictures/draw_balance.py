@@ -37,7 +37,7 @@ def work_per_hop() -> Canvas:
 
 
 def balance_over_cp() -> Canvas:
-    """Curves: the critical path of the ring over cp, for documents and windows."""
+    """Curves: the lock step of the ring over cp, for documents and windows."""
     sizes = (1, 2, 4, 8)
     path = lambda cp, **mask: lock_step(pairs(cp, BALANCE["LENGTH"] // cp, **mask))
     packed = lambda count: [
@@ -50,11 +50,11 @@ def balance_over_cp() -> Canvas:
         "zigzag, 16 documents": packed(16),
         "zigzag, window 512": [path(cp, window=512) for cp in sizes],
     }
-    canvas = Canvas(820, 350, "Critical path of a lock-step ring over cp, for several masks")
+    canvas = Canvas(820, 350, "Time of a ring in lock step over cp, for several masks")
     left, ground, wide, high = 60, 290, 460, 240
     top = max(max(curve) for curve in curves.values())
     y_of = lambda value: ground - high * (value - 1) / (top - 1)
-    canvas.text(left, 20, "Time of the ring / time if all were busy", size=15, bold=True)
+    canvas.text(left, 20, "Ring in lock step: its time / time if all were busy", size=15, bold=True)
     for tick in np.arange(1, top + 0.01, 0.5):
         canvas.line(left, y_of(tick), left + wide, y_of(tick), "#dde2e7")
         canvas.text(left - 8, y_of(tick), f"{tick:g}", size=12, anchor="end", fill=QUIET)

@@ -1,13 +1,13 @@
-"""Pictures of the ring's timetable, read from the hops that zigzag_jax.ring runs, and of what travels."""
+"""Pictures of the ring's timetable, read from the hops that the ring runs (zigzag_jax/hops.py), and of what travels."""
 
 import re
 from pathlib import Path
 
 from canvas import INK, QUIET, RANKS, Canvas
 
-from zigzag_jax.mla import hop_bytes
+from zigzag_jax.cost import LatentSizes
+from zigzag_jax.hops import backward_hops, forward_hops
 from zigzag_jax.ranges import live_steps
-from zigzag_jax.ring import _backward_hops, _forward_hops
 
 KERNEL, PAYLOAD, GRADIENT = RANKS[0], RANKS[1], RANKS[2]
 _STEP, _LEFT = 84, 110
@@ -26,7 +26,7 @@ def ring_schedule() -> Canvas:
 
 def _timetable(canvas: Canvas, top: float, title: str, cp: int, live: tuple[int, ...]) -> None:
     canvas.text(20, top, title, size=15, bold=True)
-    for n, hop in enumerate(_forward_hops(live)):
+    for n, hop in enumerate(forward_hops(live)):
         _kernel(canvas, top + 40, n, hop.step)
         if hop.by:
             _hop(canvas, top + 66, n, PAYLOAD, hop.by)
@@ -39,7 +39,7 @@ def _timetable(canvas: Canvas, top: float, title: str, cp: int, live: tuple[int,
     canvas.rect(_LEFT, top + 93, _STEP - 4, 22, "#e3e8ec")
     canvas.text(_LEFT + _STEP / 2 - 2, top + 104, "makes dout", size=11, anchor="middle", fill=QUIET)
     _hop(canvas, top + 130, 0, PAYLOAD, live[1])
-    for n, hop in enumerate(_backward_hops(live, cp), start=1):
+    for n, hop in enumerate(backward_hops(live, cp), start=1):
         _kernel(canvas, top + 104, n, hop.step)
         if hop.by:
             _hop(canvas, top + 130, n, PAYLOAD, hop.by)
@@ -62,8 +62,8 @@ def _hop(canvas: Canvas, y: float, n: int, colour: str, by: int) -> None:
 
 def latent_hop() -> Canvas:
     """What a hop carries with MLA: bytes of the two forms, and what is done with the small one."""
-    sizes = {"latent": 512, "rope": 64, "heads": 16, "dim": 192, "out_dim": 128, "itemsize": 2}
-    sent = hop_bytes(8192, **sizes)
+    sizes = LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
+    sent = {form: 8192 * values * 2 for form, values in sizes.payloads.items()}
     canvas = Canvas(820, 290, "A hop of DeepSeek-V2-Lite's ring: the latent, or the keys and values made of it")
     canvas.text(20, 22, "Bytes of a hop: DeepSeek-V2-Lite, 8192 tokens a rank, bfloat16", size=15, bold=True)
     words = {"latent": "latent 512 + rotary key 64", "expanded": "16 heads x (192 + 128)"}

@@ -9,17 +9,15 @@ Exit codes: 0 done, 1 a tensor is over the bar, 2 a user's mistake (one line, no
 
 import argparse
 import sys
-import time
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from zigzag_jax.models.devices import start_ring, use_cpu_without_gpu
 from zigzag_jax.models.hf.golden import compare
-from zigzag_jax.models.hf.saved import Wrote, export_model, import_model
+from zigzag_jax.models.hf.saved import export_model, import_model
+from zigzag_jax.models.progress import ByteBar
 
 DONE, DIFFERS, USER_ERROR = 0, 1, 2
-_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,11 +29,12 @@ def main(arguments: list[str] | None = None) -> int:
             start_ring(args.cp, args.cpu_devices)
             same = compare(args.folder, args.golden, args.cp, lambda text: print(text, flush=True))  # noqa: T201
             return DONE if same else DIFFERS
-        with _Written(args.target) as wrote:
+        with ByteBar("writing", "written", Console(stderr=True, soft_wrap=True)) as wrote:
             if args.command == "import":
                 import_model(args.source, args.target, wrote)
             else:
                 export_model(args.source, args.target, dtype=args.dtype, wrote=wrote)
+        print(f"wrote {args.target}")  # noqa: T201
     except (ValueError, NotImplementedError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
@@ -58,33 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--cp", type=int, default=1, help="devices of the ring (1)")
     command.add_argument("--cpu-devices", type=int, help="CPU devices where there is no GPU (as many as --cp)")
     return parser
-
-
-class _Written:
-    """Shows how much is written: a bar in a terminal, a line now and then elsewhere."""
-
-    def __init__(self, target: str) -> None:
-        self._target, self._console = target, Console(stderr=True, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TextColumn("left"),
-            TimeRemainingColumn(), console=self._console, disable=not self._console.is_terminal,
-        )  # fmt: skip
-        self._task, self._last_line = self._bar.add_task("", total=None), time.monotonic()
-
-    def __enter__(self) -> Wrote:
-        self._bar.start()
-        return self._wrote
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self._bar.stop()
-        if kind is None:
-            print(f"wrote {self._target}")  # noqa: T201
-
-    def _wrote(self, done: int, total: int) -> None:
-        self._bar.update(self._task, completed=done, total=total)
-        if not self._console.is_terminal and time.monotonic() - self._last_line > _LINE_EVERY:
-            self._last_line = time.monotonic()
-            self._console.print(f"{done / 2**30:.1f} of {total / 2**30:.1f} GiB written", highlight=False)
 
 
 if __name__ == "__main__":

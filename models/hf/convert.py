@@ -9,6 +9,7 @@ Three forms of the same numbers, each as a mapping from names to arrays that are
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from zigzag_jax.models.balance import BIAS
 from zigzag_jax.models.hf.files import Tensor
 from zigzag_jax.models.hf.names import EMBEDDING, HEAD, Entry, Path, entries
+from zigzag_jax.models.progress import Told, silent
 from zigzag_jax.models.registry import ModelConfig, model_of
 from zigzag_jax.models.sharding import Sharding, abstract_state, parameter_shardings
 
@@ -34,8 +36,9 @@ def dotted(path: Path) -> str:
 
 
 def from_hf(
-    tensors: Arrays, config: ModelConfig, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32
-) -> nnx.State:
+    tensors: Arrays, config: ModelConfig, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32,
+    told: Told = silent,
+) -> nnx.State:  # fmt: skip
     """A state like `shapes` (see `abstract_state`) on the mesh, in `dtype`, from the separate form.
 
     Each process makes the pieces that its own devices keep, one at a time: with `files.Folder`, which maps files into
@@ -53,10 +56,12 @@ def from_hf(
             return _zeros(flat[path])
         return functools.partial(_read, tensors, parts[path], flat[path], dtype)
 
-    return _place(shapes, sharding, reader)
+    return _place(shapes, sharding, reader, np.dtype(dtype).itemsize, told)
 
 
-def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32) -> nnx.State:
+def from_stacked(
+    tensors: Arrays, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32, told: Told = silent
+) -> nnx.State:
     """The same from the stacked form. A router bias that is not there begins at zero."""
     flat = {dotted(path): v.get_value().shape for path, v in nnx.to_flat_state(shapes)}
     absent = {name for name in flat if name.endswith(f".{BIAS}") and name not in tensors}
@@ -69,35 +74,54 @@ def from_stacked(tensors: Arrays, shapes: nnx.State, sharding: Sharding, dtype: 
         kept = np.float32 if name.endswith(f".{BIAS}") else dtype  # its steps are smaller than bfloat16 has
         return lambda index: np.asarray(tensors[name][index]).astype(kept)
 
-    return _place(shapes, sharding, reader)
+    return _place(shapes, sharding, reader, np.dtype(dtype).itemsize, told)
 
 
 def _zeros(shape: tuple[int, ...]):
     return lambda index: np.zeros(shape, np.float32)[index]
 
 
-def _place(shapes: nnx.State, sharding: Sharding, reader: Callable[[Path], Callable[[Any], np.ndarray]]) -> nnx.State:
+def _place(
+    shapes: nnx.State, sharding: Sharding, reader: Callable[[Path], Callable[[Any], np.ndarray]], itemsize: int,
+    told: Told,
+) -> nnx.State:  # fmt: skip
     where = dict(nnx.to_flat_state(parameter_shardings(shapes, sharding)))
-    placed = []
-    for path, variable in nnx.to_flat_state(shapes):
-        shape, sharding_of = variable.get_value().shape, where[path].get_value()
-        placed.append((path, variable.replace(_place_one(shape, sharding_of, reader(path)))))
-    return nnx.from_flat_state(placed)
+    flat = {path: (x, x.get_value().shape, where[path].get_value()) for path, x in nnx.to_flat_state(shapes)}
+    counts = [len(_keepers(shape, cut)) * math.prod(cut.shard_shape(shape)) for _, shape, cut in flat.values()]
+    done = 0
+
+    def add(piece: np.ndarray) -> None:
+        nonlocal done
+        done += piece.size
+        told(done * itemsize, sum(counts) * itemsize)
+
+    return nnx.from_flat_state(
+        [(path, x.replace(_place_one(shape, cut, reader(path), add))) for path, (x, shape, cut) in flat.items()]
+    )
 
 
-def _place_one(shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Callable[[Any], np.ndarray]) -> jax.Array:
+def _keepers(shape: tuple[int, ...], sharding: jax.sharding.Sharding) -> list[tuple[Any, list[jax.Device]]]:
+    """The pieces of an array that this process keeps: the index of each, and on which devices."""
+    found: dict[str, tuple[Any, list[jax.Device]]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        found.setdefault(str(index), (index, []))[1].append(device)
+    return list(found.values())
+
+
+def _place_one(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Callable[[Any], np.ndarray],
+    add: Callable[[np.ndarray], None],
+) -> jax.Array:  # fmt: skip
     """One array, piece by piece; a piece that several devices keep is read once.
 
     `jax.make_array_from_callback` would make all of them first.
     """
-    keepers: dict[str, list[tuple[jax.Device, Any]]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        keepers.setdefault(str(index), []).append((device, index))
     pieces = []
-    for same in keepers.values():
-        piece = read(same[0][1])
-        pieces += [jax.device_put(piece, device) for device, _ in same]
-        jax.block_until_ready(pieces[-len(same) :])
+    for index, devices in _keepers(shape, sharding):
+        piece = read(index)
+        pieces += [jax.device_put(piece, device) for device in devices]
+        jax.block_until_ready(pieces[-len(devices) :])
+        add(piece)
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 

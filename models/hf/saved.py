@@ -2,7 +2,7 @@
 
     Hugging Face's           config.json, model*.safetensors         separate tensors (see convert.py)
     an imported one          config.json, parameters*.safetensors    stacked tensors, in the dtype they had
-    a training checkpoint    DIR/checkpoints/STEP                    stacked tensors, float32 (see checkpoint.py)
+    a training checkpoint    DIR/checkpoints/STEP                    stacked tensors, float32 (see run_folder.py)
 
 The config.json of the first two is the same file, kept as it came, and so are the tokenizer's files beside it.
 """
@@ -13,7 +13,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from flax import nnx
 
 from zigzag_jax.models.balance import BIAS
 from zigzag_jax.models.config import read_json
-from zigzag_jax.models.hf import checkpoint, convert, files
+from zigzag_jax.models.hf import convert, files, run_folder
+from zigzag_jax.models.progress import Told, silent
 from zigzag_jax.models.registry import ModelConfig, read_config
 from zigzag_jax.models.sharding import Sharding
 
@@ -33,7 +34,6 @@ EXTRAS = (
 )
 
 Path = str | os.PathLike
-Wrote = Callable[[int, int], None]  # (bytes written, bytes of all)
 
 
 class Source(NamedTuple):
@@ -67,13 +67,13 @@ def open_source(folder: Path) -> Source:
         return Source(read_json(path), files.Folder(path, IMPORTED), stacked=True, trained=False, beside=path)
     if any(path.glob("model*.safetensors")):
         return Source(read_json(path), files.Folder(path), stacked=False, trained=False, beside=path)
-    step = checkpoint.find(path)
+    step = run_folder.find(path)
     if step is None:
         raise ValueError(
             f"a model's folder must hold model*.safetensors, {IMPORTED}*.safetensors or a run's checkpoints, got {path}"
         )
-    config = checkpoint.config(step)
-    return Source(config, checkpoint.Parameters(step), stacked=True, trained=True, beside=step.parent.parent)
+    config = run_folder.config(step)
+    return Source(config, run_folder.Parameters(step), stacked=True, trained=True, beside=step.parent.parent)
 
 
 def has_weights(folder: Path) -> bool:
@@ -87,18 +87,20 @@ def check_weights(source: Source, config: ModelConfig) -> None:
 
 
 def read_state(
-    source: Source, config: ModelConfig, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32
-) -> nnx.State:
+    source: Source, config: ModelConfig, shapes: nnx.State, sharding: Sharding, dtype: Any = np.float32,
+    told: Told = silent,
+) -> nnx.State:  # fmt: skip
     """The parameters of a folder as a state like `shapes` on the mesh, in `dtype`.
 
-    Each process reads the slices its own devices keep. ValueError for a folder that does not hold this model.
+    Each process reads the slices its own devices keep; `told` gets the bytes of its pieces, in `dtype`. ValueError for
+    a folder that does not hold this model.
     """
     if source.stacked:
-        return convert.from_stacked(source.tensors, shapes, sharding, dtype)
-    return convert.from_hf(source.tensors, config, shapes, sharding, dtype)
+        return convert.from_stacked(source.tensors, shapes, sharding, dtype, told)
+    return convert.from_hf(source.tensors, config, shapes, sharding, dtype, told)
 
 
-def import_model(source: Path, out: Path, wrote: Wrote = lambda done, total: None) -> None:
+def import_model(source: Path, out: Path, wrote: Told = silent) -> None:
     """Hugging Face's folder -> an imported one, tensor by tensor. ValueError for a folder that is no such model, or an
     `out` that is not empty.
     """
@@ -109,7 +111,7 @@ def import_model(source: Path, out: Path, wrote: Wrote = lambda done, total: Non
         _write_rest(made, values, pathlib.Path(source))
 
 
-def export_model(source: Path, out: Path, *, dtype: str | None = None, wrote: Wrote = lambda done, total: None) -> None:
+def export_model(source: Path, out: Path, *, dtype: str | None = None, wrote: Told = silent) -> None:
     """An imported folder or a training checkpoint -> a folder that `transformers` loads.
 
     `dtype` rounds the weights ("bfloat16"); None keeps what they have. The config's dtype is that of the weights.
@@ -135,7 +137,7 @@ def _with_dtype(values: dict[str, Any], dtype: str) -> dict[str, Any]:
     return values | {"torch_dtype" if "torch_dtype" in values else "dtype": dtype}
 
 
-def _write(folder: pathlib.Path, tensors: list[files.Tensor], stem: str, wrote: Wrote) -> None:
+def _write(folder: pathlib.Path, tensors: list[files.Tensor], stem: str, wrote: Told) -> None:
     total, done = sum(tensor.nbytes for tensor in tensors), 0
 
     def add(count: int) -> None:

@@ -10,20 +10,24 @@ from pages import ROOT, TEXTS, relative
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.evaluate import EvaluateConfig
 from zigzag_jax.train.launch import LaunchConfig, split
+from zigzag_jax.train.plan import PlanConfig
+from zigzag_jax.train.tokenize import TokenizeConfig
 
 pytestmark = pytest.mark.source
-PARSED = {"zigzag_jax.train": Config, "zigzag_jax.train.evaluate": EvaluateConfig}
-COMMAND = re.compile(r"^ *((?:\S*/)?python (?:[^\n\\]|\\\n)*)", re.MULTILINE)  # on lines of their own
+PARSED = {
+    "zigzag_jax.train": Config,
+    "zigzag_jax.train.evaluate": EvaluateConfig,
+    "zigzag_jax.train.plan": PlanConfig,
+    "zigzag_jax.train.tokenize": TokenizeConfig,
+}
+# on lines of their own, after any NAME=VALUE
+COMMAND = re.compile(r"^ *(?:[A-Z]\w*=\S+ +)*((?:\S*/)?python (?:[^\n\\]|\\\n)*)", re.MULTILINE)
 
 
-def commands() -> list[tuple[str, list[str]]]:
-    """(page, the words after `python`) of every command line."""
-    found = []
-    for page in TEXTS:
-        for line in COMMAND.findall(page.read_text()):
-            line = re.sub(r"(\\\n|[][|]|\.\.\.|\s#.*)", " ", line)  # what may be left out, and remarks
-            found.append((relative(page), shlex.split(line)[1:]))
-    return found
+def commands(text: str) -> list[list[str]]:
+    """The words after `python` of every command line."""
+    lines = (re.sub(r"(\\\n|[][|]|\.\.\.|\s#.*)", " ", line) for line in COMMAND.findall(text))  # options, remarks
+    return [shlex.split(line)[1:] for line in lines]
 
 
 def check(words: list[str]) -> None:
@@ -36,6 +40,9 @@ def check(words: list[str]) -> None:
     if program in PARSED:
         number = {"N": "1", "I": "0"}
         tyro.cli(PARSED[program], args=[number.get(word, word) for word in rest if word != "FLAGS"])
+    elif program == "pytest":
+        missing = [word for word in rest if word.startswith("tests/") and not (ROOT / word.split("::")[0]).exists()]
+        assert not missing, f"there is no {missing}"
     elif program.startswith(("examples/", "docs/", "zigzag_jax.")):
         path = ROOT / (program if "/" in program else program.replace(".", "/"))
         folder = path if path.is_dir() else path.parent  # a benchmark's flags stand in a file beside it
@@ -46,8 +53,8 @@ def check(words: list[str]) -> None:
 
 
 def test_every_command_would_be_taken():
-    found = commands()
-    assert len(found) > 30
+    found = [(relative(page), words) for page in TEXTS for words in commands(page.read_text())]
+    assert len(found) > 40
     for page, words in found:
         try:
             check(words)
@@ -58,5 +65,14 @@ def test_every_command_would_be_taken():
 def test_a_flag_that_is_not_there_is_noticed():
     with pytest.raises(SystemExit):
         check(["-m", "zigzag_jax.train", "--context", "4"])
+    with pytest.raises(SystemExit):
+        check(["-m", "zigzag_jax.train.plan", "--cards", "4"])
+    with pytest.raises(AssertionError, match="there is no"):
+        check(["-m", "pytest", "tests/test_nothing.py"])
     with pytest.raises(AssertionError, match="has no"):
         check(["examples/balance.py", "--no-such-flag"])
+
+
+def test_commands_are_found_after_settings_and_over_several_lines():
+    text = "prose python -m nothing\n    JAX_PLATFORMS=cpu A=--x=1 .venv/bin/python a.py \\\n  --flag [4]  # so\n"
+    assert commands(text) == [["a.py", "--flag", "4"]]

@@ -288,7 +288,7 @@ INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "softcap-inf": ({"softcap": float("inf")}, "softcap must be a number > 0 or None, got inf"),
     "implementation": (
         {"implementation": "magic"},
-        f"implementation must be None or one of {', '.join(FLASH)}, got 'magic'",
+        f"implementation must be None or one of {', '.join(FLASH)}, hopper, got 'magic'",
     ),
 }
 FORWARD: dict[str, tuple[dict[str, Any], str]] = INPUTS | {
@@ -349,3 +349,4 @@ def test_the_good_arguments_are_good():
 def test_a_known_name_or_none_is_no_error():
     check_implementation(None, FLASH)
     check_implementation("reference", FLASH)
+    check_implementation("hopper", FLASH)

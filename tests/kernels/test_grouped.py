@@ -165,7 +165,7 @@ ERRORS = {
     ),
     "implementation": (
         {"implementation": "magic"},
-        f"implementation must be None or one of {', '.join(GROUPED)}, got 'magic'",
+        f"implementation must be None or one of {', '.join(GROUPED)}, hopper, got 'magic'",
     ),
 }
 

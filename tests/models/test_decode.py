@@ -31,7 +31,7 @@ PROMPTS = [[5, 9, 33, 2, 60, 41, 7, 7, 3, 18, 22], [1], [50, 12, 13, 14, 15]]  #
 CASES = [
     pytest.param("qwen3-moe", (1, 1, 1), marks=pytest.mark.slow),
     ("qwen3-moe", (1, 2, 2)),
-    ("deepseek-v2", (1, 1, 3)),
+    pytest.param("deepseek-v2", (1, 1, 3), marks=pytest.mark.slow),
 ]
 
 

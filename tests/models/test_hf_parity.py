@@ -51,7 +51,7 @@ CASES = [
     ("qwen3_moe_linear", "golden", 1),
     ("deepseek_v2_lite", "golden", 1),
     ("deepseek_v2_lite", "golden", 4),
-    ("deepseek_v2_full", "golden", 1),
+    pytest.param("deepseek_v2_full", "golden", 1, marks=pytest.mark.slow),
     ("deepseek_v2_full", "golden", 4),
     ("qwen3", "golden", 4),
 ]

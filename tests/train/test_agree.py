@@ -192,6 +192,16 @@ def test_all_stop_after_the_same_step(asking: list[int]):
         assert stops <= {5 + i for i in asking}
 
 
+def test_a_stop_waits_for_nobody_who_is_done():
+    with links(3) as found, ThreadPoolExecutor(1) as pool:
+        found[1].close()
+        pool.submit(found[0].stop_after, 5).result(timeout=10)
+        assert until(lambda: found[2].stop_at == 5)
+    with links(2) as found, ThreadPoolExecutor(1) as pool:
+        found[0].close()
+        pool.submit(found[1].stop_after, 5).result(timeout=10)
+
+
 def test_who_is_behind():
     assert behind({0: (5, "computing step"), 1: (5, "computing step"), 2: None}) == ""
     found = behind({0: (5, "computing step"), 1: (5, "reading the batch of step"), 2: (5, "computing step")})

@@ -1,5 +1,8 @@
 """Checkpoints come back bit for bit on any mesh; a damaged one is named, set aside, and the one before it used."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -44,7 +47,7 @@ def test_nothing_there(kept: Checkpoints):
 
 
 def test_saved_on_one_device_read_on_four(kept: Checkpoints):
-    kept.save(3, state(1.5), {"model": "a"}, {})
+    kept.save(3, state(1.5), {"model": "a"}, {}, {})
     kept.wait()
     step, got = kept.restore(abstract(4)) or pytest.fail("nothing restored")
     assert step == 3
@@ -55,9 +58,9 @@ def test_saved_on_one_device_read_on_four(kept: Checkpoints):
 
 def test_only_the_newest_are_kept_and_a_step_is_saved_once(kept: Checkpoints):
     for step in (1, 2, 3):
-        kept.save(step, state(step), {}, {})
+        kept.save(step, state(step), {}, {}, {})
     kept.wait()
-    kept.save(3, state(99.0), {}, {})
+    kept.save(3, state(99.0), {}, {}, {})
     kept.wait()
     assert sorted(p.name for p in kept.folder.iterdir() if p.name.isdigit()) == ["2", "3"]
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(3))
@@ -66,7 +69,7 @@ def test_only_the_newest_are_kept_and_a_step_is_saved_once(kept: Checkpoints):
 @pytest.mark.parametrize("damage", ["halve", "remove"])
 def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], damage: str):
     for step in (4, 8):
-        kept.save(step, state(step), {"model": "a"}, {})
+        kept.save(step, state(step), {"model": "a"}, {}, {})
         kept.wait()
     for file in (kept.folder / "8").rglob("*"):
         if file.is_file():
@@ -77,14 +80,14 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     same(got, state(4))
     assert (kept.folder / "8.corrupt").is_dir()
     assert any("checkpoints/8" in line for line in said)
-    kept.save(8, state(8.5), {}, {})  # the run goes on and comes to step 8 again
+    kept.save(8, state(8.5), {}, {}, {})  # the run goes on and comes to step 8 again
     kept.wait()
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(8.5))
 
 
 def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
     for step in (4, 8):
-        kept.save(step, state(step), {}, {})
+        kept.save(step, state(step), {}, {}, {})
         kept.wait()
     wrong = {"w": abstract()["w"], "another": abstract()["m"]}
     with pytest.raises(UserError, match=r"^out: must hold a checkpoint that can be read .*/8$"):
@@ -93,11 +96,87 @@ def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
     assert kept.restore(abstract()) is not None
 
 
+class Votes:
+    """Two threads as two processes: `lowest` of what both give."""
+
+    def __init__(self) -> None:
+        self.given, self.barrier = [0, 0], threading.Barrier(2, timeout=60)
+
+    def of(self, process: int) -> Callable[[int], int]:
+        def vote(value: int) -> int:
+            self.given[process] = value
+            self.barrier.wait()
+            lowest = min(self.given)
+            self.barrier.wait()
+            return lowest
+
+        return vote
+
+
+def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_before(
+    kept: Checkpoints, capsys: pytest.CaptureFixture[str]
+):
+    for step in (4, 8):
+        kept.save(step, state(step), {}, {}, {})
+        kept.wait()
+    votes, said = Votes(), ([], [])
+    both = [Checkpoints(kept.folder, 2, said[i].append, process=i, vote=votes.of(i)) for i in (0, 1)]
+    read = both[1]._read
+
+    def damaged(step: int, abstract: dict) -> dict:
+        if step == 8:
+            raise OSError(5, "Input/output error")
+        return read(step, abstract)
+
+    both[1]._read = damaged  # type: ignore[method-assign]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: one.restore(abstract()), both))
+    for got in found:
+        assert got is not None
+        assert got[0] == 4
+        same(got[1], state(4))
+    assert said[0] == [
+        f"checkpoints/8 cannot be read and is now {kept.folder}/8.corrupt; an older one is used "
+        "(process 1 cannot read it)"
+    ]
+    assert capsys.readouterr().err == "process 1: checkpoints/8 cannot be read (Input/output error)\n"
+    assert [one.latest() for one in both] == [4, 4]
+    for one in both:
+        one.close()
+
+
+def test_where_one_of_two_processes_sees_no_checkpoint_nobody_begins_anew(kept: Checkpoints, tmp_path: Path):
+    kept.save(4, state(4), {}, {}, {})
+    kept.wait()
+    votes = Votes()
+    both = [
+        Checkpoints(folder, 2, lambda text: None, process=i, vote=votes.of(i))
+        for i, folder in enumerate((kept.folder, tmp_path / "elsewhere"))
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        sees, none = [pool.submit(one.restore, abstract()) for one in both]
+        assert none.result() is None
+        with pytest.raises(UserError, match=r"^out: must hold a checkpoint that can be read \(a process sees none\)"):
+            sees.result()
+    for one in both:
+        one.close()
+
+
+def test_what_is_still_being_written_is_not_called_whole(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    assert kept.newest_said() == "there is no checkpoint yet"
+    kept.save(4, state(4), {}, {}, {})
+    kept.wait()
+    assert kept.newest_said() == "the newest checkpoint, of step 4, is whole"
+    monkeypatch.setattr(kept, "latest", lambda: 8)
+    monkeypatch.setattr(kept._manager, "is_saving_in_progress", lambda: True)
+    assert kept.newest_said() == "the newest checkpoint, of step 4, is whole, that of step 8 is still being written"
+
+
 def test_a_refused_save_is_an_error(kept: Checkpoints):
-    kept.save(8, state(8), {}, {})
+    kept.save(8, state(8), {}, {}, {})
     kept.wait()
     with pytest.raises(RunError, match="step 4: the checkpoint was refused, the newest is 8"):
-        kept.save(4, state(4), {}, {})
+        kept.save(4, state(4), {}, {}, {})
 
 
 def test_identity_names_field_old_and_new():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zigzag_jax.models.hf.checkpoint import Parameters
 from zigzag_jax.models.hf.files import Folder
+from zigzag_jax.models.hf.run_folder import Parameters
 from zigzag_jax.models.hf.saved import export_model
 
 FLAGS = ["--dtype", "float32", "--seq-len", "64", "--batch", "4", "--save-every", "3", "--seed", "7", "--steps", "9"]
@@ -69,6 +70,10 @@ def test_a_run_learns_and_reports(calm: tuple[Path, str]):
         assert words in printed
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in (out / "checkpoints").iterdir() if p.name.isdigit()) == ["3", "6", "9"]
+    origin = json.loads((out / "checkpoints" / "9" / "origin" / "metadata").read_text())
+    assert origin["seq-len"] == "64"
+    assert "--seq-len 64" in origin["command"]
+    assert {"git revision", "code of zigzag_jax", "version of jax", "data"} <= origin.keys()
 
 
 @pytest.mark.slow
@@ -115,11 +120,26 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     assert "aux loss hf counts experts" in done.stdout
     assert f"trace written to {tmp_path / 'profile'}" in done.stdout
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert re.search(r"\nattention +(\d+\.\d{3} +){2,3}", done.stdout)  # its time, forward and backward
     numbers = {"step", "loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "expert_load", "tokens_per_second"}
     numbers |= {"tokens_per_second_per_device", "time_data", "time_compute", "time_wait"}
     steps = [line for line in lines(tmp_path) if "loss" in line]
     assert [line.keys() for line in steps] == [numbers] * 2  # a CPU says neither memory nor what it can do
     assert losses(tmp_path)[2] < losses(tmp_path)[1]
+
+
+def test_sigterm_during_the_report_skips_what_is_left_of_it(calm: tuple[Path, str], corpus: Path):
+    out, _ = calm
+    with subprocess.Popen(command(out, corpus), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if "resumed at step 9: finished" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 75, rest
+    assert "SIGTERM: the weights are saved after step 9. The same command again writes the report." in rest
+    assert "the model goes on" not in rest
 
 
 def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):

@@ -53,6 +53,12 @@ def test_a_value_out_of_range_is_named(field: str):
     assert info.value.field == field
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
+def test_rates_are_finite(name: str):
+    with pytest.raises(UserError, match=r"must be >=? 0 and finite, got inf"):
+        check(Config(optim=dataclasses.replace(OptimConfig(), **{name: float("inf")})))
+
+
 def test_the_defaults_pass():
     check(Config())
 

@@ -78,6 +78,7 @@ def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources
     assert 0 < len(long) < len(lengths) <= 88
     assert f"{len(long)} of {len(lengths)} documents are longer than a row: cut into {pieces} pieces" in said
     assert sum("in 3 steps, source" in line for line in said) == sources
+    assert sum(f"in the held-out loss, of {this.held_out.rows} rows, source" in line for line in said) == sources
 
 
 @pytest.mark.slow
@@ -88,7 +89,8 @@ def test_a_run_on_a_mixture_goes_on_with_the_same_rows_on_another_mesh(
     whole, broken = (dataclasses.replace(CONFIG, data=mix, out=tmp_path / name) for name in ("whole", "broken"))
     assert loop.run(whole) == 0
     said = capsys.readouterr().out
-    assert said.count(f"source {mix.parent / 'a'}: ") == 2  # what it will have, at the start, and had, at the end
+    # what it will have, and has in the held-out loss, at the start; what it had, at the end
+    assert said.count(f"source {mix.parent / 'a'}: ") == 3
     assert f"in 3 steps, source {mix.parent / 'b'}: " in said
     assert loop.run(dataclasses.replace(broken, steps=2)) == 0
     assert loop.run(dataclasses.replace(broken, mesh=MeshConfig(dp=2, cp=2))) == 0

@@ -16,6 +16,7 @@ from zigzag_jax.models.hf import files
 from zigzag_jax.models.hf.convert import to_hf
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.tokenizer import read_tokenizer
 from zigzag_jax.train import evaluate
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.data.tokenizer import train_tokenizer
@@ -84,7 +85,7 @@ def test_the_whole_text_is_scored_once(model, tmp_path: Path, monkeypatch: pytes
         config = evaluate.EvaluateConfig(folder, data=data, part=part, seq_len=256, batch=2, dtype="float32")
         evaluate.evaluate(config, said.append)
         counts[part] = int(said[-1].split()[1].replace(",", ""))
-    tokenizer = generate._tokenizer(folder / "tokenizer.json")
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
     # each document predicts all its tokens but the first, and its end
     assert counts["all"] == sum(len(tokenizer.encode(text).ids) for text in TEXT)
     assert 0 < counts["held-out"] < counts["all"] / 4

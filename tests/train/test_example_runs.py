@@ -37,6 +37,9 @@ def test_run(path: Path):
     hosts = re.search(r"(\d+ hosts|one host) of (\d+) H100", about)
     assert hosts is not None
     assert devices == (1 if hosts[1] == "one host" else int(hosts[1].split()[0])) * int(hosts[2])
+    slurm = re.search(r"srun -N (\d+) -n (\d+) --gpus-per-node=(\d+) python ", about)
+    assert slurm is not None
+    assert devices == int(slurm[2]) == int(slurm[1]) * int(slurm[3])  # one task a GPU
     for name, text in (("parameters", "float32 weights"), ("optimiser", "AdamW's moments")):
         gib = next(float(m[1]) for line in said if (m := re.match(rf"{name} +([\d.]+) GiB", line)))
         told = re.search(rf"([\d.]+) GiB of {text}", about)

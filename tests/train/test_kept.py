@@ -49,5 +49,6 @@ def test_the_input_alone():
     assert kind == Kept(f"bfloat16[{ROWS}, {LENGTH}, {SIZES.hidden_size}]", on_host=False)
 
 
+@pytest.mark.slow
 def test_everything_is_more():
     assert sum(kept("none").values()) > 3 * a_device(SIZES.hidden_size, 2)

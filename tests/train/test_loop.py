@@ -19,8 +19,10 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: fl
     result = SimpleNamespace(
         losses=Losses(jnp.float32(loss), zero, jnp.float32(1), jnp.zeros((0, 1)), zero), grad_norm=np.float32(norm)
     )
-    with pytest.raises(RunError, match=r"^step 7: the .* is (nan|inf), .* of step 5, is whole; its batch is there"):
-        _check_finite(7, result, 5, lambda: "its batch is there")  # type: ignore[arg-type]
+    with pytest.raises(
+        RunError, match=r"^step 7: the .* is (nan|inf), training stops; that of step 5; its batch is there"
+    ):
+        _check_finite(7, result, lambda: "that of step 5", lambda: "its batch is there")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,11 @@ def test_experts_that_cannot_be_cut_so(mesh: MeshConfig, sizes, message: str):
 
 def test_rows_that_do_not_come_out_even():
     with pytest.raises(UserError, match=r"^batch: must be divisible by dp \* fsdp = 3, got 4"):
-        check_batch(Config(batch=4), (3, 1, 2))
+        check_batch(4, 1, (3, 1, 2))
     with pytest.raises(
         UserError, match=r"^batch: must be divisible by accumulate \* dp \* fsdp = 2 \* 2 \* 1 = 4, got 6"
     ):
-        check_batch(Config(batch=6, accumulate=2), (2, 1, 2))
+        check_batch(6, 2, (2, 1, 2))
 
 
 @pytest.fixture

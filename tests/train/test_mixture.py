@@ -117,6 +117,13 @@ def test_weights_are_shares_of_the_tokens(store: MixedStore, plan: MixedPlan):
     assert shares(store.stores[0], make_plan(store.stores[0].lengths, 64, seed=5), 9) == []
 
 
+def test_fill_is_that_of_the_rows_as_they_are_dealt(store: MixedStore, plan: MixedPlan):
+    seen = plan.token_counts(BLOCK).sum() / (BLOCK * 64)
+    assert plan.fill == pytest.approx(seen, rel=0.01)  # whole epochs in the one, BLOCK rows in the other
+    heavy = plan_rows(dataclasses.replace(store, weights=(1.0, 1.0, 1e4)), 64, seed=5)
+    assert heavy.fill == pytest.approx(41 / 64, rel=0.001)
+
+
 def test_each_source_goes_through_its_epochs_in_its_own_order(plan: MixedPlan):
     stream = plan.stream(0, 4000)
     sources = source_of(plan, stream)
@@ -192,7 +199,7 @@ def test_what_a_run_needs_beside_batches(store: MixedStore, plan: MixedPlan):
     """Held-out rows are mixed too; prompts are spread over all sources."""
     with Batches(store, plan, 4, make_mesh(), repeat=False) as batches:
         held_out = HeldOut(batches)
-        assert held_out.count == len(batches)
+        assert (held_out.count, held_out.rows) == (len(batches), plan.rows)
         rows = np.concatenate([batches.rows(n) for n in range(held_out.count)])
         np.testing.assert_array_equal(rows[: plan.rows], plan.stream(0, plan.rows))
         assert (rows[plan.rows :] == -1).all()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zigzag_jax.models.hf.checkpoint import Parameters
+from zigzag_jax.models.hf.run_folder import Parameters
 
 FLAGS = ["--seq-len", "32", "--batch", "2", "--save-every", "2", "--mesh.cp", "4", "--hosts.timeout", "60"]
 
@@ -103,7 +103,7 @@ def test_as_one_process(place: Path, tmp_path: Path, size: int):
 def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: Path, dead: int):
     out = tmp_path / f"dead{dead}"
     group = Group(place, out, 2, 4000)
-    group.wait_for(3)
+    group.wait_for(5)
     begin = time.monotonic()
     group.all[dead].kill()
     group.all[dead].wait()
@@ -115,9 +115,14 @@ def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: 
     assert f", mesh axis cp: process {dead} (" in last
     assert "is gone" in last
     assert f"the newest checkpoint is of step {saved(out)[-1]}" in last
-    steps = saved(out)[-1] + 1
-    assert Group(place, out, 2, steps).codes() == [0, 0]
-    assert saved(out)[-1] == steps
+    *_, before, newest = saved(out)
+    for file in (out / "checkpoints" / str(newest)).glob("**/ocdbt.process_1/d/*"):
+        file.write_bytes(b"")  # what process 1 alone wrote, and reads
+    assert Group(place, out, 2, newest + 1).codes() == [0, 0]
+    assert (out / "checkpoints" / f"{newest}.corrupt").is_dir()
+    resumed = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if "resumed_from" in line]
+    assert resumed[-1]["resumed_from"] == before
+    assert saved(out)[-1] == newest + 1
 
 
 @pytest.mark.processes

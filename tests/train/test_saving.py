@@ -50,7 +50,7 @@ def said() -> list[str]:
 @pytest.fixture
 def make(tmp_path: Path, said: list[str]):
     checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
-    yield lambda **options: Saver(checkpoints, 2, ({}, {}), said.append, **{"alone": True, "retry": 0.0, **options})
+    yield lambda **options: Saver(checkpoints, 2, ({}, {}, {}), said.append, **{"alone": True, "retry": 0.0, **options})
     checkpoints.close()
 
 
@@ -114,7 +114,7 @@ def test_and_ends_with_an_error_when_there_is_none(make: Callable[..., Saver]):
 def test_the_oldest_is_deleted_though_a_save_failed(tmp_path: Path, said: list[str]):
     """Orbax strikes it off its list before the new one is whole, and deletes it after."""
     checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
-    saver = Saver(checkpoints, 1, ({}, {}), said.append, alone=True, retry=0.0)
+    saver = Saver(checkpoints, 1, ({}, {}, {}), said.append, alone=True, retry=0.0)
     for step in range(1, 6):
         with full(65536 if step in (2, 4) else -1):
             saver.after(step, state(step))
@@ -136,9 +136,9 @@ def test_a_run_that_ends_says_what_was_not_written(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
     checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
     with full():
-        checkpoints.save(1, state(1), {}, {})
+        checkpoints.save(1, state(1), {}, {}, {})
         checkpoints.close()
-    assert said == ["the checkpoint that was being written could not be (File too large); the newest: None"]
+    assert said == ["the checkpoint that was being written could not be (File too large); there is no checkpoint yet"]
 
 
 def test_one_of_several_processes_ends(make: Callable[..., Saver]):
@@ -165,11 +165,11 @@ def test_what_fails_in_the_background_is_noticed(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
     checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
     with full():
-        checkpoints.save(1, state(1), {}, {})
+        checkpoints.save(1, state(1), {}, {}, {})
         with pytest.raises(SaveError, match="File too large"):
             checkpoints.wait()
         checkpoints.check()  # and only once
-    checkpoints.save(1, state(1), {}, {})
+    checkpoints.save(1, state(1), {}, {}, {})
     checkpoints.wait()
     assert checkpoints.latest() == 1
     checkpoints.close()

@@ -13,8 +13,8 @@ from h100 import h100s
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from overlap import check, copied
-from scheduled_hlo import Program
 
+from zigzag_jax.hlo import Program
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of
@@ -53,14 +53,24 @@ def test_qwen3_moe():
     sizes = dataclasses.replace(PRESETS["qwen3-30b-a3b"], **LESS, num_experts=16)
     program = step_schedule(sizes, 4, KernelOptions(implementation="mosaic"))
     check(program, 4, LENGTH, sizes.hop_values["k, v"], LAYERS)
-    assert not copied(program, LENGTH, (4, 128), (32, 128))
+    assert copied(program, LENGTH, 4 * 128, 32 * 128) == {
+        "bf16[8192,512]": 2 * LAYERS,  # v is cut out of one matmul with q and k, forward and recomputed
+        "bf16[1,1,8192,32,128]": 2 * LAYERS,  # attention's result: into the stack of what is kept, and back
+    }
 
 
 def test_deepseek_v2_with_its_latent_on_the_ring():
     sizes = dataclasses.replace(PRESETS["deepseek-v2-lite"], **LESS, n_routed_experts=16, first_k_dense_replace=0)
     program = step_schedule(sizes, 8, KernelOptions(implementation="mosaic", payload="latent"))
     check(program, 8, LENGTH, sizes.hop_values["latent"], LAYERS)
-    assert not copied(program, LENGTH, (16, 192), (16, 128), (16, 256))
-    # Of the latent one, 8 MiB every other step of the backward's loop: its share of kv_b's gradient is made when the
-    # next one has come. Another in the text: the last layer's loop stands by itself.
-    assert len(copied(program, LENGTH, (512,))) <= 2
+    steps = 2 * LAYERS * 8
+    assert copied(program, LENGTH, 512, 16 * 128, 16 * 192, 16 * 256) == {
+        # each step lays out k of latent @ kv_b and the rotary key (cost.py counts it)
+        "bf16[1,8192,16,192]": steps,
+        # the latent, every other step of the backward's loop: its share of kv_b's gradient waits for the next to come
+        "bf16[1,8192,512]": 2 * LAYERS,
+        "bf16[1,1,8192,16,128]": 2 * LAYERS,  # attention's result, as above
+        # a layer's input, which has v's size: carried on, and into the stack
+        "bf16[1,8192,2048]": LAYERS,
+        "bf16[1,1,8192,2048]": LAYERS,
+    }

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from zigzag_jax.train.stop import StopRequest
+from zigzag_jax.train.stop import Stopped, StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -26,3 +26,14 @@ def test_a_second_ctrl_c_insists():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_leaves_out_what_is_left_of_a_report():
+    said: list[str] = []
+    with StopRequest(said.append) as stop:
+        part = stop.parts(9)
+        part()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped):
+            part()
+    assert said == ["SIGTERM: all is saved, leaving the rest of the report out (Ctrl-C again stops at once)"]

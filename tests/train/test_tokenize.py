@@ -16,7 +16,7 @@ from rich.console import Console
 
 from zigzag_jax.train import tokenize as command
 from zigzag_jax.train.data.dataset import read_dataset, unfinished
-from zigzag_jax.train.data.shards import cut
+from zigzag_jax.train.data.shards import cut, stats_of
 from zigzag_jax.train.data.split import parts
 from zigzag_jax.train.data.store import open_dataset
 from zigzag_jax.train.data.tokenizer import train_tokenizer
@@ -56,6 +56,11 @@ def make(those: TokenizeConfig) -> str:
         console = Console(file=null, record=True, width=200)
         tokenize(those, console)
     return console.export_text()
+
+
+def shard_count(data: Path) -> int:
+    found = sorted(data.rglob("*.*"))
+    return len(cut(found, stats_of(found), "", {str(file): file.stat().st_size for file in found}, SMALL))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -101,14 +106,14 @@ def test_killed_and_resumed_is_byte_for_byte_the_same_whatever_the_workers(calm:
     shards = unfinished(out) / "shards"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while len(list(shards.glob("0*"))) < 5 and process.poll() is None and time.monotonic() < deadline:
+    while len(list(shards.glob("[!.]*"))) < 5 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
-    done = len(list(shards.glob("0*")))
-    assert 5 <= done < len(cut(sorted((place / "data").rglob("*.*")), SMALL))
+    done = len(list(shards.glob("[!.]*")))
+    assert 5 <= done < shard_count(place / "data")
     assert not out.exists()
-    (shards / ".00000059-killed").mkdir(exist_ok=True)  # what a worker may leave
+    (shards / ".59-killed").mkdir(exist_ok=True)  # what a worker may leave
     assert "going on with" in make(config(place, out, workers=3))
     assert contents(out) == contents(calm)
     assert not unfinished(out).exists()
@@ -170,9 +175,67 @@ def test_another_request_does_not_go_on_with_it(place: Path, tmp_path: Path, mon
         with pytest.raises(UserError, match=rf"^{field}: must stay what .*out\.unfinished was begun with") as caught:
             make(config(place, out, **{"data": (data,)} | changed))
         assert caught.value.field == field
-    os.utime(data / "a.txt", (1, 1))
-    with pytest.raises(UserError, match=r"^data: must stay"):
+
+
+class Broken(Exception):
+    """What ends a worker of these tests."""
+
+
+def in_one_process(shards: list[str], most: int = 10**6):
+    """run_tasks here, which notes the name of each shard that it makes and breaks off after `most`."""
+
+    def write_shards(make, tasks, workers, watch):
+        writer = make()
+        for task in tasks:
+            if len(shards) >= most:
+                raise Broken
+            shards.append(task.name)
+            list(writer(task))
+
+    return write_shards
+
+
+def test_a_mended_file_is_read_again_and_the_others_are_kept(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One file of many small ones, and a line of a large one; also a file more."""
+    data, out, made = tmp_path / "data", tmp_path / "out", []
+    shutil.copytree(place / "data", data)
+    monkeypatch.setattr(command, "run_tasks", in_one_process(made, most=shard_count(data) - 1))
+    with pytest.raises(Broken):
         make(config(place, out, data=(data,)))
+    before = set(made)
+    (data / "c" / "07.txt").write_text("mended, and much longer: " + TEXTS[357] * 3)
+    (data / "d.txt").write_text(TEXTS[3])
+    made.clear()
+    monkeypatch.setattr(command, "run_tasks", in_one_process(made))
+    said = make(config(place, out, data=(data,))).replace("\n", "")
+    assert f"changed since: {data}/c/07.txt, {data}/d.txt" in said
+    assert len(made) <= 3  # that of 07.txt, that of d.txt, and the one that was missing
+    assert f"{len(before) - 1} of " in said
+    monkeypatch.setattr(command, "run_tasks", in_one_process([]))
+    make(config(place, tmp_path / "calm", data=(data,)))
+    assert contents(out) == contents(tmp_path / "calm")
+
+
+def test_a_tokenizer_that_the_mended_text_changes_makes_all_shards_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    data, made = tmp_path / "data", []
+    data.mkdir()
+    for n in range(4):
+        (data / f"{n}.txt").write_text(f"{n}: a ring is a line that comes home\n" * 300)
+    ours = functools.partial(TokenizeConfig, data=(data,), vocab_size=270)
+    monkeypatch.setattr(command, "run_tasks", in_one_process(made, most=3))
+    with pytest.raises(Broken):
+        make(ours(out=tmp_path / "out"))
+    (data / "2.txt").write_text("another text altogether, zzzz\n" * 300)
+    made.clear()
+    monkeypatch.setattr(command, "run_tasks", in_one_process(made))
+    assert "shards are kept" not in make(ours(out=tmp_path / "out"))
+    assert len(made) == shard_count(data)
+    make(ours(out=tmp_path / "calm"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
 
 
 def test_a_whole_folder_is_not_written_again(calm: Path, place: Path, tmp_path: Path):
@@ -271,7 +334,7 @@ def test_data_that_changes_meanwhile_is_noticed(place: Path, tmp_path: Path, mon
         (tmp_path / "a.txt").write_text("another\n" * 50)
 
     monkeypatch.setattr(command, "run_tasks", change)
-    with pytest.raises(UserError, match=r"^data: must not change while it is read \(delete .*out\.unfinished\)"):
+    with pytest.raises(UserError, match=r"^data: must not change while it is read; the same command again goes on"):
         make(config(place, tmp_path / "out", data=(tmp_path / "a.txt",)))
 
 

@@ -78,8 +78,12 @@ def test_a_folder_brings_its_weights_to_any_mesh(tmp_path: Path):
     devices = jax.devices()[:4]
     where = Sharding(jax.make_mesh((2, 2), ("fsdp", "cp"), axis_types=(AxisType.Auto,) * 2, devices=devices))
     shapes = abstract_state(maker(config, sizes, where))[1]
-    got = first_parameters(config, sizes, shapes, where)
+    told: list[tuple[int, int]] = []
+    got = first_parameters(config, sizes, shapes, where, lambda done, total: told.append((done, total)))
     jax.tree.map(np.testing.assert_array_equal, got, want)
+    pieces = [{str(x.index): x.data.nbytes for x in array.addressable_shards} for array in jax.tree.leaves(got)]
+    assert told[-1] == (sum(sum(sizes.values()) for sizes in pieces),) * 2
+    assert len(told) == sum(map(len, pieces))
     tensors = {name: np.array(x) for name, x in to_hf(want, sizes).items()}
     tensors["model.norm.weight"][0] += 1
     write(made, [Tensor(name, x.dtype, x.shape, lambda x=x: [x]) for name, x in tensors.items()])

@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from zigzag_jax.layout import padded, zigzag_indices
 from zigzag_jax.train.data.packing import Plan
 from zigzag_jax.train.data.token_file import Tokens
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.mesh import AXES, ROWS, check_batch
 
 FIELDS = {"tokens": (np.int32, 0), "labels": (np.int32, -1), "positions": (np.int32, 0), "real": (np.bool_, False)}
 """The arrays of a batch: dtype, and the value on a pad."""
@@ -43,7 +43,7 @@ def abstract_batch(batch: int, seq_len: int, mesh: Mesh) -> dict[str, jax.ShapeD
 
 
 def _over(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P(("dp", "fsdp"), "cp"))
+    return NamedSharding(mesh, P(ROWS, "cp"))
 
 
 class Batches:
@@ -63,21 +63,18 @@ class Batches:
         With `repeat` the stream goes on epoch after epoch (training). Without, it is one pass over the plan: len(self)
         batches, the last filled up with blank rows, so that each token is scored once (evaluation; of a mixture as
         many rows as its sources have, mixed).
-        Raises UserError("batch", ...) when rows do not come out even over dp * fsdp, ValueError for a plan of another
+        Raises UserError("batch", ...) where `check_batch` does, ValueError for a plan of another
         store.
         """
-        ways = mesh.shape["dp"] * mesh.shape["fsdp"]
-        if batch < 1 or batch % (ways * accumulate):
-            rule = f"dp * fsdp = {ways}" if accumulate == 1 else f"accumulate * dp * fsdp = {accumulate * ways}"
-            raise UserError("batch", f"must be a positive multiple of {rule}", batch)
+        dp, fsdp, self.cp = (mesh.shape[axis] for axis in AXES)
+        check_batch(batch, accumulate, (dp, fsdp, self.cp))
         if plan.sizes.sum() != store.size:
             raise ValueError(f"plan must be made of this store's {store.size} tokens, got {plan.sizes.sum()}")
         self.store, self.plan, self.batch, self.repeat = store, plan, batch, repeat
-        self.cp = mesh.shape["cp"]
         self.seq_len = padded(plan.seq_len, self.cp)
         self.sharding = _over(mesh)
         # place (device, micro-batch, row) of a batch <- row number (micro-batch, device, row) of the plan
-        self._deal = np.arange(batch).reshape(accumulate, ways, -1).swapaxes(0, 1).reshape(-1)
+        self._deal = np.arange(batch).reshape(accumulate, dp * fsdp, -1).swapaxes(0, 1).reshape(-1)
         self._order = zigzag_indices(self.seq_len, self.cp)
         self._thread = ThreadPoolExecutor(1, "batches")
         self._ahead: tuple[int, Future[dict[str, jax.Array]]] | None = None

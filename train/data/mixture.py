@@ -86,6 +86,13 @@ class MixedPlan(Plan):
     order: np.ndarray
     """int64 [BLOCK]: the source of each row of a block."""
 
+    @property
+    def fill(self) -> float:
+        """Share of the places that hold a token, 0 to 1, in rows as they are dealt out: by the sources' weights."""
+        tokens = np.add.reduceat(self.sizes, self.bounds[:-1])
+        means = np.add.reduceat(tokens, self.first_rows[:-1]) / np.diff(self.first_rows)
+        return float(self._in_block @ means) / (BLOCK * self.seq_len)
+
     def stream(self, first: int, count: int) -> np.ndarray:
         """Rows number `first` to `first + count` of the endless stream: int64 [count], each in 0 .. rows - 1."""
         blocks, places = np.divmod(np.arange(first, first + count, dtype=np.int64), BLOCK)

@@ -1,27 +1,31 @@
 """A corpus as shards: parts of about 8 MB that are tokenised apart, by whoever is free, and joined in their order.
 
     WORK/tokenizer.json             the one that all shards are encoded with
-    WORK/shards/00000003/           a shard that is done: train.tokens  train.offsets  held_out.tokens  held_out.offsets
-    WORK/shards/.00000004-xyz/      a shard at work; renamed as the last act
+    WORK/shards/3f0c../             a shard that is done: train.tokens  train.offsets  held_out.tokens  held_out.offsets
+    WORK/shards/.91ab..-xyz/        a shard at work; renamed as the last act
 
 Which tokens a shard holds depends on its documents, the tokenizer and which rule holds for what is held out
-(split.py), on nothing that another process knows. So whoever writes a shard, and whenever, writes the
-same bytes; and two that do it at once do no harm.
+(split.py), on nothing that another process knows. A digest of all that is the shard's name. So whoever writes a shard,
+and whenever, writes the same bytes; two that do it at once do no harm; and where a file has changed since, only shards
+with a piece of it have other names and are written again.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zigzag_jax.train.data.dataset import SIDES, TOKENIZER, add_documents, finish, write_sides
+from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.data.formats import Piece, pieces, read
 from zigzag_jax.train.data.split import parts
 from zigzag_jax.train.data.tokenizer import load_tokenizer
+from zigzag_jax.train.errors import UserError
 
 SHARD = 8_000_000  # bytes of files: seconds of work, which is what a kill may cost
 _FOLDER = "shards"
@@ -31,10 +35,10 @@ _FOLDER = "shards"
 class Shard:
     """Pieces of files that stand one after another in the corpus."""
 
-    number: int
-    """Its place among the shards, from 0."""
     pieces: tuple[Piece, ...]
     """What it is made of."""
+    name: str
+    """Of its folder: a digest of all that decides its tokens."""
 
     @property
     def size(self) -> int:
@@ -43,21 +47,54 @@ class Shard:
 
     def folder(self, work: Path) -> Path:
         """Where its tokens are, once they are whole."""
-        return work / _FOLDER / f"{self.number:08}"
+        return work / _FOLDER / self.name
 
 
-def cut(files: Iterable[Path], most: int = SHARD) -> list[Shard]:
-    """The files as shards of about `most` bytes. Raises UserError("data", ...) as `pieces` does."""
-    shards: list[Shard] = []
-    mine: list[Piece] = []
+Stats = Mapping[str, tuple[int, int]]  # path of a file -> its bytes, and when it was changed (ns)
+
+
+def cut(files: Iterable[Path], stats: Stats, how: str, sizes: Mapping[str, int], most: int = SHARD) -> list[Shard]:
+    """The files as shards of about `most` bytes; large files by themselves, small ones together.
+
+    `how` stands for all that decides the tokens beside the files. Small files are put together by their `sizes`, which
+    stay what they were when the work began: one that changes does not move the others to other shards.
+    Raises UserError("data", ...) as `pieces` does.
+    """
+    found: list[tuple[Piece, ...]] = []
+    together: list[Piece] = []
     size = 0
-    for piece in (piece for file in files for piece in pieces(file, most)):
-        if mine and size + piece.size > most:
-            shards.append(Shard(len(shards), tuple(mine)))
-            mine, size = [], 0
-        mine.append(piece)
-        size += piece.size
-    return [*shards, Shard(len(shards), tuple(mine))] if mine else shards
+    for file in files:
+        own = pieces(file, most)
+        if together and (len(own) > 1 or size + sizes[str(file)] > most):
+            found.append(tuple(together))
+            together, size = [], 0
+        if len(own) > 1:
+            found += [(piece,) for piece in own]
+        else:
+            together += own
+            size += sizes[str(file)]
+    found += [tuple(together)] if together else []
+    return [Shard(those, _name(those, stats, how)) for those in found]
+
+
+def _name(those: tuple[Piece, ...], stats: Stats, how: str) -> str:
+    what = [(str(piece.file), *stats[str(piece.file)], piece.begin, piece.end) for piece in those]
+    return text_digest(json.dumps([how, what]))
+
+
+def stats_of(files: Iterable[Path]) -> Stats:
+    """Bytes and date of files. UserError for one that is not there."""
+    try:
+        return {str(file): (stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]}
+    except OSError as error:
+        raise UserError("data", f"must be readable ({error.strerror})", error.filename) from None
+
+
+def changed(old: Mapping[str, Sequence[int]], new: Stats) -> str:
+    """Which files are others than before, as words; empty where none is."""
+    names = [file for file in {**old, **new} if tuple(old.get(file, ())) != new.get(file)]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"; changed since: {', '.join(names[:4])}{more}" if names else ""
 
 
 class ShardWriter:
@@ -87,10 +124,12 @@ class ShardWriter:
         yield 0, 0, shard.size
 
 
-def clean(work: Path) -> None:
-    """Drop what killed workers left of shards."""
-    for folder in (work / _FOLDER).glob(".*"):
-        shutil.rmtree(folder, ignore_errors=True)
+def clean(work: Path, shards: Sequence[Shard]) -> None:
+    """Drop what killed workers left, and all that is none of these shards."""
+    wanted = {shard.name for shard in shards}
+    for folder in (work / _FOLDER).glob("*"):  # pathlib's * finds hidden ones too
+        if folder.name not in wanted:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def join(shards: Sequence[Shard], work: Path, target: Path, source: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from zigzag_jax.models.tokenizer import read_tokenizer
 from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.errors import UserError
 
@@ -32,16 +33,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     Raises UserError("tokenizer", ...): no such file, not a tokenizer, or one without an end-of-document token.
     """
-    file = Path(path).expanduser()
-    file = file / "tokenizer.json" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError("tokenizer", "must be a tokenizer.json that exists", file)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises a bare Exception for whatever is wrong with the file
-        raise UserError("tokenizer", f"must be a tokenizer.json ({error})", file) from None
+    tokenizer = read_tokenizer(path)
     if not any(tokenizer.token_to_id(end) is not None for end in _ENDS):
-        raise UserError("tokenizer", f"must have an end-of-document token, one of {', '.join(_ENDS)}", file)
+        raise UserError("tokenizer", f"must have an end-of-document token, one of {', '.join(_ENDS)}", path)
     return _plain(tokenizer)
 
 
@@ -117,6 +111,4 @@ def _cut(text: str) -> Iterator[str]:
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:
     tokenizer.encode_special_tokens = True  # "encode them like other text"
-    tokenizer.no_truncation()  # a tokenizer.json may carry a maximum length or padding: neither has a place in a store
-    tokenizer.no_padding()
     return tokenizer

@@ -6,7 +6,6 @@ process that is missing is not named by JAX.
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +19,7 @@ from typing import Any
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data.open_data import tokens_digest
 from zigzag_jax.train.errors import PeerError, UserError
+from zigzag_jax.train.flags import flags_of
 from zigzag_jax.train.hosts.discover import address
 from zigzag_jax.train.hosts.link import Link, patience
 
@@ -32,7 +32,7 @@ Facts = dict[str, str]
 
 def facts(config: Config) -> Facts:
     """What all processes have to have in common, by name."""
-    flags = {name: str(value) for name, value in _flags(dataclasses.asdict(config)).items() if name not in _OWN}
+    flags = {name: str(value) for name, value in flags_of(config).items() if name not in _OWN}
     versions = {f"version of {name}": _version(name) for name in LIBRARIES}
     flags |= {"data": tokens_digest(config.data), "code of zigzag_jax": source_digest()}
     return flags | {"version of python": platform.python_version()} | versions
@@ -167,12 +167,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-def _flags(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The config as flags, `mesh.cp` and so on."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flag = prefix + name.replace("_", "-")
-        flat |= _flags(value, f"{flag}.") if isinstance(value, dict) else {flag: value}
-    return flat

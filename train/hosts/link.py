@@ -82,7 +82,7 @@ class Link:
             self._stop(step)
         else:
             self._send(0, stop=step)
-        while not self._agreed.wait(0.05) and self.gone is None:
+        while not self._agreed.wait(0.05) and self.gone is None and (self.process == 0 or self._peers):
             pass
 
     def wait_for_gone(self, seconds: float) -> bool:
@@ -156,6 +156,9 @@ class Link:
     def _hear(self, p: int, message: dict[str, Any]) -> None:
         if message.get("bye"):
             self._drop(p)
+            with self._lock:  # it has all that it needs, and will hear of no stop
+                self._missing.discard(p)
+                self._settle()
         elif "failed" in message:
             self._lose(p, f"ended: {message['failed']}")
         elif "gone" in message:

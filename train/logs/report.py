@@ -32,10 +32,20 @@ class HeldOut:
         steps = max(1, _EVAL_TOKENS // (accumulate * batches.batch * batches.plan.seq_len))
         self.count = min(len(batches), accumulate * steps)
 
-    def loss(self, losses: Callable[..., Losses], params: nnx.State) -> float:
-        """Mean cross-entropy in nats over the predicted tokens of these batches; losses(params, batch) -> Losses."""
-        # one batch at a time: a hundred in flight at once can hang CPU devices
-        parts = [jax.device_get(losses(params, self.batches.at(n))) for n in range(self.count)]
+    @property
+    def rows(self) -> int:
+        """Rows of the plan's stream that these batches hold."""
+        return min(self.count * self.batches.batch, self.batches.plan.rows)
+
+    def loss(self, losses: Callable[..., Losses], params: nnx.State, part: Callable[[], None] = lambda: None) -> float:
+        """Mean cross-entropy in nats over the predicted tokens of these batches; losses(params, batch) -> Losses.
+
+        `part` is called after each batch.
+        """
+        parts: list[Losses] = []
+        for n in range(self.count):  # one batch at a time: a hundred in flight at once can hang CPU devices
+            parts.append(jax.device_get(losses(params, self.batches.at(n))))
+            part()
         tokens = np.array([float(p.tokens) for p in parts])
         return float(np.dot([float(p.loss) for p in parts], tokens) / tokens.sum())
 

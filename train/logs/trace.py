@@ -6,7 +6,9 @@ from types import TracebackType
 
 import jax
 
+from zigzag_jax.hlo import Program
 from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.logs.scopes import by_scope, launches, table
 
 FOLDER = "profile"
 
@@ -30,12 +32,17 @@ def profile_steps(text: str | None) -> range:
 
 
 class Profile:
-    """Writes a trace of some steps (jax.profiler) to a folder; entered, it ends the trace however the run ends."""
+    """Writes a trace of some steps (jax.profiler) to a folder and says where their time went; entered, it ends the
+    trace however the run ends.
+    """
 
     def __init__(self, steps: range, run: Path | None, say: Callable[[str], None]) -> None:
         """`run`: the run's folder; with None, in all processes but one, nothing is traced."""
         self.steps, self.folder, self.say = steps, None if run is None else run / FOLDER, say
+        self.program: jax.stages.Compiled | None = None
+        """The step; without it the trace is written and not summed up."""
         self._step: jax.profiler.StepTraceAnnotation | None = None  # of a step that is being traced
+        self._traced = 0
 
     def before(self, step: int) -> None:
         """Step number `step`, from 1, is about to begin."""
@@ -50,13 +57,19 @@ class Profile:
         """It has finished."""
         if self._step is not None:
             self._step.__exit__(None, None, None)
+            self._traced += 1
             if step + 1 not in self.steps:
                 self._stop()
 
     def _stop(self) -> None:
         self._step = None
         jax.profiler.stop_trace()
+        assert self.folder is not None
         self.say(f"trace written to {self.folder} (xprof or TensorBoard's profile plugin shows it)")
+        if self.program is not None and self._traced:
+            seconds = by_scope(Program(self.program.as_text() or ""), launches(self.folder))
+            for line in table(seconds, jax.local_device_count(), self._traced):
+                self.say(line)
 
     def __enter__(self) -> "Profile":
         return self

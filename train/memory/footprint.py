@@ -7,16 +7,17 @@
 Some parts of `temporary` follow from shapes, but not when each of them lives: they need not add up to it.
 """
 
-import re
 from collections import Counter
 from dataclasses import dataclass
 
+from zigzag_jax import hlo
 from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data.batches import abstract_batch
 from zigzag_jax.train.dry_run import bytes_a_device
 from zigzag_jax.train.loss import CHUNK
 from zigzag_jax.train.memory.kept import Kept, kept_by_layers
+from zigzag_jax.train.memory.traffic import Travel, travels
 from zigzag_jax.train.program import Program
 
 
@@ -36,8 +37,8 @@ class Footprint:
     """The same in the host's pinned memory."""
     kept: Counter[Kept]
     """What the layers keep for the backward, by kind: in `temporary` or `host`."""
-    hops: tuple[int, int]
-    """Permutes in the program, and how many of them are asynchronous; docs/schedule.md tells what flies above what."""
+    travels: tuple[Travel, ...]
+    """What the device gives to transfers; docs/schedule.md tells what flies above what."""
 
     @property
     def state(self) -> int:
@@ -62,14 +63,8 @@ def measure(config: Config, program: Program) -> Footprint:
     total = needs.argument_size_in_bytes + needs.output_size_in_bytes - needs.alias_size_in_bytes
     rest = total + needs.temp_size_in_bytes - sum(given)
     kept = kept_by_layers(traced.jaxpr, mesh.size)
-    return Footprint(*given, rest, needs.host_temp_size_in_bytes, kept, count_hops(compiled.as_text() or ""))
-
-
-def count_hops(text: str) -> tuple[int, int]:
-    """Permutes of a scheduled HLO text, and those of them that are asynchronous."""
-    starts = re.findall(r" collective-permute-start\(.*", text)
-    flying = sum('"is_sync":true' not in start for start in starts)
-    return len(starts) + len(re.findall(r" collective-permute\(", text)), flying
+    moved = travels(hlo.Program(compiled.as_text() or ""))
+    return Footprint(*given, rest, needs.host_temp_size_in_bytes, kept, moved)
 
 
 def known_parts(config: Config, sizes: ModelConfig, program: Program) -> dict[str, int]:

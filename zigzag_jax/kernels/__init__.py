@@ -77,9 +77,9 @@ def _say(what: str, name: str, kind: str, skipped: str) -> None:
 
 
 def check_implementation(name: str | None, table: dict) -> None:
-    """ValueError where the name is in no table."""
+    """ValueError where the name is neither in the table nor "hopper"."""
     if name not in (None, HOPPER, *table):
-        raise ValueError(f"implementation must be None or one of {', '.join(table)}, got {name!r}")
+        raise ValueError(f"implementation must be None or one of {', '.join([*table, HOPPER])}, got {name!r}")
 
 
 def flash_implementation(q, k, v, settings: flash_contract.Settings, name: str | None = None) -> str:
@@ -143,7 +143,7 @@ def flash_fwd(
       carry: (out float32 [B, Sq, H, E], lse float32 [B, H, Sq]) of an earlier call over other keys, or None.
       softcap: static number > 0 or None.
       out_dtype: dtype of out.
-      implementation: a key of FLASH or None.
+      implementation: a key of FLASH, "hopper" or None.
 
     Returns:
       out [B, Sq, H, E] in out_dtype and lse float32 [B, H, Sq] (natural log); 0 and -inf for a row that saw nothing.
@@ -202,7 +202,7 @@ def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) ->
       w: [G, k, n] in x's dtype.
       group_sizes: int32 [G], non-negative, sum <= M; or [R, G], a row for each of R runs of M / R rows.
       out_dtype: dtype of the result, default x's.
-      implementation: a key of GROUPED or None.
+      implementation: a key of GROUPED, "hopper" or None.
 
     Returns:
       [M, n], summed in float32; rows past the sum of their run's group_sizes are zero.

@@ -30,10 +30,10 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from zigzag_jax.kernels.dtypes import DTYPE_NAMES, DTYPES
 from zigzag_jax.ranges import KeyRange
 
 LOG2E = math.log2(math.e)  # the kernels' exponents are base 2 inside
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 
 
 class Carry(NamedTuple):
@@ -117,7 +117,7 @@ def check_qkv(q, k, v) -> None:
         if x.ndim != 4:
             raise ValueError(f"{name} must be [batch, sequence, heads, head_dim], got shape {list(x.shape)}")
         if x.dtype not in DTYPES:
-            raise ValueError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}")
+            raise ValueError(f"{name} must be {DTYPE_NAMES}, got {x.dtype}")
         if x.dtype != q.dtype:
             raise ValueError(f"q, k and v must have one dtype, got {name} {x.dtype} beside q {q.dtype}")
         if x.shape[0] != q.shape[0]:
@@ -141,7 +141,7 @@ def check_settings(scale, softcap) -> Settings:
 def check_out_dtype(out_dtype) -> None:
     """ValueError unless it is one of the contract's dtypes."""
     if jnp.dtype(out_dtype) not in DTYPES:
-        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, got {jnp.dtype(out_dtype).name}")
+        raise ValueError(f"out_dtype must be {DTYPE_NAMES}, got {jnp.dtype(out_dtype).name}")
 
 
 def check_keys(keys: KeyRange, batch: int, rows: int) -> None:

@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+from zigzag_jax.kernels.dtypes import DTYPE_NAMES, DTYPES
 
 
 class Product(Protocol):
@@ -82,7 +82,7 @@ def check(x, w, group_sizes) -> None:
     if group_sizes.dtype != jnp.int32:
         raise ValueError(f"group_sizes must be int32, got {group_sizes.dtype}")
     if x.dtype not in DTYPES or x.dtype != w.dtype:
-        raise ValueError(f"x and w must both be bfloat16, float16 or float32, got {x.dtype} and {w.dtype}")
+        raise ValueError(f"x and w must both be {DTYPE_NAMES}, got {x.dtype} and {w.dtype}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

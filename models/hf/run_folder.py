@@ -1,4 +1,4 @@
-"""The parameters inside a training checkpoint, one at a time.
+"""What a run saved: its newest checkpoint, and the parameters inside one, one at a time.
 
 A checkpoint (train/checkpoint.py writes them) is a folder of orbax items. `state` holds the arrays under the paths
 params.… and opt_state.…; `config` is the model's config.json. One parameter can be read without the others, and

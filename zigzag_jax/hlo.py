@@ -129,6 +129,7 @@ class Program:
         """`text` is that of a scheduled module. ValueError where it is not."""
         if "is_scheduled=true" not in text.split("\n", 1)[0]:
             raise ValueError("text must be a scheduled module (HloModule ..., is_scheduled=true), got another")
+        self.name = text.split(",", 1)[0].removeprefix("HloModule ")
         self.computations: dict[str, tuple[Instruction, ...]] = {}
         self.entry, name, lines = "", "", []
         for line in text.splitlines():
@@ -211,15 +212,6 @@ class Program:
             )
         kind = x.opcode.removesuffix("-start")
         return kind if kind in MOVES else None
-
-    def copies(self, least: int) -> list[tuple[Array, float]]:
-        """Copies of arrays of at least so many bytes, and how often each is made; those inside fusions are none."""
-        found = []
-        for name, times in self.launched():
-            for x in self.computations[name]:
-                if x.opcode in ("copy", "copy-start"):
-                    found += [(y, times) for y in x.arrays[:1] if y.size >= least]
-        return found
 
 
 def _moves(opcode: str) -> bool:
