@@ -13,7 +13,8 @@ import pytest
 from hops import equations
 
 from zigzag_jax.kernels import GROUPED, grouped_swiglu
-from zigzag_jax.kernels.grouped import swiglu
+from zigzag_jax.kernels.grouped import mosaic, swiglu
+from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
 
 M, D, F, G = 120, 24, 40, 4
 NAMES = ("y", "dx", "dgate_up", "ddown", "dscale")
@@ -53,9 +54,7 @@ def test_runs():
     sizes, (x, gate_up, down, scale) = [[3, 20, 0, 17], [0, 40, 15, 0]], arrays
     got = run(*arrays, jnp.asarray(sizes, jnp.int32), dy)
     half = lambda a, r: a[60 * r : 60 * r + 60]
-    parts = [
-        oracle.grouped_swiglu(half(x, r), gate_up, down, half(scale, r), sizes[r], half(dy, r)) for r in range(2)
-    ]
+    parts = [oracle.grouped_swiglu(half(x, r), gate_up, down, half(scale, r), sizes[r], half(dy, r)) for r in range(2)]
     for i, name in enumerate(NAMES):
         first, second = parts[0][i], parts[1][i]
         oracle.check(name, got[i], first + second if "_up" in name or "down" in name else np.append(first, second, 0))
@@ -72,7 +71,7 @@ def test_narrow_inputs():
 
 
 def test_only_the_recomputed_forward_keeps():
-    """Under a scan with jax.checkpoint the first forward writes no hidden, and the second multiplies by down no more."""
+    """Under a scan with jax.checkpoint the first forward writes no hidden, and the second runs no down."""
     *arrays, _ = draw()
     x, gate_up, down, scale = arrays
     sizes, matmul = jnp.asarray(SIZES["uneven"], jnp.int32), GROUPED["reference"]
@@ -111,7 +110,16 @@ def test_a_scan_over_fused_layers_is_traced(remat):
     )
 
 
-def call(x=(6, 4), gate_up=(3, 4, 10), down=(3, 5, 4), scale=(6,), scale_dtype=jnp.float32, dtype=jnp.float32, **options):
+def test_the_fused_forward_takes_its_columns_by_pairs():
+    x, gate_up = jnp.zeros((8, 64), jnp.bfloat16), jnp.zeros((3, 64, 128), jnp.bfloat16)
+    with pytest.raises(ValueError, match="columns must be 256, two pieces of gate and two of up, got 128"):
+        mosaic.inward(x, gate_up, jnp.zeros(8), jnp.zeros(3, jnp.int32), keep=False, tuning=GroupedTuning(columns=128))
+
+
+F32 = jnp.float32
+
+
+def call(x=(6, 4), gate_up=(3, 4, 10), down=(3, 5, 4), scale=(6,), scale_dtype=F32, dtype=F32, **options):
     arrays = (jnp.zeros(shape, dtype) for shape in (x, gate_up, down))
     return grouped_swiglu(*arrays, jnp.zeros(scale, scale_dtype), jnp.zeros(3, jnp.int32), **options)
 

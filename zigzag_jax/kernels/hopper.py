@@ -280,9 +280,9 @@ def store_rows(tile, ref, row, column, first, end) -> None:
 
 
 def store_row_values(values, ref, at, row, first, end) -> None:
-    """Write 4 byte values [64], or another power of two, in shared memory to ref[at, row :], of its columns those in [first, end).
+    """Write 4 byte values [n] in shared memory to ref[at, row :], of its columns those in [first, end).
 
-    The warpgroup that calls it has written them and passed a barrier.
+    n is a power of two, 128 at most. The warpgroup that calls it has written them and passed a barrier.
     """
     count, pitch = values.shape[0], 4 * ref.shape[1]
 

@@ -87,7 +87,7 @@ class ForwardTuning:
             raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
 
     def drawing(self) -> "ForwardTuning":
-        """The same with drawn items: its producer is a whole warpgroup with a loop of its own, and takes 32 registers."""
+        """The same with drawn items: its producer, a whole warpgroup with a loop of its own, takes 32 registers."""
         return dataclasses.replace(self, drawn=True, registers=(240, 32))
 
 

@@ -10,7 +10,7 @@ model, its checkpoints and the optimiser.
 bring gate and up, 64 columns of each, *through the slots of the matmul*, so that they are under way while it still
 multiplies:
 
-    producer      ... s30 s31 | g0 u0 | g1 u1 | g2 u2 | g3 u3 | s0 s1 ...         a slot has room for 48 KiB, g and u take 32
+    producer      ... s30 s31 | g0 u0 | g1 u1 | g2 u2 | g3 u3 | s0 s1 ...     a slot has 48 KiB, g and u take 32
     tensor core     ... s30 s31                                   s0 ...
     other units                 dgate dup 0  ..1     ..2     ..3                   registers > shared memory > TMA
 
@@ -56,6 +56,8 @@ def inward(x, gate_up, scale, schedule: Schedule, keep: bool, tuning: GroupedTun
 
     scale has room for a row tile past the last row: unlike TMA, plain loads must not reach past an array's end.
     """
+    if tuning.columns != 4 * PIECE:  # two buffers take turns, and each result of an item begins with the first
+        raise ValueError(f"columns must be {4 * PIECE}, two pieces of gate and two of up, got {tuning.columns}")
     rows, inner = x.shape[0], gate_up.shape[2] // 2
     kept = (jax.ShapeDtypeStruct((rows, 2 * inner), x.dtype),) if keep else ()
     return run(

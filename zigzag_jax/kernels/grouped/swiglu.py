@@ -9,7 +9,7 @@
 (SwiGLU: Shazeer 2020, "GLU Variants Improve Transformer".) With g, u the halves of hidden, s = sigmoid(g), and z the
 gradient of inner, z = dy down', the backward is
 
-    dscale = sum over the f columns of z g s u            dup = scale z g s            dgate = scale z u s (1 + g (1 - s))
+    dscale = sum over the f columns of z g s u        dup = scale z g s        dgate = scale z u s (1 + g (1 - s))
 
 and grouped matmuls. What stands between the matmuls is *parts*, two functions. `unfused` makes them of any
 implementation's matmuls and passes of XLA. mosaic_swiglu.py has kernels in which both happen on a matmul's way out:
@@ -66,13 +66,13 @@ def check(x, gate_up, down, scale, group_sizes) -> None:
 
 
 def swiglu(hidden, scale) -> jax.Array:
-    """scale * silu(gate) * up, [M, 2 f] -> [M, f]: float32 inside, rounded once."""
+    """Inner = scale * silu(gate) * up, [M, 2 f] -> [M, f]: float32 inside, rounded once."""
     gate, up = _halves(hidden)
     return (scale[:, None] * jax.nn.silu(gate) * up).astype(hidden.dtype)
 
 
 def swiglu_grad(z, hidden, scale) -> tuple[jax.Array, jax.Array]:
-    """The transpose of `swiglu` at hidden: gradient z [M, f] of its result -> (dhidden [M, 2 f], dscale float32 [M])."""
+    """The transpose of `swiglu` at hidden: gradient z [M, f] -> (dhidden [M, 2 f], dscale float32 [M])."""
     (gate, up), z = _halves(hidden), z.astype(jnp.float32)
     sigmoid = jax.nn.sigmoid(gate)
     silu, scaled = gate * sigmoid, scale[:, None] * z
@@ -101,7 +101,7 @@ def unfused(matmul: Implementation) -> Parts:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def differentiable(matmul: Implementation, parts: Parts, x, gate_up, down, scale, group_sizes) -> jax.Array:
-    """y of checked arguments, with the gradients of the contract."""
+    """The result y of checked arguments, with the gradients of the contract."""
     inner, _ = parts.inward(x, gate_up, scale, group_sizes, keep=False)
     return matmul.product(inner, down, group_sizes, transposed=False, out_dtype=x.dtype)
 
