@@ -71,7 +71,7 @@ def experts(small: bool) -> Work:
         outward[name] = functools.partial(grouped.outward, tuning=tuning)
 
     def layer(x, gate_up, down, scale, sizes, dy, fused=False, implementation="mosaic"):
-        mlp = lambda *arrays: grouped_swiglu(*arrays, sizes, fused=fused, implementation=implementation)
+        mlp = functools.partial(grouped_swiglu, group_sizes=sizes, fused=fused, implementation=implementation)
         y, vjp = jax.vjp(jax.checkpoint(mlp), x, gate_up, down, scale)
         return y, *vjp(dy)
 
@@ -121,8 +121,8 @@ def attention(small: bool) -> Work:
 @functools.partial(jax.jit, static_argnames="scale")
 def exact(q, k, v, keys, *, scale):
     """The attention in float32."""
-    wide = (a.astype(jnp.float32) for a in (q, k, v))
-    return flash_fwd(*wide, keys, scale=scale, implementation="reference")
+    q, k, v = (a.astype(jnp.float32) for a in (q, k, v))
+    return flash_fwd(q, k, v, keys, scale=scale, implementation="reference")
 
 
 def in_place(step, out, *inputs) -> Callable[[], Any]:

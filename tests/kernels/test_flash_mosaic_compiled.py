@@ -118,7 +118,10 @@ def test_forward(compiled, dim, out_dim, form):
     forward(compiled, dim, out_dim, form, None)
 
 
-@pytest.mark.parametrize(("dim", "out_dim", "form"), cases("carry"))
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "form"),
+    [pytest.param(*dims, "carry", marks=() if dims == (128, 128) else pytest.mark.slow) for dims in HOPPER],
+)
 def test_forward_with_drawn_items(compiled, dim, out_dim, form):
     forward(compiled, dim, out_dim, form, None, HOPPER[dim, out_dim].forward.drawing())
 

@@ -3,6 +3,7 @@
 The fused kernels run on a GPU (test_grouped_swiglu_gpu.py); test_grouped_mosaic_compiled.py compiles them.
 """
 
+import functools
 import re
 
 import jax
@@ -23,7 +24,8 @@ SIZES = {"uneven": [3, 70, 0, 47], "rows-past-the-sum": [10, 0, 65, 30], "nothin
 
 @jax.jit
 def run(x, gate_up, down, scale, sizes, dy):
-    y, vjp = jax.vjp(lambda *arrays: grouped_swiglu(*arrays, sizes), x, gate_up, down, scale)
+    call = lambda x, gate_up, down, scale: grouped_swiglu(x, gate_up, down, scale, sizes)
+    y, vjp = jax.vjp(call, x, gate_up, down, scale)
     return y, *vjp(dy)
 
 
@@ -37,12 +39,12 @@ def draw(dtype=jnp.float32):
 
 @pytest.mark.parametrize("case", SIZES)
 def test_values_and_gradients(case):
-    *arrays, dy = draw()
+    x, gate_up, down, scale, dy = draw()
     sizes = SIZES[case]
-    want = oracle.grouped_swiglu(*arrays, sizes, dy)
+    want = oracle.grouped_swiglu(x, gate_up, down, scale, sizes, dy)
     rest = sum(sizes)  # what lies past the sum may be nan and reaches nothing
-    x, scale, dy = (a.at[rest:].set(jnp.nan) for a in (arrays[0], arrays[3], dy))
-    got = run(x, *arrays[1:3], scale, jnp.asarray(sizes, jnp.int32), dy)
+    x, scale, dy = (a.at[rest:].set(jnp.nan) for a in (x, scale, dy))
+    got = run(x, gate_up, down, scale, jnp.asarray(sizes, jnp.int32), dy)
     for name, a, b in zip(NAMES, got, want, strict=True):
         oracle.check(name, a, b)
     for a in (got[0], got[1], got[4]):
@@ -62,11 +64,12 @@ def test_runs():
 
 def test_narrow_inputs():
     """bfloat16 differs from exact arithmetic by a few roundings: of hidden, inner, z, dhidden and the result."""
-    *arrays, dy = draw(jnp.bfloat16)
+    x, gate_up, down, scale, dy = draw(jnp.bfloat16)
     sizes = SIZES["uneven"]
-    got = run(*arrays, jnp.asarray(sizes, jnp.int32), dy)
+    got = run(x, gate_up, down, scale, jnp.asarray(sizes, jnp.int32), dy)
+    want = oracle.grouped_swiglu(x, gate_up, down, scale, sizes, dy)
     assert [a.dtype for a in got] == [jnp.bfloat16] * 4 + [jnp.float32]
-    for name, a, b in zip(NAMES, got, oracle.grouped_swiglu(*arrays, sizes, dy), strict=True):
+    for name, a, b in zip(NAMES, got, want, strict=True):
         oracle.check(name, a, b, tolerance=4e-3)
 
 
@@ -78,8 +81,8 @@ def test_only_the_recomputed_forward_keeps():
     whole = swiglu.unfused(matmul)
     marks = {True: jax.lax.tan, False: jax.lax.asinh}  # equations that nothing else brings
 
-    def inward(*args, keep):
-        inner, hidden = whole.inward(*args, keep=keep)
+    def inward(x, gate_up, scale, group_sizes, *, keep):
+        inner, hidden = whole.inward(x, gate_up, scale, group_sizes, keep=keep)
         return marks[keep](inner), hidden
 
     def product(rows, matrices, sizes, *, transposed, out_dtype):
@@ -87,7 +90,7 @@ def test_only_the_recomputed_forward_keeps():
         return y if transposed else jax.lax.acosh(y)
 
     parts, marked = swiglu.Parts(inward, whole.outward), matmul._replace(product=product)
-    layer = jax.checkpoint(lambda x, w: (swiglu.differentiable(marked, parts, x, *w, scale, sizes), None))
+    layer = jax.checkpoint(lambda x, w: (swiglu.differentiable(marked, parts, x, w[0], w[1], scale, sizes), None))
     loss = lambda x, w: jnp.sum(jax.lax.scan(layer, x, w)[0])
     stacked = tuple(jnp.stack([w, w, w]) for w in (gate_up, down))
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, stacked)
@@ -100,7 +103,8 @@ def test_only_the_recomputed_forward_keeps():
 def test_a_scan_over_fused_layers_is_traced(remat):
     """With the counters of drawn items, which a differentiated scan must not move out of its loop."""
     sizes = jnp.asarray([100, 28], jnp.int32)
-    layer = lambda x, w: (x + grouped_swiglu(x, *w, sizes, fused=True, implementation="mosaic"), None)
+    mlp = functools.partial(grouped_swiglu, group_sizes=sizes, fused=True, implementation="mosaic")
+    layer = lambda x, w: (x + mlp(x, *w), None)
     step = jax.checkpoint(layer) if remat else layer
     gradient = jax.grad(lambda x, w: jnp.sum(jax.lax.scan(step, x, w)[0].astype(jnp.float32)), argnums=(0, 1))
     shape = lambda *size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(size, dtype)
@@ -120,8 +124,8 @@ F32 = jnp.float32
 
 
 def call(x=(6, 4), gate_up=(3, 4, 10), down=(3, 5, 4), scale=(6,), scale_dtype=F32, dtype=F32, **options):
-    arrays = (jnp.zeros(shape, dtype) for shape in (x, gate_up, down))
-    return grouped_swiglu(*arrays, jnp.zeros(scale, scale_dtype), jnp.zeros(3, jnp.int32), **options)
+    rows, matrices, last = (jnp.zeros(shape, dtype) for shape in (x, gate_up, down))
+    return grouped_swiglu(rows, matrices, last, jnp.zeros(scale, scale_dtype), jnp.zeros(3, jnp.int32), **options)
 
 
 ERRORS = {

@@ -73,11 +73,11 @@ def outward(dy, down, hidden, scale, group_sizes, *, tuning=None):
     return dhidden[: dy.shape[0]], parts.sum(axis=0)[: dy.shape[0]]
 
 
-def swiglu_limits(x, gate_up) -> str | None:
-    """`limits` of SWIGLU."""
-    if reason := limits(x, gate_up):
+def swiglu_limits(x, w) -> str | None:
+    """`limits` of SWIGLU, where w is gate_up."""
+    if reason := limits(x, w):
         return reason
-    return f"f that is a multiple of {COLUMNS}" if gate_up.shape[2] // 2 % COLUMNS else None
+    return f"f that is a multiple of {COLUMNS}" if w.shape[2] // 2 % COLUMNS else None
 
 
 def _with_schedule(rows, scale, group_sizes):
