@@ -78,7 +78,7 @@ def test_a_model_s_size_is_run_where_the_small_one_is_right(script, monkeypatch,
     def start(family, size):
         started.append((family, size))
         row = {"what": "a", "variant": "today", "verdict": verdict} | ({"ms": 1.0} if size == "large" else {})
-        found = {"facts": {"card": "a card", "jax": "0"}, "rows": [row]}
+        found = {"facts": {"card": "a card", "jax": "0", "date": "today"}, "rows": [row]}
         code = f"print('noise'); print({json.dumps(found)!r})"
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
 

@@ -190,7 +190,7 @@ def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing(implementation):
 
 
 @pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].rows > 1])
+@pytest.mark.parametrize("case", CASES)
 def test_drawn_items_change_no_bit(case):
     heads, rows, key_rows, batch, dtype, softcap, causal = CASES[case]
     rng = np.random.default_rng(rows + key_rows)

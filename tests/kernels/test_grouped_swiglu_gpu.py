@@ -87,7 +87,8 @@ def test_no_tuning_changes_a_bit(case):
             np.testing.assert_array_equal(a, b)
     hidden = two[1]
     want, _ = swiglu.unfused(mosaic.IMPLEMENTATION).inward(x, gate_up, scale, sizes, keep=True)
-    oracle.check("beside XLA's SwiGLU", two[0], np.asarray(want, np.float64), 5e-4)  # few are rounded the other way
+    own = slice(sum(case.sizes))  # past it the unfused one leaves what it likes
+    oracle.check("beside XLA's SwiGLU", two[0][own], np.asarray(want[own], np.float64), 5e-4)  # few are rounded apart
     one, two = (mosaic.outward(dy, down, hidden, scale, sizes, tuning=tuning) for tuning in (fixed, drawn))
     for a, b in zip(one, two, strict=True):
         np.testing.assert_array_equal(a, b)
