@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 from h100 import h100s, on
 
-from zigzag_jax.kernels import grouped_matmul
+from zigzag_jax.kernels import grouped_matmul, grouped_swiglu
 from zigzag_jax.kernels.grouped import mosaic
 from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
 
@@ -138,3 +138,23 @@ def test_a_layer_computes_its_schedule_once():
     once = jax.jit(lambda x, w, sizes: grouped_matmul(x, w, sizes, implementation="mosaic")).lower(x, gate, sizes)
     made = lambda hlo: len(re.findall(rf"= \(?s32\[{table}\]\S* (?:\S+ )*fusion\(", hlo))
     assert made(text) == made(once.compile().as_text() or "") > 0
+
+
+@pytest.mark.slow
+def test_nothing_passes_over_the_rows_between_the_matmuls_of_a_fused_layer():
+    """Forward, recomputed forward and gradients: seven kernels, and XLA writes no [M, f] or [M, 2 f] array itself."""
+    rows, groups, d, f = SHAPES["qwen-gate"]
+    sizes = array(groups, dtype=jnp.int32)
+
+    def gradients(x, gate_up, down, scale, sizes, dy):
+        def layer(x, w):
+            return grouped_swiglu(x, *w, group_sizes=sizes, fused=True, implementation="mosaic"), None
+
+        weights = jax.tree.map(lambda a: a[None], (gate_up, down, scale))
+        y, vjp = jax.vjp(lambda x, w: jax.lax.scan(jax.checkpoint(layer), x, w)[0], x, weights)
+        return y, vjp(dy)
+
+    arguments = array(groups, d, 2 * f), array(groups, f, d), array(rows, dtype=jnp.float32), sizes, array(rows, d)
+    text = jax.jit(gradients).lower(array(rows, d), *arguments).compile().as_text() or ""
+    assert len(re.findall(r"custom-call\(.*mosaic_gpu", text)) == 7
+    assert not re.findall(rf"= \(?\w+\[{rows},(?:{f}|{2 * f})\]\S* (?:\S+ )*(?:fusion|copy)\(", text)

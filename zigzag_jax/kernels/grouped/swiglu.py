@@ -14,11 +14,12 @@ gradient of inner, z = dy down', the backward is
 and grouped matmuls. What stands between the matmuls is *parts*, two functions. `unfused` makes them of any
 implementation's matmuls and passes of XLA. mosaic_swiglu.py has kernels in which both happen on a matmul's way out:
 
-    bytes, in units of M f values     x gate_up -> inner        recomputed, to be kept        z -> dhidden, dscale
-    unfused                           2 + 3                     2 + 3                         1 + 5
-    fused                             1                         3                             4
+    values that come and go, in M f     x gate_up -> inner      and hidden is kept      z -> dhidden, dscale
+    unfused                             2 + 3                   2 + 3                   1 + 5
+    fused                               1                       3                       4
 
-A forward that nobody differentiates keeps nothing; under `jax.checkpoint` that is the first of its two forwards.
+A forward that nobody differentiates keeps nothing. Under `jax.checkpoint` both forwards keep hidden, the first in vain:
+custom_vjp's `optimize_remat` would spare it, but cannot hold a kernel with a counter (jax 0.11.2).
 """
 
 import functools
@@ -120,5 +121,4 @@ def _bwd(matmul, parts, residuals, dy):
     return dx, outer(x, dhidden, group_sizes), outer(inner, dy, group_sizes), dscale, None
 
 
-# optimize_remat: a forward whose residuals nobody reads is the function itself, which keeps nothing
-differentiable.defvjp(_fwd, _bwd, optimize_remat=True)
+differentiable.defvjp(_fwd, _bwd)
