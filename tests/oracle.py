@@ -107,6 +107,20 @@ def grouped(x, w, sizes, dy) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return y, dx, dw
 
 
+def grouped_swiglu(x, gate_up, down, scale, sizes, dy) -> tuple[np.ndarray, ...]:
+    """y, dx, dgate_up, ddown, dscale of down(scale * silu(x gate) * (x up)), group by group."""
+    x, gate_up, down, dy = (np.asarray(a, np.float64) for a in (x, gate_up, down, dy))
+    scale = np.asarray(scale, np.float64)[:, None]
+    gate, up = np.split(grouped(x, gate_up, sizes, np.zeros((len(x), gate_up.shape[2])))[0], 2, axis=1)
+    sigmoid = 1 / (1 + np.exp(-gate))
+    silu = gate * sigmoid
+    y, z, ddown = grouped(scale * silu * up, down, sizes, dy)
+    slope = sigmoid + silu * (1 - sigmoid)
+    dhidden = np.concatenate([scale * z * up * slope, scale * z * silu], axis=1)
+    _, dx, dgate_up = grouped(x, gate_up, sizes, dhidden)
+    return y, dx, dgate_up, ddown, np.sum(z * silu * up, axis=1)
+
+
 @dataclass(frozen=True)
 class Heads:
     """Sizes of a call, and the name they have in a test's id."""

@@ -19,7 +19,8 @@ from oracle import Heads
 
 from zigzag_jax import zigzag_attention
 from zigzag_jax.kernels import flash_bwd, flash_fwd, flash_implementation
-from zigzag_jax.kernels.flash.contract import Settings
+from zigzag_jax.kernels.flash import mosaic, mosaic_tuning
+from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.ranges import KeyRange
 
 GPU = jax.default_backend() == "gpu"
@@ -186,6 +187,30 @@ def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing(implementation):
     np.testing.assert_array_equal(new[0][:, idle], out[:, idle])
     np.testing.assert_array_equal(new[1][:, :, idle], lse[:, :, idle])
     assert (np.asarray(new[1])[:, :, ~idle] > np.asarray(lse)[:, :, ~idle]).all()
+
+
+@pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_drawn_items_change_no_bit(case):
+    heads, rows, key_rows, batch, dtype, softcap, causal = CASES[case]
+    rng = np.random.default_rng(rows + key_rows)
+    # random ranges leave rows that see nothing, and items
+    start, stop = (jnp.asarray(x).at[:, : rows // 2].set(0) for x in oracle.random_bounds(rng, batch, rows, key_rows))
+    keys = KeyRange(0 * start, jnp.arange(1, rows + 1, dtype=jnp.int32)[None]) if causal else KeyRange(start, stop)
+    q, k, v, _ = (jnp.asarray(x, dtype) for x in heads.draw(rng, batch, rows, key_rows))
+    table = mosaic_tuning.HOPPER[heads.dim, heads.out_dim].forward
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def forward(tuning, q, k, v, keys):
+        call = functools.partial(mosaic.flash_fwd, q, k, v, keys, Settings(heads.dim**-0.5, softcap), tuning=tuning)
+        first = call(None, jnp.dtype(jnp.float32))
+        carry = Carry(*first)
+        return first, call(carry, jnp.dtype(jnp.float32)), call(carry, jnp.dtype(dtype)), call(None, jnp.dtype(dtype))
+
+    results = [jax.tree.leaves(forward(tuning, q, k, v, keys)) for tuning in (table, table.drawing(), table.drawing())]
+    for fixed, drawn, again in zip(*results, strict=True):
+        np.testing.assert_array_equal(drawn, fixed)
+        np.testing.assert_array_equal(again, fixed)
 
 
 @pytest.mark.parametrize("bounds", [(-3, 10_000), (0, 2**31 - 1)])

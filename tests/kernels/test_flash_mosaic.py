@@ -5,6 +5,7 @@ What the kernels compute is tested on a GPU (test_flash_gpu.py), how they compil
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -13,7 +14,7 @@ import pytest
 from zigzag_jax import kernels
 from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd, flash_implementation, hopper
 from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_fwd
-from zigzag_jax.kernels.flash.contract import Settings
+from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
 from zigzag_jax.ranges import KeyRange
@@ -59,6 +60,36 @@ def test_every_item_has_one_block(batch, heads, query_tiles, group):
     ]
     tiles = range(0, query_tiles * mosaic_fwd.QUERY_TILE, mosaic_fwd.QUERY_TILE)
     assert sorted(seen) == sorted(itertools.product(range(batch), range(heads), tiles))
+
+
+def test_drawn_numbers_are_every_item_in_the_order_of_fixed_shares():
+    items = mosaic_fwd._Items(2, 3, 44, 2)  # two for each multiprocessor
+    at = lambda sm, j: tuple(int(x) for x in items.at(sm, jnp.int32(j)))
+    drawn = [at(None, number) for number in range(items.count)]
+    assert len(set(drawn)) == items.count
+    assert drawn[: items.sms] == [at(jnp.int32(sm), 0) for sm in range(items.sms)]
+    late = [at(jnp.int32(sm), 1) for sm in reversed(range(items.sms))]
+    assert drawn[items.sms :] == late
+
+
+@pytest.mark.parametrize("form", ["plain", "carry"])
+def test_drawn_items_in_a_scan_are_traced(form):
+    """A differentiated scan moves a counter that begins at 0 out of its loop, if it can."""
+    tuning, keys = HOPPER[128, 128].forward.drawing(), rows_of("causal", 256)
+
+    @jax.custom_jvp
+    def attend(q):
+        kv = q[:, :, :2]
+        wide, carry, dtype = q.astype(jnp.float32), None, jnp.dtype(q.dtype)
+        if form == "carry":
+            carry, dtype = Carry(wide, wide[:, :, :, 0].swapaxes(1, 2)), jnp.dtype(jnp.float32)
+        return mosaic.flash_fwd(q, kv, kv, keys, PLAIN, carry, dtype, tuning=tuning)[0].astype(q.dtype)
+
+    attend.defjvp(lambda primals, tangents: (attend(*primals), tangents[0]))
+    layer = jax.checkpoint(lambda x, _: (attend(x), None))
+    gradient = jax.grad(lambda x: jnp.sum(jax.lax.scan(layer, x, None, length=3)[0].astype(jnp.float32)))
+    q = jax.ShapeDtypeStruct((1, 256, 4, 128), jnp.bfloat16)
+    assert jax.eval_shape(gradient, q).shape == q.shape
 
 
 def test_the_last_queries_come_first():

@@ -95,7 +95,7 @@ def cases(*others):
     ]
 
 
-def forward(compiled, dim, out_dim, form, softcap) -> None:
+def forward(compiled, dim, out_dim, form, softcap, tuning=None) -> None:
     has_carry, out_dtype, batch_ranges = FORMS[form]
     (heads, kv_heads), batch = HEADS[dim, out_dim], 2 if batch_ranges else 1
     q = array(batch, SEQUENCE, heads, dim)
@@ -105,7 +105,8 @@ def forward(compiled, dim, out_dim, form, softcap) -> None:
 
     def run(q, k, v, start, stop, *carry):
         carry = Carry(*carry) if carry else None
-        return mosaic.flash_fwd(q, k, v, KeyRange(start, stop), Settings(0.1, softcap), carry, jnp.dtype(out_dtype))
+        keys, settings = KeyRange(start, stop), Settings(0.1, softcap)
+        return mosaic.flash_fwd(q, k, v, keys, settings, carry, jnp.dtype(out_dtype), tuning=tuning)
 
     report = compiled(run, q, k, v, bounds, bounds, *(carry if has_carry else ()))
     # S of the first tile; S, then PV, in the masked and in the inner loop; PV of the last tile
@@ -115,6 +116,14 @@ def forward(compiled, dim, out_dim, form, softcap) -> None:
 @pytest.mark.parametrize(("dim", "out_dim", "form"), cases(*FORMS))
 def test_forward(compiled, dim, out_dim, form):
     forward(compiled, dim, out_dim, form, None)
+
+
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "form"),
+    [pytest.param(*dims, "carry", marks=() if dims == (128, 128) else pytest.mark.slow) for dims in HOPPER],
+)
+def test_forward_with_drawn_items(compiled, dim, out_dim, form):
+    forward(compiled, dim, out_dim, form, None, HOPPER[dim, out_dim].forward.drawing())
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class Refs:
 @pytest.mark.parametrize(("rows", "sizes"), CASES)
 def test_items_of_rows(rows, sizes):
     schedule = mosaic_rows.schedule(jnp.asarray(sizes, jnp.int32), rows)
-    items = mosaic_rows._Items(mosaic_rows.Schedule(*map(Refs, schedule)), 3, 5)
+    items = mosaic_rows.Items(mosaic_rows.Schedule(*map(Refs, schedule)), 3, 5)
     assert int(items.count) == 3 * len(row_tiles(sizes, rows))
     records = [tuple(map(int, items.at(jnp.int32(i)))) for i in range(6)]
     assert [record[-1] for record in records[:3]] == [0, 1, 2]

@@ -2,6 +2,7 @@
 
     flash_fwd, flash_bwd     attention of one block of queries over one block of keys (flash/contract.py)
     grouped_matmul           the matmul of a layer of experts (grouped/contract.py)
+    grouped_swiglu           their whole MLP: gate and up, SwiGLU, down (grouped/swiglu.py)
 
 `implementation` names an entry of the tables below; None takes the best one for the default device and says in the log
 which; "hopper" takes what None takes on a Hopper GPU, for a compile on a host without one. An unknown name is a
@@ -22,6 +23,7 @@ from zigzag_jax.kernels.flash import reference as flash_reference
 from zigzag_jax.kernels.grouped import contract as grouped_contract
 from zigzag_jax.kernels.grouped import mosaic as grouped_mosaic
 from zigzag_jax.kernels.grouped import reference as grouped_reference
+from zigzag_jax.kernels.grouped import swiglu
 from zigzag_jax.ranges import KeyRange
 
 FLASH: dict[str, flash_contract.Implementation] = {
@@ -34,6 +36,7 @@ GROUPED: dict[str, grouped_contract.Implementation] = {
     "mosaic": grouped_mosaic.IMPLEMENTATION,
     "reference": grouped_reference.IMPLEMENTATION,
 }
+FUSED: dict[str, swiglu.Parts] = {"mosaic": grouped_mosaic.SWIGLU}
 
 HOPPER = "hopper"
 """As `implementation`: what None takes on a Hopper GPU."""
@@ -212,7 +215,36 @@ def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) ->
     return grouped_contract.differentiable(GROUPED[name], jnp.dtype(out_dtype or x.dtype), x, w, group_sizes)
 
 
+def grouped_swiglu(x, gate_up, down, scale, group_sizes, *, fused=False, implementation=None) -> jax.Array:
+    """down(scale * silu(x gate) * (x up)), group by group, differentiable in the first four; see grouped/swiglu.py.
+
+    Args:
+      x: [M, d] bfloat16, float16 or float32, the rows of group 0 first, then those of group 1, ...
+      gate_up: [G, d, 2 f] in x's dtype: gate's columns, then up's.
+      down: [G, f, d] in x's dtype.
+      scale: float32 [M], the router's weight of each row.
+      group_sizes: int32 [G] or [R, G], as in grouped_matmul.
+      fused: by kernels that do SwiGLU on a matmul's way out, instead of grouped matmuls and passes over their results.
+      implementation: a key of GROUPED (with `fused` of FUSED) or None.
+
+    Returns:
+      [M, d] in x's dtype; rows past the sum of their run's group_sizes are zero.
+
+    Raises:
+      ValueError: the arguments break the contract. NotImplementedError: this implementation cannot do it.
+    """
+    swiglu.check(x, gate_up, down, scale, group_sizes)
+    name = grouped_implementation(x, gate_up, implementation)
+    if fused and name not in FUSED:
+        raise NotImplementedError(f"fused needs an implementation among {', '.join(FUSED)}, got {name!r}")
+    if fused and (reason := FUSED[name].limits(x, gate_up)):
+        raise NotImplementedError(f"fused SwiGLU needs {reason}, got gate_up {list(gate_up.shape)}")
+    matmul = GROUPED[name]
+    parts = FUSED[name] if fused else swiglu.unfused(matmul)
+    return swiglu.differentiable(matmul, parts, x, gate_up, down, scale, group_sizes)
+
+
 __all__ = [
-    "FLASH", "GROUPED", "KeyRange", "flash_bwd", "flash_fwd", "flash_implementation", "grouped_implementation",
-    "grouped_matmul",
+    "FLASH", "FUSED", "GROUPED", "KeyRange", "flash_bwd", "flash_fwd", "flash_implementation", "grouped_implementation",
+    "grouped_matmul", "grouped_swiglu",
 ]  # fmt: skip

@@ -148,6 +148,16 @@ def next_turn(turns, index) -> None:
     signal(turns, index)
 
 
+def with_counter(*arrays) -> tuple[Any, ...]:
+    """The arrays, and a counter in global memory that begins at 0: int32 [1], a reference.
+
+    A scan that is differentiated moves what does not depend on its turn out of the loop, also a counter that begins at
+    0, and then refuses to hand a reference in: so it depends on all that the kernel reads.
+    """
+    zero, *arrays = jax.lax.optimization_barrier((jnp.zeros(1, jnp.int32), *arrays))
+    return *arrays, jax.new_ref(zero)
+
+
 def draw(counter, box) -> jax.Array:
     """The next number of a counter in global memory, int32 [1]: the same for all threads of the calling warpgroup.
 
@@ -267,6 +277,39 @@ def store_rows(tile, ref, row, column, first, end) -> None:
         )  # fmt: skip
 
     write(tile, ref, *(i32(x) for x in (row, column, first, end)))
+
+
+def store_row_values(values, ref, at, row, first, end) -> None:
+    """Write 4 byte values [n] in shared memory to ref[at, row :], of its columns those in [first, end).
+
+    n is a power of two, 128 at most. The warpgroup that calls it has written them and passed a barrier.
+    """
+    count, pitch = values.shape[0], 4 * ref.shape[1]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType(), *[plgpu.Layout.WG_SPLAT] * 4))
+    def write(_, values, ref, *numbers):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p;
+            .reg .b32 t, r, s, x;
+            .reg .b64 g;
+            mov.u32 t, %tid.x;
+            and.b32 t, t, {WARPGROUP - 1};
+            add.s32 r, t, $3;
+            setp.lt.u32 p, t, {count};
+            and.b32 t, t, {count - 1};
+            setp.ge.and.s32 p, r, $4, p;
+            setp.lt.and.s32 p, r, $5, p;
+            mad.lo.s32 s, t, 4, $0;
+            mad.wide.s32 g, $2, {pitch}, $1;
+            mad.wide.s32 g, r, 4, g;
+            ld.shared.b32 x, [s];
+            @p st.global.b32 [g], x;
+            }}""",
+            mgpu.utils.memref_ptr(values), mgpu.utils.memref_ptr(ref), *(x.registers[()] for x in numbers),
+        )  # fmt: skip
+
+    write(values, ref, *(i32(x) for x in (at, row, first, end)))
 
 
 def swizzle(columns: int, dtype) -> int:

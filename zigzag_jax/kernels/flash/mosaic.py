@@ -29,10 +29,10 @@ def limits(q, k, v, settings: Settings) -> str | None:
 
 
 # under jit, so that calls outside of any, as in a notebook, compile a kernel once
-@functools.partial(jax.jit, static_argnames=("settings", "out_dtype"), inline=True)
-def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype):
-    """The contract's forward; see contract.Forward."""
-    tuning, tile = HOPPER[q.shape[3], v.shape[3]].forward, mosaic_fwd.QUERY_TILE
+@functools.partial(jax.jit, static_argnames=("settings", "out_dtype", "tuning"), inline=True)
+def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype, *, tuning=None):
+    """The contract's forward; see contract.Forward. `tuning` in the place of the table's."""
+    tuning, tile = tuning or HOPPER[q.shape[3], v.shape[3]].forward, mosaic_fwd.QUERY_TILE
     rows, key_rows = q.shape[1], k.shape[1]
     keys = pad_rows(clip_keys(keys, key_rows), tile)
     if carry is not None:

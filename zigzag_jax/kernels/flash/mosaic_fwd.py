@@ -38,6 +38,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from zigzag_jax.kernels.flash import mosaic_drawn
 from zigzag_jax.kernels.flash.contract import LOG2E, Carry, Settings
 from zigzag_jax.kernels.hopper import (
     ACC,
@@ -50,6 +51,7 @@ from zigzag_jax.kernels.hopper import (
     launch,
     sm_count,
     smem,
+    with_counter,
 )
 from zigzag_jax.ranges import KeyRange
 
@@ -74,12 +76,19 @@ class ForwardTuning:
     stage_out: bool = True
     """The result leaves through shared memory by TMA, not from the registers."""
 
+    drawn: bool = False
+    """Blocks draw their items from a counter (mosaic_drawn.py), instead of fixed shares."""
+
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
 
     def __post_init__(self) -> None:
         if self.key_tile not in (64, 128, 256):
             raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
+
+    def drawing(self) -> "ForwardTuning":
+        """The same with drawn items: its producer, a whole warpgroup with a loop of its own, takes 32 registers."""
+        return dataclasses.replace(self, drawn=True, registers=(240, 32))
 
 
 CarryUse = Literal["none", "in place", "read"]
@@ -105,10 +114,15 @@ def flash_fwd(
         if carry is not None and out_dtype == jnp.float32:
             scratch["carry_full"] = plgpu.Barrier(num_barriers=CONSUMERS)
 
+    if tuning.drawn:
+        scratch |= mosaic_drawn.SCRATCH
+
     def run(use: CarryUse, *refs, out_type=()):
+        arrays = (q, k, v, *keys)
+        arrays = with_counter(*arrays) if tuning.drawn else arrays
         items = _Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
         return launch(
-            functools.partial(_kernel, settings, tuning, items, use), q, k, v, *keys, *refs, out_type=out_type,
+            functools.partial(_kernel, settings, tuning, items, use), *arrays, *refs, out_type=out_type,
             scratch_types=scratch, grid=(items.sms,), grid_names=("sm",), warpgroups=CONSUMERS + 1, name="flash_fwd",
         )  # fmt: skip
 
@@ -140,7 +154,12 @@ class _Items:
         return jnp.where(self._index(sm, i32(rounds - 1)) < self.count, i32(rounds), i32(rounds - 1))
 
     def _index(self, sm, j):
-        """The j-th item of SM `sm`: back and forth over the SMs, so that the sums of sorted costs come out even."""
+        """The j-th item of SM `sm`: back and forth over the SMs, so that the sums of sorted costs come out even.
+
+        With sm = None the j-th of all, in the same order.
+        """
+        if sm is None:
+            return j
         return j * self.sms + jnp.where(lax.rem(j, i32(2)) == 0, sm, self.sms - 1 - sm)
 
     def at(self, sm, j):
@@ -185,7 +204,10 @@ def _kernel(
     settings: Settings, tuning: ForwardTuning, items: _Items, use: CarryUse,
     q_ref, k_ref, v_ref, start_ref, stop_ref, *refs,
     q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
+    records=None, record_full=None,
 ):  # fmt: skip
+    if tuning.drawn:
+        counter, *refs = refs
     if use == "read":
         carry_out_ref, carry_lse_ref, out_ref, lse_ref = refs
     else:
@@ -197,13 +219,17 @@ def _kernel(
     # exponents are base 2: scores times this
     to_log2 = LOG2E * (settings.scale if settings.softcap is None else settings.softcap)
 
-    wg, sm = lax.axis_index("wg"), lax.axis_index("sm")
-    item_count = items.of_sm(sm)
-    everyone = CONSUMERS * WARPGROUP + WARP
+    wg, sm = lax.axis_index("wg"), None if tuning.drawn else lax.axis_index("sm")
+    item_count = items.count if tuning.drawn else items.of_sm(sm)
+    producer_threads = WARPGROUP if tuning.drawn else WARP
+    everyone = CONSUMERS * WARPGROUP + producer_threads
     k_free = NamedBarriers(4, stages, everyone)
     v_free = NamedBarriers(k_free.end, stages, everyone)
     q_free = NamedBarriers(v_free.end, 1, everyone)
-    carry_free = NamedBarriers(q_free.end, CONSUMERS, WARPGROUP + WARP)
+    carry_free = NamedBarriers(q_free.end, CONSUMERS, WARPGROUP + producer_threads)
+    if tuning.drawn:
+        record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
+        drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
     slot = lambda i: lax.rem(i, i32(stages))
 
     def edges_of(j):
@@ -385,13 +411,26 @@ def _kernel(
             following = edges_of(lax.min(j + 1, item_count - 1))  # read an item ahead
             return (item(j, before, edges), *following)
 
-        lax.fori_loop(i32(0), item_count, one, (i32(0), *edges_of(i32(0))))
+        def one_drawn(state):
+            _, before, at = state
+            number, edges = drawn.take(at)
+            before = lax.cond(number < item_count, lambda: item(number, before, edges), lambda: before)
+            return number, before, drawn.after(at)
+
+        if tuning.drawn:
+            for r in range(mosaic_drawn.RECORDS):
+                record_free.arrive(r)
+            lax.while_loop(lambda state: state[0] < item_count, one_drawn, (i32(0), i32(0), i32(0)))
+        else:
+            lax.fori_loop(i32(0), item_count, one, (i32(0), *edges_of(i32(0))))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    def load_item(j, before):
+    def load_item(j, before, edges=None):
+        """Producer: item j. With `edges` its items are drawn: returns the number of the next one too."""
         b, h, q0 = items.at(sm, j)
         kh = lax.div(h, i32(heads // kv_heads))
-        tiles = _Tiles(edges_of(j), tile)
+        tiles = _Tiles(edges or edges_of(j), tile)
+        half = lax.div(tiles.count + 1, i32(2)) if edges else tiles.count
 
         def load(ref, full, free, to, i):
             s = slot(before + i)
@@ -401,6 +440,10 @@ def _kernel(
         load_k = functools.partial(load, k_ref, k_full, k_free, k_smem)
         load_v = functools.partial(load, v_ref, v_full, v_free, v_smem)
 
+        def load_kv(i):  # K of the next tile before V of this one: the order in which they are consumed
+            pl.when(i + 1 < tiles.count)(lambda: load_k(i + 1))
+            load_v(i)
+
         @pl.when(tiles.count > 0)
         def _():
             q_free.sync()
@@ -408,17 +451,20 @@ def _kernel(
                 plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(q0 + w * ROWS, ROWS), h, :], q_smem.at[w], q_full)
             load_k(i32(0))
 
-            @pl.loop(i32(0), tiles.count)
-            def _(i):  # K of the next tile before V of this one: the order in which they are consumed
-                pl.when(i + 1 < tiles.count)(lambda: load_k(i + 1))
-                load_v(i)
+            pl.loop(i32(0), half)(load_kv)
 
-        return before + tiles.count
+        if edges is None:
+            return before + tiles.count
+        if fetched:
+            fetch_carry(j, tiles)
+        following = drawn.draw()  # in the middle of an item, where nobody waits for it
+        pl.loop(half, tiles.count)(load_kv)
+        return before + tiles.count, following
 
-    def fetch_carry(j):
+    def fetch_carry(j, tiles=None):
         b, h, q0 = items.at(sm, j)
 
-        @pl.when(_Tiles(edges_of(j), tile).count > 0)
+        @pl.when((tiles or _Tiles(edges_of(j), tile)).count > 0)
         def _():
             for w in range(CONSUMERS):
                 carry_free.sync(w)
@@ -427,7 +473,23 @@ def _kernel(
 
     def producer():
         plgpu.set_max_registers(tuning.registers[1], action="decrease")
+        (produce_drawn if tuning.drawn else produce_share)()
 
+    def produce_drawn():
+        """By the whole warpgroup: a loop of unknown length cannot be one warp's (jax 0.11.2)."""
+        ahead = lambda number: (number, *edges_of(lax.min(number, i32(item_count - 1))))
+
+        def one(state):
+            before, at, number, *edges = state
+            drawn.hand_over(at, number, edges)
+            before, following = load_item(number, before, edges)
+            return before, drawn.after(at), *ahead(following)
+
+        begin = (i32(0), i32(0), *ahead(drawn.draw()))
+        _, at, number, *edges = lax.while_loop(lambda state: state[2] < item_count, one, begin)
+        drawn.hand_over(at, number, edges)  # which says that there are no more
+
+    def produce_share():
         @plgpu.warp_map
         def _(warp):
             @pl.when(warp == 0)

@@ -1,6 +1,7 @@
 """The grouped contract on Hopper GPUs: which kernels run with which tuning, and what they cannot take.
 
     product    mosaic_rows.py: forward, and with transposed matrices dx        outer    mosaic_outer.py: dw
+    SWIGLU     mosaic_swiglu.py: SwiGLU on the way out of a matmul, both ways
 
 Where the number of rows is no multiple of 8 they are padded here, which copies; others cost nothing.
 """
@@ -10,8 +11,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows, mosaic_tuning
+from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows, mosaic_swiglu, mosaic_tuning
 from zigzag_jax.kernels.grouped.contract import Implementation
+from zigzag_jax.kernels.grouped.swiglu import Parts
 
 ROWS = 8  # TMA reads them by eights
 COLUMNS = 64  # a tile of shared memory has rows of 128 bytes
@@ -53,6 +55,39 @@ def outer(left, right, group_sizes, *, out_dtype):
     return functools.reduce(jnp.add, parts).astype(out_dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("keep", "tuning"), inline=True)
+def inward(x, gate_up, scale, group_sizes, *, keep: bool, tuning=None):
+    """See swiglu.Inward; `tuning` in the place of what mosaic_tuning.py says."""
+    padded, scale, schedule = _with_schedule(x, scale, group_sizes)
+    tuning = tuning or (mosaic_tuning.INWARD_KEPT if keep else mosaic_tuning.INWARD)
+    inner, *hidden = mosaic_swiglu.inward(padded, gate_up, scale, schedule, keep, tuning)
+    return inner[: x.shape[0]], hidden[0][: x.shape[0]] if keep else None
+
+
+@functools.partial(jax.jit, static_argnames="tuning", inline=True)
+def outward(dy, down, hidden, scale, group_sizes, *, tuning=None):
+    """See swiglu.Outward; `tuning` in the place of what mosaic_tuning.py says."""
+    padded, scale, schedule = _with_schedule(dy, scale, group_sizes)
+    tuning = tuning or mosaic_tuning.OUTWARD
+    dhidden, parts = mosaic_swiglu.outward(padded, down, _pad(hidden), scale, schedule, tuning)
+    return dhidden[: dy.shape[0]], parts.sum(axis=0)[: dy.shape[0]]
+
+
+def swiglu_limits(x, w) -> str | None:
+    """`limits` of SWIGLU, where w is gate_up."""
+    if reason := limits(x, w):
+        return reason
+    return f"f that is a multiple of {COLUMNS}" if w.shape[2] // 2 % COLUMNS else None
+
+
+def _with_schedule(rows, scale, group_sizes):
+    """Rows by eights, their scale with room for a row tile after the last, and the row tiles."""
+    padded = _pad(rows)
+    stride = rows.shape[0] // jnp.atleast_2d(group_sizes).shape[0]
+    scale = jnp.pad(scale, (0, len(padded) - len(rows) + mosaic_rows.TILE))
+    return padded, scale, mosaic_rows.schedule(group_sizes, len(padded), stride)
+
+
 def _pad(x):
     """Rows up to a multiple of 8; x itself where it is one."""
     extra = -x.shape[0] % ROWS
@@ -60,3 +95,4 @@ def _pad(x):
 
 
 IMPLEMENTATION = Implementation(product, outer, limits)
+SWIGLU = Parts(inward, outward, swiglu_limits)

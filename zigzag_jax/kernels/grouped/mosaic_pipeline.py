@@ -20,6 +20,7 @@ contraction is long (mosaic_tuning.py).
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -29,14 +30,14 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.hopper import WARP, WARPGROUP, NamedBarriers, draw, i32, launch, sm_count, smem
+from zigzag_jax.kernels.hopper import WARP, WARPGROUP, NamedBarriers, draw, i32, launch, sm_count, smem, with_counter
 
 ROWS = 64  # of the result that a consumer computes: the M of a wgmma
 CONSUMERS = 2
 TILE = CONSUMERS * ROWS
 STEP = 64  # of the contraction
 
-_LOADS = 2  # copies by TMA in a step: one of each operand
+LOADS = 2  # copies by TMA in a step: one of each operand
 _RECORDS = 8  # items between producer and consumers: at most one a slot, and those being read
 _FIELDS = 8  # int32 of a record, 5 used
 _END = -2  # in the first field: there are no more items
@@ -79,23 +80,24 @@ class Items(Protocol):
         ...
 
 
-def run(body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tuning: GroupedTuning, name: str) -> Any:
-    """Launch `body(*refs, out_ref, out_smem, full, records, **tiles)` where `tiles` are a slot's two operands.
+def run(
+    body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tuning: GroupedTuning, name: str,
+    loads: int = LOADS, scratch: dict | None = None,
+) -> Any:  # fmt: skip
+    """Launch `body(*refs, *out_refs, out_smem, full, records, **tiles, **scratch)`.
 
-    With `tuning.drawn` the last ref before the result is the counter.
+    `tiles` are a slot's operands, brought by `loads` copies a step. With `tuning.drawn` the last ref before the results
+    is the counter. `out_smem` has the dtype of the first result.
     """
-    dt, width = arrays[0].dtype, 128 // jnp.dtype(out_type.dtype).itemsize
-    scratch = {key: smem((tuning.stages, *shape), dt, 64) for key, shape in tiles.items()}
+    dt, out_dtype = arrays[0].dtype, jax.tree.leaves(out_type)[0].dtype
+    scratch = (scratch or {}) | {key: smem((tuning.stages, *shape), dt, 64) for key, shape in tiles.items()}
     scratch |= {
-        "out_smem": smem((CONSUMERS, 2, ROWS, width), out_type.dtype),
-        "full": plgpu.Barrier(num_arrivals=_LOADS, num_barriers=tuning.stages),
+        "out_smem": smem((CONSUMERS, 2, ROWS, 128 // jnp.dtype(out_dtype).itemsize), out_dtype),
+        "full": plgpu.Barrier(num_arrivals=loads, num_barriers=tuning.stages),
     }
     if tuning.drawn:
         scratch["records"] = plgpu.SMEM((_RECORDS * _FIELDS + _FIELDS,), jnp.int32)
-        # A scan that is differentiated moves what does not depend on its turn out of the loop, also a counter that
-        # begins at 0, and then refuses to hand a reference in: so it depends on all that the kernel reads.
-        zero, *arrays = lax.optimization_barrier((jnp.zeros(1, jnp.int32), *arrays))
-        arrays = (*arrays, jax.new_ref(zero))
+        arrays = with_counter(*arrays)
     return launch(
         body, *arrays, out_type=out_type, scratch_types=scratch, grid=(sm_count(),), grid_names=("sm",),
         warpgroups=CONSUMERS + 1, name=name,
@@ -105,8 +107,9 @@ def run(body: Callable, *arrays, out_type, tiles: dict[str, tuple[int, ...]], tu
 class Pipeline:
     """A block's items and slots, in the same order for producer and consumers."""
 
-    def __init__(self, tuning: GroupedTuning, items: Items, full, counter, records) -> None:
+    def __init__(self, tuning: GroupedTuning, items: Items, full, counter, records, loads: int = LOADS) -> None:
         self.tuning, self.items, self.full, self.counter, self.records = tuning, items, full, counter, records
+        self.loads = loads
         producer = WARPGROUP if tuning.drawn else WARP
         self.free = NamedBarriers(4, tuning.stages, CONSUMERS * WARPGROUP + producer)
 
@@ -189,14 +192,15 @@ class Pipeline:
         _, _, slot, at = lax.while_loop(lambda state: state[0] < self.items.count, one, state)
         self.records[at * _FIELDS] = i32(_END)
         self.free.sync(slot)
-        for _ in range(_LOADS):  # in their place
+        for _ in range(self.loads):  # in their place
             plgpu.barrier_arrive(self.full.at[slot])
 
     # ------------------------------------------------------------------------------------------------ slots
     def _after(self, slot, steps):
         return lax.rem(slot + steps, i32(self.tuning.stages))
 
-    def _next(self, slot):
+    def following(self, slot):
+        """The slot after this one."""
         return jnp.where(slot == self.tuning.stages - 1, 0, slot + 1)
 
     def _previous(self, slot):
@@ -208,7 +212,7 @@ class Pipeline:
         def one(step, slot):
             self.free.sync(slot)
             load(slot, record, step)
-            return self._next(slot)
+            return self.following(slot)
 
         return lax.fori_loop(first, end, one, slot)
 
@@ -218,10 +222,14 @@ class Pipeline:
         else:
             plgpu.barrier_wait(self.full.at[slot])
 
-    def multiply(self, slot, record: Record, wgmma: Callable[..., None], before: Callable[..., None] | None = None):
+    def multiply(
+        self, slot, record: Record, wgmma: Callable[..., None], before: Callable[..., None] | None = None,
+        steps: int | None = None, a_step: int = 1,
+    ):  # fmt: skip
         """Consumer: wgmma(slot) for every step, after before(slot, step); a slot is left when its wgmma is done.
 
-        Each wgmma runs on while the next step is waited for and prepared.
+        Each wgmma runs on while the next step is waited for and prepared. `steps`: how many multiply, all by default;
+        `a_step`: how many wgmma each begins. Returns the slot after them.
         """
 
         def one(step, slot):
@@ -229,13 +237,14 @@ class Pipeline:
             if before is not None:
                 before(slot, step)
             wgmma(slot)
-            plgpu.wgmma_wait(1)
+            plgpu.wgmma_wait(a_step)
             pl.when(step > 0)(lambda: self.free.arrive(self._previous(slot)))
-            return self._next(slot)
+            return self.following(slot)
 
-        slot = lax.fori_loop(i32(0), self.items.steps(record), one, slot)
+        slot = lax.fori_loop(i32(0), self.items.steps(record) if steps is None else i32(steps), one, slot)
         plgpu.wgmma_wait(0)
         self.free.arrive(self._previous(slot))
+        return slot
 
     def skip(self, slot, record: Record) -> None:
         """Consumer: leave every slot of an item as it comes."""
@@ -243,7 +252,7 @@ class Pipeline:
         def one(step, slot):
             self._wait(slot, step)
             self.free.arrive(slot)
-            return self._next(slot)
+            return self.following(slot)
 
         lax.fori_loop(i32(0), self.items.steps(record), one, slot)
 
@@ -260,7 +269,12 @@ def send(values, buffers, put: Callable[[int, Any], None]) -> None:
     """
     width = buffers.shape[-1]
     for p in range(values.shape[1] // width):
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the copy from this buffer, not that from the other
-        buffers[p % 2] = values[:, p * width : (p + 1) * width]
-        plgpu.commit_smem()  # a barrier too: all threads are done with the other buffer
-        put(p, buffers.at[p % 2])
+        send_piece(values[:, p * width : (p + 1) * width], buffers.at[p % 2], functools.partial(put, p))
+
+
+def send_piece(values, buffer, put: Callable[[Any], None]) -> None:
+    """One piece by one of the two buffers, which its caller takes in turn."""
+    plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the copy from this buffer, not that from the other
+    buffer[...] = values
+    plgpu.commit_smem()  # a barrier too: all threads are done with the other buffer
+    put(buffer)

@@ -115,7 +115,7 @@ def product(rows, matrices, schedule: Schedule, transposed: bool, out_dtype, tun
     )  # fmt: skip
 
 
-class _Items:
+class Items:
     """Row tiles times column tiles, the latter the faster. A record: a row of `Schedule`, and the column tile."""
 
     def __init__(self, schedule: Schedule, column_tiles: int, steps: int) -> None:
@@ -138,7 +138,7 @@ def _kernel(
 ):  # fmt: skip
     schedule, (*counter, out_ref) = Schedule(*refs[:5]), refs[5:]
     wg, width, dt = lax.axis_index("wg"), tuning.columns, out_ref.dtype
-    items = _Items(schedule, -(-out_ref.shape[1] // width), steps)
+    items = Items(schedule, -(-out_ref.shape[1] // width), steps)
     pipeline = Pipeline(tuning, items, full, counter[0] if counter else None, records)
     piece = out_smem.shape[-1]
     pieces = width // piece
