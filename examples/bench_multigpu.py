@@ -8,6 +8,8 @@
                a window whose middle hops are dead, under jax.checkpoint, contiguous shards, all-gather
     layouts    Qwen3-30B-A3B's attention, 32k tokens on all GPUs: contiguous shards (the naive ring), zigzag, all-gather
     scaling    tokens/s at fixed tokens a GPU and at a fixed sequence, beside cp = 1
+    slices     4 layers of Qwen3-30B-A3B and of DeepSeek-V2-Lite (latent and expanded keys travel), AdamW, 32k tokens
+               a GPU: tokens/s, MFU, peak memory
     trace      three forwards and backwards under the profiler: hops, steps, and communication with no kernel beside it
 
 Nothing is timed where a result is wrong, and the exit status is 1; without `check` in --only the heads that are timed
@@ -27,17 +29,24 @@ import jax.numpy as jnp
 from bench import Report, flags, jax_clock, verdict
 from bench_inputs import MODELS, Heads, Inputs, documents, relative
 from bench_layer import Attention, compile_all
+from bench_model import CHECKED, Slice, Training
 from bench_picture import Chart
 from clock import Clock
 from trace_events import Event, read
 from trace_hops import by_kernel, hops, steps, summary
 from trace_picture import draw
 
+from zigzag_jax.models.flops import H100_FLOPS, training_flops
+from zigzag_jax.models.sharding import init_state
+
 BARS = {"out": 3e-3, "dq": 5e-3, "dk": 5e-3, "dv": 5e-3}  # relative L2 between two bfloat16 results of float32 sums
 NAMES = tuple(BARS)
 TRACED = 3  # forwards and backwards
 LAYOUTS = Chart(("fwd ms", "bwd ms"), ("layout",), stacked=True)
 SCALING = Chart(("tokens/s",), ("case",))
+SLICES = Chart(("tokens/s",), ("slice",))
+SLICED = {"qwen3-30b-a3b": (None,), "deepseek-v2-lite": ("latent", "expanded")}  # payloads of a ring
+TINY = {"tiny-qwen3-moe": (None,), "tiny-deepseek-v2": ("latent", "expanded")}
 
 
 class Bench(NamedTuple):
@@ -50,6 +59,8 @@ class Bench(NamedTuple):
     models: dict[str, Heads]
     clock: Clock
     out: Path | None
+    slices: dict[str, Slice]
+    slice_tokens: int
 
     def check(self) -> list[dict]:
         """Against one GPU, with random cotangents."""
@@ -190,7 +201,40 @@ def tell_trace(report: Report, bench: Bench) -> None:
         draw(gpus, report.out / "trace.png")
 
 
-PARTS = {"layouts": tell_layouts, "scaling": tell_scaling, "trace": tell_trace}
+def tell_slices(report: Report, bench: Bench) -> None:
+    """A training step of real layers."""
+    rows, checks, length = [], [], bench.slice_tokens
+    for name, this in bench.slices.items():
+        params = init_state(this.make, this.sharding, jax.random.key(0))[1]
+        checks += [{**row, "by": name} for row in this.check(params, min(length, CHECKED))]
+        if name in report.check("slices' check", checks):
+            training = Training(this, params, length)
+            losses = jax.block_until_ready(training.once())
+            ms = bench.clock._replace(repeats=1).in_turn({name: training.once})[name]
+            memory, flops = jax.devices()[0].memory_stats(), training_flops(this.config, length)
+            rows.append({
+                "slice": name, "tokens": length, "step ms": ms, "tokens/s": length / ms * 1e3,
+                "MFU": flops / (ms / 1e3) / H100_FLOPS / this.cp,
+                "peak GiB": memory and memory["peak_bytes_in_use"] / 2**30, "loss": float(losses.loss),
+            })  # fmt: skip
+            report.add("slices", rows, SLICES, "The peak is that of all that ran before.")
+            del training
+        del params
+
+
+PARTS = {"layouts": tell_layouts, "scaling": tell_scaling, "trace": tell_trace, "slices": tell_slices}
+
+
+def sliced(devices: int, quick: bool) -> dict[str, Slice]:
+    """The slices by what tells them apart."""
+    layers = 2 if quick else 4
+    return {
+        f"{layers} layers of {model}{', ' if payload else ''}{payload or ''}": Slice.of(
+            model, layers, "attention", devices, payload=payload
+        )
+        for model, payloads in (TINY if quick else SLICED).items()
+        for payload in payloads
+    }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -228,6 +272,8 @@ def main(argv: list[str] | None = None) -> int:
         models,
         jax_clock(args.quick),
         args.out,
+        sliced(devices, args.quick) if "slices" in args.only else {},
+        (64 if args.quick else 32768) * devices,
     )
     checked = bench if "check" in args.only else bench._replace(models={"qwen": models["qwen"]})
     if "qwen" in report.check("check", checked.check(), by="model"):

@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_common import MODELS, Clock, facts, shapes, step_range, table
+from bench import facts, table
+from bench_inputs import MODELS, shapes, step_range
+from clock import Clock
 
 from zigzag_jax.kernels import flash_fwd, grouped_swiglu
 from zigzag_jax.kernels.flash import mosaic as flash
@@ -189,8 +191,8 @@ def child(family: str, size: str) -> int:
     work = FAMILIES[family](size == "small")
     rows = check(work, exact=size == "small")
     if size != "small":
-        add_times(rows, work, Clock(3, 10, 0.3, 0))
-    print(json.dumps({"facts": facts("tune_kernels.py", []), "rows": rows}))
+        add_times(rows, work, Clock(3, 10, 0.3, jax.block_until_ready))
+    print(json.dumps({"facts": facts("tune_kernels", []), "rows": rows}))
     return 0
 
 

@@ -2,7 +2,7 @@
 
     router      logits [T, E] -> k experts a token, their weights, and the probabilities of all (for the statistics)
     dispatch    the T * k (token, choice) pairs, sorted by expert: each expert's rows become one contiguous range
-    experts     two grouped matmuls over those ranges: down(weight * silu(gate(x)) * up(x)), gate and up as one
+    experts     down(weight * silu(gate(x)) * up(x)) over those ranges, gate and up as one (grouped_swiglu)
     combine     back into token order, added
 
 The router's weight enters before `down`, where rows are narrow, and not after it, which means the same: so its gradient
@@ -30,7 +30,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from zigzag_jax.kernels import grouped_matmul
+from zigzag_jax.kernels import grouped_swiglu
 from zigzag_jax.models.exchange import (
     Exchange,
     Experts,
@@ -38,8 +38,6 @@ from zigzag_jax.models.exchange import (
     exchanged_experts,
     gather_gate_up,
     sort_pairs,
-    swiglu,
-    weighted,
 )
 from zigzag_jax.models.layers import linear, normal
 from zigzag_jax.models.options import KernelOptions
@@ -126,8 +124,8 @@ class MoE(nnx.Module):
         sharding, implementation = self.sharding, self.options.implementation
         pieces = Experts(*specs[1:])
         if not (axes := sharding.expert_axes):
-            matmul = functools.partial(grouped_matmul, implementation=implementation)
-            return functools.partial(_all_experts, matmul, pieces)
+            mlp = functools.partial(grouped_swiglu, fused=self.options.fused, implementation=implementation)
+            return functools.partial(_all_experts, mlp, pieces)
         devices = math.prod(sharding.mesh.shape[axis] for axis in axes)
         cut = spec_axes(sharding.spec(("batch", "sequence"), tokens))
         own = math.prod(tokens) // math.prod(sharding.mesh.shape[axis] for axis in cut)
@@ -158,13 +156,13 @@ def _local_moe(x, real, weights, extras, *, router: Router, experts, specs, axes
     return y.reshape(shape), stats
 
 
-def _all_experts(matmul, specs: Experts, x: jax.Array, routes: Routes, sizes, matrices: Experts) -> jax.Array:
+def _all_experts(mlp, specs: Experts, x: jax.Array, routes: Routes, sizes, matrices: Experts) -> jax.Array:
     """Tokens [T, d] through their experts, all of which are gathered here."""
     gate_up, down = gather_gate_up(specs, matrices, x.dtype), gather(matrices.down, specs.down, x.dtype)
     order, inverse = sort_pairs(routes.experts)
-    inner = swiglu(matmul(_dispatch(x, order, inverse), gate_up, sizes))
-    scale = _permuted(routes.weights.astype(jnp.float32).reshape(-1, 1), order, inverse)
-    pairs = _permuted(matmul(weighted(inner, scale), down, sizes), inverse, order)
+    scale = _permuted(routes.weights.astype(jnp.float32).reshape(-1), order, inverse)
+    rows = mlp(_dispatch(x, order, inverse), gate_up, down, scale, sizes)
+    pairs = _permuted(rows, inverse, order)
     return jnp.sum(pairs.reshape(*routes.weights.shape, -1), axis=1, dtype=jnp.float32).astype(x.dtype)
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclasses.dataclass(frozen=True)
 class KernelOptions:
-    """Choices of `zigzag_attention` and `grouped_matmul`; change them to compare, or to compile for another machine."""
+    """Choices of `zigzag_attention` and `grouped_swiglu`; change them to compare, or to compile for another machine."""
 
     implementation: str | None = None
     """A kernel by name, for both; None takes this backend's, "hopper" a Hopper GPU's."""
@@ -20,6 +20,9 @@ class KernelOptions:
     exchange_rows: int | None = None
     """Rows that a device sends to each other one in a round of the experts' exchange (exchange.py); None: a quarter
     more than an even share. Fewer take less memory and more rounds."""
+
+    fused: bool = False
+    """SwiGLU inside the experts' matmuls (grouped_swiglu); without ep only."""
 
     deterministic: bool = False
     """Gradient sums in a fixed order, so that two runs agree bit for bit."""

@@ -18,7 +18,7 @@ from zigzag_jax.kernels import FLASH
 
 pytestmark = pytest.mark.source
 QUICK = ["--quick", "--devices", "2"]
-SMALL = Bench(2, 128, 128, {"qwen": Heads(2, 1, 16, 16)}, Clock(1, 1, 0.0, jax.block_until_ready), None)
+SMALL = Bench(2, 128, 128, {"qwen": Heads(2, 1, 16, 16)}, Clock(1, 1, 0.0, jax.block_until_ready), None, {}, 128)
 
 
 @pytest.mark.slow
@@ -114,7 +114,9 @@ def test_a_peer_that_cannot_run_is_said_so(capsys):
 def test_mistakes_of_a_slice(capsys):
     for arguments, message in (
         (["--layers", "49"], "--layers must be 1 to 48"),
-        (["--tokens", "3"], "--tokens must be a multiple of 2"),
+        (["--tokens", "3"], "--tokens must be a multiple of 2 * cp = 2"),
+        (["--cp", "2", "--tokens", "258"], "--tokens must be a multiple of 2 * cp = 4"),
+        (["--cp", "0"], "--cp must be 1 to"),
         (["--profile", "x", "--only", "gradient"], "--profile is of a step"),
     ):
         with pytest.raises(SystemExit):

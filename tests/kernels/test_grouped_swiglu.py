@@ -154,7 +154,7 @@ ERRORS = {
             "fused": True, "implementation": "mosaic", "dtype": jnp.bfloat16, "x": (6, 64), "gate_up": (3, 64, 64),
             "down": (3, 32, 64),
         },
-        "fused SwiGLU needs f that is a multiple of 64, got gate_up [3, 64, 64]",
+        "'mosaic' needs k and n that are multiples of 64; got bfloat16 x [6, 64], w [3, 32, 64]",
     ),
 }  # fmt: skip
 

@@ -73,13 +73,6 @@ def outward(dy, down, hidden, scale, group_sizes, *, tuning=None):
     return dhidden[: dy.shape[0]], parts.sum(axis=0)[: dy.shape[0]]
 
 
-def swiglu_limits(x, w) -> str | None:
-    """`limits` of SWIGLU, where w is gate_up."""
-    if reason := limits(x, w):
-        return reason
-    return f"f that is a multiple of {COLUMNS}" if w.shape[2] // 2 % COLUMNS else None
-
-
 def _with_schedule(rows, scale, group_sizes):
     """Rows by eights, their scale with room for a row tile after the last, and the row tiles."""
     padded = _pad(rows)
@@ -95,4 +88,4 @@ def _pad(x):
 
 
 IMPLEMENTATION = Implementation(product, outer, limits)
-SWIGLU = Parts(inward, outward, swiglu_limits)
+SWIGLU = Parts(inward, outward)

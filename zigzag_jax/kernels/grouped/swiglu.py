@@ -49,7 +49,6 @@ class Parts(NamedTuple):
 
     inward: Inward
     outward: Outward
-    limits: contract.Limits = contract.no_limits
 
 
 def check(x, gate_up, down, scale, group_sizes) -> None:

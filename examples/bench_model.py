@@ -1,0 +1,112 @@
+"""A slice of a real model as bench_slice.py and bench_multigpu.py run it: built, checked, and a training step of it."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bench import verdict
+from bench_layer import compile_all
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zigzag_jax import to_zigzag
+from zigzag_jax.models.options import KernelOptions
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.registry import ModelConfig, model_of
+from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.train.step import TrainState, make_step, state_shardings
+from zigzag_jax.train.task import Losses, Task
+
+AXES = ("dp", "fsdp", "cp")
+CHECKED = 1024  # tokens of the check: float32 arithmetic in plain XLA is slow
+# Relative differences. Rounding to bfloat16 also sends a token to another expert here and there, which changes the
+# experts' and the routers' gradients by a tenth; a gradient that is missing or counted twice is off by 1.
+BARS = {"loss": 2e-3, "worst gradient": 0.4}
+
+
+class Slice(NamedTuple):
+    """Some layers of a model, embedding and head, on the devices of a ring."""
+
+    config: ModelConfig
+    sharding: Sharding
+    remat: str
+    options: KernelOptions
+
+    @classmethod
+    def of(cls, name: str, layers: int, remat: str, cp: int = 1, **options: Any) -> "Slice":
+        """So many layers of a preset, on the first cp devices; `options` are fields of KernelOptions."""
+        mesh = Mesh(np.array(jax.devices()[:cp]).reshape(1, 1, cp), AXES)
+        config = dataclasses.replace(PRESETS[name], num_hidden_layers=layers)
+        return cls(config, Sharding(mesh), remat, KernelOptions(**options))
+
+    @property
+    def cp(self) -> int:
+        """Devices of the ring."""
+        return self.sharding.mesh.size
+
+    def make(self, rngs: nnx.Rngs, dtype: Any = jnp.bfloat16, options: KernelOptions | None = None) -> nnx.Module:
+        """The model itself."""
+        model, options = model_of(self.config), options or self.options
+        return model(self.config, self.sharding, dtype=dtype, remat=self.remat, options=options, rngs=rngs)
+
+    def task(self, dtype: Any = jnp.bfloat16, options: KernelOptions | None = None) -> Task:
+        """What it is trained for, in arithmetic of `dtype`."""
+        graphdef = abstract_state(lambda rngs: self.make(rngs, dtype, options))[0]
+        return Task(graphdef, self.sharding, dtype, self.config.aux_loss, self.config.aux_coefficient)
+
+    def batch(self, length: int) -> dict[str, jax.Array]:
+        """One document of random tokens, in zigzag order."""
+        tokens = np.random.default_rng(0).integers(0, self.config.vocab_size, (1, length + 1), dtype=np.int32)
+        arrays = {
+            "tokens": tokens[:, :-1],
+            "labels": tokens[:, 1:],
+            "positions": np.arange(length, dtype=np.int32)[None],
+            "real": np.ones((1, length), bool),
+        }
+        arrays = {name: to_zigzag(x, self.cp) for name, x in arrays.items()}
+        return jax.device_put(arrays, NamedSharding(self.sharding.mesh, P(("dp", "fsdp"), "cp")))
+
+    def gradient(self, task: Task):
+        """(params, batch) -> ((objective, Losses), gradients), not yet jitted."""
+        return jax.value_and_grad(task.objective, has_aux=True)
+
+    def check(self, params: nnx.State, length: int) -> list[dict]:
+        """Loss and gradient of `length` tokens against float32: the loss, and the parameter whose gradient is worst."""
+        batch = self.batch(length)
+        tasks = {"mine": self.task(), "exact": self.task(jnp.float32, KernelOptions(implementation="reference"))}
+        run = compile_all({name: (self.gradient(task), (params, batch)) for name, task in tasks.items()})
+
+        def found(name: str) -> tuple[float, dict[str, np.ndarray]]:
+            """On the host: two gradients at once would be the peak of the card's memory that is told later."""
+            (_, losses), grads = run[name](params, batch)
+            leaves = jax.tree.leaves_with_path(jax.device_get(grads))
+            return float(losses.loss), {jax.tree_util.keystr(path): leaf.ravel() for path, leaf in leaves}
+
+        (got, mine), (want, exact) = found("mine"), found("exact")
+        off = {name: float(np.linalg.norm(mine[name] - x) / np.linalg.norm(x)) for name, x in exact.items()}
+        where = max(off, key=lambda name: math.inf if math.isnan(off[name]) else off[name])
+        errors = {"loss": abs(got / want - 1), "worst gradient": off[where]}
+        figures = {name: f"{error:.1e}" for name, error in errors.items()}
+        return [{"by": "zigzag_jax", **figures, "of": where, "verdict": verdict(errors, BARS)}]
+
+
+class Training:
+    """AdamW on a slice: `once` is a step, which replaces the state."""
+
+    def __init__(self, this: Slice, params: nnx.State, length: int):
+        """Takes the parameters, whose buffers the first step gives on; float32 moments."""
+        tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-5, weight_decay=0.1))
+        where = state_shardings(jax.eval_shape(lambda: params), tx, this.sharding)
+        self.state = TrainState(params, jax.jit(tx.init, out_shardings=where.opt_state)(params))
+        self.batch = this.batch(length)
+        self.step = jax.jit(make_step(this.task(), tx), donate_argnums=0, out_shardings=(where, None))
+
+    def once(self) -> Losses:
+        """A step on the same batch; what it lost before it."""
+        self.state, metrics = self.step(self.state, self.batch)
+        return metrics.losses
