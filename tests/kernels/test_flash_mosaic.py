@@ -17,6 +17,7 @@ from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_fwd
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
+from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
 from zigzag_jax.ranges import KeyRange
 
 PLAIN = Settings(0.1, None)
@@ -277,8 +278,14 @@ def test_preference_by_device(backend, capability, preference, monkeypatch, capl
 def test_tuning_and_barriers_name_their_rules():
     with pytest.raises(ValueError, match=r"key_tile must be 64, 128 or 256 .*, got 96"):
         mosaic_fwd.ForwardTuning(key_tile=96)
+    for tuning in (mosaic_fwd.ForwardTuning, mosaic_bwd.BackwardTuning, GroupedTuning):
+        with pytest.raises(ValueError, match=r"registers of 2 consumers .* must be at most 3 x 168, got \(240, 32\)"):
+            tuning(registers=(240, 32))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 15\.\.16"):
         hopper.NamedBarriers(15, 2, 128)
+    for tuning in (mosaic_fwd.ForwardTuning, mosaic_bwd.BackwardTuning, GroupedTuning):
+        with pytest.raises(ValueError, match=r"registers of 2 consumers .* must be at most 3 x 168, got \(240, 32\)"):
+            tuning(registers=(240, 32))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 3\.\.3"):
         hopper.NamedBarriers(3, 1, 128)
     with pytest.raises(ValueError, match="multiples of 32 bytes, got 24 columns of bfloat16"):

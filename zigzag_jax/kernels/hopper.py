@@ -28,11 +28,25 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value for each of its columns
 
 _FIRST_NAMED_BARRIER = 4  # Mosaic itself takes those below
 _NAMED_BARRIERS = 16  # of a block
+_REGISTERS = 65536  # of a multiprocessor
 
 
 def sm_count() -> int:
     """Streaming multiprocessors of the default device; an H100's where the host compiles for a GPU that it lacks."""
     return getattr(jax.devices()[0], "core_count", None) or 132
+
+
+def check_registers(consumers: int, registers: tuple[int, int]) -> None:
+    """ValueError where (a consumer's, the producer's) registers a thread are more than a block was launched with.
+
+    A warpgroup that asks for registers that are not there waits for them for ever.
+    """
+    launched = _REGISTERS // (WARPGROUP * (consumers + 1)) // 8 * 8  # a thread, by eights
+    if consumers * registers[0] + registers[1] > (consumers + 1) * launched:
+        raise ValueError(
+            f"registers of {consumers} consumers and a producer must be at most {consumers + 1} x {launched}, "
+            f"got {registers}"
+        )
 
 
 def launch(

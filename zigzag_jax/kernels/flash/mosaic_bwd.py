@@ -44,6 +44,7 @@ from zigzag_jax.kernels.hopper import (
     WARP,
     WARPGROUP,
     NamedBarriers,
+    check_registers,
     down,
     fence_smem,
     i32,
@@ -86,6 +87,9 @@ class BackwardTuning:
 
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
+
+    def __post_init__(self) -> None:
+        check_registers(CONSUMERS, self.registers)
 
 
 def flash_bwd(

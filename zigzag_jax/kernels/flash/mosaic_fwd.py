@@ -47,6 +47,7 @@ from zigzag_jax.kernels.hopper import (
     WARPGROUP,
     NamedBarriers,
     across,
+    check_registers,
     i32,
     launch,
     sm_count,
@@ -85,10 +86,11 @@ class ForwardTuning:
     def __post_init__(self) -> None:
         if self.key_tile not in (64, 128, 256):
             raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
+        check_registers(CONSUMERS, self.registers)
 
     def drawing(self) -> "ForwardTuning":
-        """The same with drawn items: its producer, a whole warpgroup with a loop of its own, takes 32 registers."""
-        return dataclasses.replace(self, drawn=True, registers=(240, 32))
+        """The same with drawn items."""
+        return dataclasses.replace(self, drawn=True)
 
 
 CarryUse = Literal["none", "in place", "read"]

@@ -30,7 +30,18 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.hopper import WARP, WARPGROUP, NamedBarriers, draw, i32, launch, sm_count, smem, with_counter
+from zigzag_jax.kernels.hopper import (
+    WARP,
+    WARPGROUP,
+    NamedBarriers,
+    check_registers,
+    draw,
+    i32,
+    launch,
+    sm_count,
+    smem,
+    with_counter,
+)
 
 ROWS = 64  # of the result that a consumer computes: the M of a wgmma
 CONSUMERS = 2
@@ -64,6 +75,7 @@ class GroupedTuning:
     def __post_init__(self) -> None:
         if self.columns not in (128, 256):
             raise ValueError(f"columns must be 128 or 256 (two buffers take turns on the way out), got {self.columns}")
+        check_registers(CONSUMERS, self.registers)
 
 
 class Items(Protocol):
