@@ -8,8 +8,8 @@ import bench_slice
 import jax
 import pytest
 from bench import Report
+from bench_gpus import TRACED, Bench
 from bench_inputs import Heads
-from bench_multigpu import Bench
 from clock import Clock
 from test_read_trace import RING, plane, write
 from trace_events import read
@@ -18,12 +18,12 @@ from zigzag_jax.kernels import FLASH
 
 pytestmark = pytest.mark.source
 QUICK = ["--quick", "--devices", "2"]
-SMALL = Bench(2, 128, 128, {"qwen": Heads(2, 1, 16, 16)}, Clock(1, 1, 0.0, jax.block_until_ready), None, {}, 128)
+SMALL = Bench(2, 128, 128, {"qwen": Heads(2, 1, 16, 16)}, Clock(1, 1, 0.0, jax.block_until_ready), None)
 
 
 @pytest.mark.slow
 def test_a_quick_run_writes_its_numbers(tmp_path, capsys):
-    assert bench_multigpu.main([*QUICK, "--only", "layouts,scaling", "--out", str(tmp_path)]) == 0
+    assert bench_multigpu.main([*QUICK, "--only", "times", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "multigpu.json").read_text())
     assert {(row["model"], row["form"]) for row in found["results"]["check"]} == {
         ("qwen", form) for form in ("plain", "window", "remat", "contiguous", "allgather")
@@ -43,7 +43,7 @@ def test_nothing_is_timed_where_a_ring_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(bench_layer, "zigzag_attention", spoilt)
     monkeypatch.setattr(bench_multigpu, "MODELS", {"qwen": Heads(8, 8, 16, 16), "mla": Heads(8, 8, 16, 16)})
     monkeypatch.setattr(Bench, "timed", lambda self, cases: pytest.fail("timed"))
-    assert bench_multigpu.main([*QUICK, "--only", "layouts"]) == 1
+    assert bench_multigpu.main([*QUICK, "--only", "times"]) == 1
     assert "Not timed, for it is wrong: qwen" in capsys.readouterr().out
 
 
@@ -67,7 +67,7 @@ def test_the_trace_is_told_by_hops_and_steps(tmp_path, monkeypatch, capsys):
     bench_multigpu.tell_trace(report, SMALL)
     rows = {row["GPU"]: row for row in report.results["trace"]}
     assert (rows["GPU:1"]["transfers"], rows["GPU:1"]["flights"]) == (3, 2)
-    assert rows["GPU:0"]["exposed us a hop"] == pytest.approx(60 / (bench_multigpu.TRACED * 3))
+    assert rows["GPU:0"]["exposed us a hop"] == pytest.approx(60 / (TRACED * 3))
     assert rows["GPU:0"]["exposed %"] == pytest.approx(60 / 1720)
     assert [row["steps"] for row in report.results["trace steps"]] == [2, 2]
     assert (tmp_path / "trace.png").stat().st_size > 5000

@@ -76,7 +76,7 @@ def test_drawn_numbers_are_every_item_in_the_order_of_fixed_shares():
 @pytest.mark.parametrize("form", ["plain", "carry"])
 def test_drawn_items_in_a_scan_are_traced(form):
     """A differentiated scan moves a counter that begins at 0 out of its loop, if it can."""
-    tuning, keys = HOPPER[128, 128].forward.drawing(), rows_of("causal", 256)
+    tuning, keys = mosaic_fwd.ForwardTuning(drawn=True), rows_of("causal", 256)
 
     @jax.custom_jvp
     def attend(q):

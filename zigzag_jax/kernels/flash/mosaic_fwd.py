@@ -88,10 +88,6 @@ class ForwardTuning:
             raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
         check_registers(CONSUMERS, self.registers)
 
-    def drawing(self) -> "ForwardTuning":
-        """The same with drawn items."""
-        return dataclasses.replace(self, drawn=True)
-
 
 CarryUse = Literal["none", "in place", "read"]
 
