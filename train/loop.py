@@ -88,10 +88,11 @@ def _run(
     source = model_folder(config)
     mesh = make_mesh(config)
     watchdog.on(mesh)
+    preparing = lambda what: watchdog.doing(0, f"{what} before step", PATIENT)
     with _writable(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        this = set_up(config, sizes, mesh, stack, say)
+        this = set_up(config, sizes, mesh, stack, say, preparing)
         with _writable(config.folder):
             checkpoints = Checkpoints(config.folder / "checkpoints", config.keep, say)
         stack.callback(checkpoints.close)
@@ -102,8 +103,8 @@ def _run(
                 if source is not None:
                     copy_companions(source, config.folder)
                 shutil.copyfile(this.dataset.folder / "tokenizer.json", config.folder / "tokenizer.json")
-        with ByteBar("reading weights", "read", console) as told:
-            first, state = checkpoints.restore(this.abstract) or (0, this.init(told))
+        first, state = _begin(this, checkpoints, console, preparing)
+        watchdog.doing(first, "starting after step", PATIENT)
         step, stop = first, last.enter_context(StopRequest(say, watchdog.link))
         _say_where(this, first)
         mine = config.folder if jax.process_index() == 0 else None
@@ -126,6 +127,23 @@ def _run(
             say(f"{stop.asked}: the weights are saved after step {step}. The same command again writes the report.")
             return PREEMPTED
     return DONE
+
+
+def _begin(
+    this: Run, checkpoints: Checkpoints, console: Console, preparing: Callable[[str], None]
+) -> tuple[int, TrainState]:
+    """(finished steps, state) of the newest checkpoint, or of a new run."""
+    preparing("reading the checkpoint")
+    if (found := checkpoints.restore(this.abstract)) is not None:
+        return found
+    preparing("making the weights")
+    with ByteBar("reading weights", "read", console) as bar:
+
+        def told(done: int, total: int) -> None:
+            bar(done, total)
+            preparing("reading the weights")  # a slow disk is no hang
+
+        return 0, this.init(told)
 
 
 @contextmanager

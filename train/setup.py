@@ -20,6 +20,7 @@ from zigzag_jax.train.data.mixture import plan_rows, shares
 from zigzag_jax.train.data.open_data import open_data
 from zigzag_jax.train.data.packing import cut_count
 from zigzag_jax.train.data.token_file import Tokens
+from zigzag_jax.train.hosts.watchdog import PATIENT
 from zigzag_jax.train.logs.report import HeldOut
 from zigzag_jax.train.models import (
     config_json,
@@ -72,11 +73,22 @@ class Run:
     """Prints a line, in process 0."""
 
 
-def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say: Callable[[str], None]) -> Run:
+def set_up(
+    config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say: Callable[[str], None],
+    doing: Callable[[str], None] = lambda what: None,
+) -> Run:  # fmt: skip
     """Build the run; what has to be closed at its end goes on `stack`. UserError for data or a tokenizer that won't
     do.
+
+    `doing` is told what is being made, again while it moves: a watchdog that hears it need not wait for the whole.
     """
-    dataset = open_data(config.data, tokenizer_file(config), process_index=jax.process_index(), say=say)
+    reading = lambda: doing("reading the data")
+    reading()
+    dataset = open_data(
+        config.data, tokenizer_file(config), process_index=jax.process_index(), say=say, working=reading,
+        wait_s=PATIENT * config.hosts.timeout,
+    )  # fmt: skip
+    doing("preparing the model and its rows")
     sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
     program = make_program(config, sizes, mesh)
     task, tx, shapes = program.task, program.tx, program.parameters

@@ -60,8 +60,10 @@ def losses(out: Path) -> dict[int, float]:
 @pytest.mark.parametrize(("name", "sources"), [("a", 0), ("mix.json", 2)])
 def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources: int):
     config, said = dataclasses.replace(CONFIG, data=mix.parent / name, out=tmp_path), []
+    phases: list[str] = []
     with ExitStack() as stack:
-        this = set_up(config, model_config(config), make_mesh(config), stack, said.append)
+        this = set_up(config, model_config(config), make_mesh(config), stack, said.append, phases.append)
+        assert phases == ["reading the data", "preparing the model and its rows"]
         assert this.dataset.folder == mix.parent / "a"  # whose tokenizer.json goes beside the checkpoints
         assert this.sizes.vocab_size == 280
         batch = this.batches.at(0)

@@ -1,15 +1,17 @@
 """What stops a run that cannot go on."""
 
+import io
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from zigzag_jax.train import __main__ as command_line
 from zigzag_jax.train.errors import PeerError, RunError, UserError
 from zigzag_jax.train.logs.report import HeldOut
-from zigzag_jax.train.loop import _check_finite, _uneven
+from zigzag_jax.train.loop import _begin, _check_finite, _uneven
 from zigzag_jax.train.task import Losses
 
 
@@ -53,6 +55,17 @@ def test_the_held_out_rows_do_not_depend_on_the_mesh():
 
     batches = (Batches(batch=8, seq_len=padded, plan=SimpleNamespace(seq_len=512)) for padded in (512, 516))
     assert [HeldOut(b).count for b in batches] == [8, 8]  # type: ignore[arg-type]
+
+
+def test_weights_that_are_read_slowly_are_told_to_the_watchdog():
+    told: list[str] = []
+    run = SimpleNamespace(abstract=None, init=lambda tell: [tell(n, 3) for n in range(3)])
+    checkpoints = SimpleNamespace(restore=lambda abstract: None)
+    _begin(run, checkpoints, Console(file=io.StringIO()), told.append)  # pyright: ignore[reportArgumentType]
+    assert told == ["reading the checkpoint", "making the weights", *["reading the weights"] * 3]
+    checkpoints.restore = lambda abstract: (7, "state")
+    found = _begin(run, checkpoints, Console(), told.append)  # pyright: ignore[reportArgumentType]
+    assert found == (7, "state")
 
 
 def test_how_uneven_the_load_is():
