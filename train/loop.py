@@ -178,7 +178,8 @@ def _train(
     saving = lambda: watchdog.doing(step, "saving after step", PATIENT)
     program = None
     while step < config.steps:
-        times = PATIENT if step == begin[0] else 1
+        # the first step compiles; in the one after a trace the others wait for process 0, which sums it up
+        times = PATIENT if step in (begin[0], observer.profile.last) else 1
         watchdog.doing(step + 1, "reading the batch of step", times)
         observer.begin(step + 1)
         batch = this.batches.at(step)
@@ -188,7 +189,10 @@ def _train(
             program = observer.profile.program = this.step.lower(state, batch).compile()
         state, result = program(state, batch)
         result = jax.device_get(result)  # waits: hundreds of steps in flight at once can hang CPU devices
-        observer.finished(step + 1)
+        observer.timer.finished()
+        if step + 1 == observer.profile.last:
+            watchdog.doing(step + 1, "summing up the trace of step", PATIENT)
+        observer.profile.after(step + 1)
         learning_rate = float(jax.device_get(rate(step)))
         step += 1
         _check_finite(step, result, checkpoints.newest_said, partial(save_batch, config.folder, step, batch))

@@ -1,18 +1,79 @@
 """What stops a run that cannot go on."""
 
 import io
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
 from zigzag_jax.train import __main__ as command_line
+from zigzag_jax.train.checkpoint import Checkpoints
+from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import PeerError, RunError, UserError
+from zigzag_jax.train.hosts.watchdog import PATIENT
+from zigzag_jax.train.logs.display import Display
+from zigzag_jax.train.logs.metrics import MetricsLog
+from zigzag_jax.train.logs.observe import Observer
 from zigzag_jax.train.logs.report import HeldOut
-from zigzag_jax.train.loop import _begin, _check_finite, _uneven
+from zigzag_jax.train.logs.trace import Profile, profile_steps
+from zigzag_jax.train.loop import _begin, _check_finite, _train, _uneven
+from zigzag_jax.train.step import StepMetrics
+from zigzag_jax.train.stop import StopRequest
 from zigzag_jax.train.task import Losses
+
+
+class Dog(list[tuple[int, str, float]]):
+    """Hears what a watchdog hears."""
+
+    link = None
+
+    def doing(self, step: int, what: str, times: float = 1) -> None:
+        self.append((step, what, times))
+
+
+def train(out: Path, step: Callable[..., tuple], dog: Dog, **changes: Any) -> None:
+    """Train a state of one number by `step`, with the loop, the checkpoints and the logs of a run."""
+    config = Config(out=out, **{"steps": 5, "save_every": 2, "eval_every": 9, **changes})
+    batches = SimpleNamespace(at=lambda n: {"tokens": jnp.full((2, 4), n)})
+    run = SimpleNamespace(
+        config=config, config_json={}, identity={}, batches=batches, say=print, step=jax.jit(step, donate_argnums=0)
+    )
+    mesh, console = jax.make_mesh((1,), ("cp",), devices=jax.devices()[:1]), Console(file=io.StringIO())
+    state = {"w": jnp.float32(1)}
+    with ExitStack() as stack:
+        checkpoints = Checkpoints(out / "checkpoints", 9, console.print)
+        stack.callback(checkpoints.close)
+        begin = checkpoints.restore(jax.eval_shape(lambda: state)) or (0, state)
+        log = MetricsLog(out)
+        stack.callback(log.close)
+        profile = stack.enter_context(Profile(profile_steps(config.profile), out, console.print))
+        observer = Observer(None, batches, mesh, profile)  # pyright: ignore[reportArgumentType]
+        display = stack.enter_context(Display(config.steps, 0, console))
+        _train(run, checkpoints, log, display, StopRequest(print), dog, observer, begin)  # pyright: ignore[reportArgumentType]
+
+
+def metrics_of(loss: jax.Array) -> StepMetrics:
+    zero = jnp.float32(0)
+    return StepMetrics(Losses(loss, zero, jnp.float32(8), jnp.zeros((0, 1)), zero), jnp.float32(1))
+
+
+def halve(state: dict, batch: dict) -> tuple[dict, StepMetrics]:
+    return {"w": state["w"] / 2}, metrics_of(state["w"])
+
+
+def test_a_trace_is_summed_up_in_its_own_time(tmp_path: Path):
+    dog = Dog()
+    train(tmp_path, halve, dog, profile="2:3")
+    assert (3, "summing up the trace of step", PATIENT) in dog
+    patient = [step for step, what, times in dog if what == "computing step" and times == PATIENT]
+    assert patient == [1, 4]  # in step 4 the others wait for process 0
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(np.nan, 1.0), (1.0, np.inf)])

@@ -81,6 +81,8 @@ def test_a_trace_of_chosen_steps(tmp_path: Path):
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert len(said) == 1
     assert said[0].startswith(f"trace written to {tmp_path / 'profile'}")
+    assert profile.last == 3
+    assert Profile(profile_steps(None), tmp_path, said.append).last is None
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -100,9 +102,10 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch:
 def test_a_trace_ends_with_the_run(tmp_path: Path):
     said: list[str] = []
     with Profile(profile_steps("1:9"), tmp_path, said.append) as profile:
+        profile.program = SimpleNamespace(as_text=pytest.fail)  # type: ignore[assignment]
         profile.before(1)
         profile.after(1)
-    assert len(said) == 1
+    assert len(said) == 1  # who stops in the middle has no time for a summary
     with Profile(profile_steps("1:9"), None, said.append) as profile:  # another process
         profile.before(1)
         profile.after(1)

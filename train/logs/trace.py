@@ -44,6 +44,11 @@ class Profile:
         self._step: jax.profiler.StepTraceAnnotation | None = None  # of a step that is being traced
         self._traced = 0
 
+    @property
+    def last(self) -> int | None:
+        """The step after which process 0 sums the trace up, which takes minutes where the program is large."""
+        return self.steps[-1] if self.steps else None
+
     def before(self, step: int) -> None:
         """Step number `step`, from 1, is about to begin."""
         if self.folder is None or step not in self.steps:
@@ -59,16 +64,16 @@ class Profile:
             self._step.__exit__(None, None, None)
             self._traced += 1
             if step + 1 not in self.steps:
-                self._stop()
+                self._stop(summary=True)
 
-    def _stop(self, summary: bool = True) -> None:
+    def _stop(self, *, summary: bool) -> None:
         """End the trace. What goes wrong with it is said and ends no run: training matters more than its picture."""
         self._step = None
         assert self.folder is not None
         try:
             jax.profiler.stop_trace()
             self.say(f"trace written to {self.folder} (xprof or TensorBoard's profile plugin shows it)")
-            if summary and self.program is not None and self._traced:
+            if summary and self.program is not None:
                 seconds = by_scope(Program(self.program.as_text() or ""), launches(self.folder))
                 for line in table(seconds, jax.local_device_count(), self._traced):
                     self.say(line)
@@ -80,4 +85,4 @@ class Profile:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._step is not None:
-            self._stop(summary=error is None)
+            self._stop(summary=False)  # asked to stop, or broken: no time for more than to write it
