@@ -1,6 +1,7 @@
 """A run built from its Config: data, mesh, model, optimiser, all that is made once before the first step."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from zigzag_jax.train.data.dataset import Dataset
 from zigzag_jax.train.data.mixture import plan_rows, shares
 from zigzag_jax.train.data.open_data import open_data
 from zigzag_jax.train.data.packing import cut_count
+from zigzag_jax.train.data.plan_file import kept_plan
 from zigzag_jax.train.data.token_file import Tokens
 from zigzag_jax.train.hosts.watchdog import PATIENT
 from zigzag_jax.train.logs.report import HeldOut
@@ -88,7 +90,7 @@ def set_up(
         config.data, tokenizer_file(config), process_index=jax.process_index(), say=say, working=reading,
         wait_s=PATIENT * config.hosts.timeout,
     )  # fmt: skip
-    doing("preparing the model and its rows")
+    doing("preparing the model")
     sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
     program = make_program(config, sizes, mesh)
     task, tx, shapes = program.task, program.tx, program.parameters
@@ -106,8 +108,10 @@ def set_up(
         return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
 
     count = config.accumulate
-    train_plan = plan_rows(dataset.train, config.seq_len, seed=config.seed)
-    eval_plan = plan_rows(dataset.held_out, config.seq_len, seed=_HELD_OUT_SEED)
+    doing("packing the rows")
+    kept = functools.partial(kept_plan, say=say)
+    train_plan = plan_rows(dataset.train, config.seq_len, seed=config.seed, make=kept)
+    eval_plan = plan_rows(dataset.held_out, config.seq_len, seed=_HELD_OUT_SEED, make=kept)
     batches = stack.enter_context(Batches(dataset.train, train_plan, config.batch, mesh, accumulate=count))
     held_out = stack.enter_context(Batches(dataset.held_out, eval_plan, config.batch // count, mesh, repeat=False))
     say(

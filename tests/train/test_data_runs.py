@@ -27,8 +27,9 @@ CONFIG = Config(
 
 
 @pytest.fixture(autouse=True)
-def running_devices(monkeypatch: pytest.MonkeyPatch):
+def running_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The devices of this process are chosen already; compile time is what a run of few steps takes."""
+    monkeypatch.setenv("ZIGZAG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("zigzag_jax.train.mesh.on_cpu", lambda: True)
     monkeypatch.setattr(loop, "start_devices", lambda config: None)
     monkeypatch.setattr(loop, "use_cpu_without_gpu", lambda: None)
@@ -63,7 +64,7 @@ def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources
     phases: list[str] = []
     with ExitStack() as stack:
         this = set_up(config, model_config(config), make_mesh(config), stack, said.append, phases.append)
-        assert phases == ["reading the data", "preparing the model and its rows"]
+        assert phases == ["reading the data", "preparing the model", "packing the rows"]
         assert this.dataset.folder == mix.parent / "a"  # whose tokenizer.json goes beside the checkpoints
         assert this.sizes.vocab_size == 280
         batch = this.batches.at(0)
@@ -71,6 +72,7 @@ def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources
         assert np.asarray(batch["real"]).sum() > 64
         assert this.held_out.count >= 1
         unigram, bigram = this.held_out.baselines(this.dataset)
+        assert len(list((tmp_path / "cache" / "plans").glob("*.plan"))) == 2 * max(1, sources)  # of both sides
         assert 0 < bigram < unigram < np.log(280)
         assert this.identity["data"] == f"{config.data} (digest {this.dataset.digest[:12]})"
         assert this.identity["tokenizer"].startswith("of the data (digest ")
