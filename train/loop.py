@@ -159,6 +159,8 @@ def _say_where(this: Run, first: int) -> None:
     kind = this.mesh.devices.flat[0].device_kind
     shape += f" (ep {config.mesh.ep} over {', '.join(axes)})" if (axes := this.task.sharding.expert_axes) else ""
     this.say(f"mesh {shape} on {this.mesh.size} {kind} devices; run in {config.folder}")
+    if (traced := profile_steps(config.profile)) and traced[-1] <= first:  # no error: the same command must go on
+        this.say(f"profile: steps {config.profile} are done, nothing is traced")
     if first >= config.steps:
         this.say(f"resumed at step {first}: finished")
     elif first:

@@ -42,15 +42,23 @@ BAD = {
     "optim.groups": Config(optim=OptimConfig(groups=("*norm*",))),
     "accumulate": Config(accumulate=0),
     "profile": Config(profile="3:2"),
+    "profile beyond the end": Config(steps=9, profile="8:10"),
     "optim.warmup": Config(optim=OptimConfig(warmup=-1)),
 }
 
 
-@pytest.mark.parametrize("field", BAD)
-def test_a_value_out_of_range_is_named(field: str):
+@pytest.mark.parametrize("case", BAD)
+def test_a_value_out_of_range_is_named(case: str):
+    field = case.split()[0]
     with pytest.raises(UserError, match=rf"^{field}: must .*, got ") as info:
-        check(BAD[field])
+        check(BAD[case])
     assert info.value.field == field
+
+
+def test_a_trace_up_to_the_last_step():
+    check(Config(steps=9, profile="8:9"))
+    with pytest.raises(UserError, match=r"^profile: must be steps that are trained, 1 .. 9 of --steps, got 10$"):
+        check(Config(steps=9, profile="10"))
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])

@@ -23,7 +23,7 @@ from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.observe import Observer
 from zigzag_jax.train.logs.report import HeldOut
 from zigzag_jax.train.logs.trace import Profile, profile_steps
-from zigzag_jax.train.loop import _begin, _check_finite, _train, _uneven
+from zigzag_jax.train.loop import _begin, _check_finite, _say_where, _train, _uneven
 from zigzag_jax.train.step import StepMetrics
 from zigzag_jax.train.stop import StopRequest
 from zigzag_jax.train.task import Losses
@@ -74,6 +74,19 @@ def test_a_trace_is_summed_up_in_its_own_time(tmp_path: Path):
     assert (3, "summing up the trace of step", PATIENT) in dog
     patient = [step for step, what, times in dog if what == "computing step" and times == PATIENT]
     assert patient == [1, 4]  # in step 4 the others wait for process 0
+
+
+def test_steps_to_trace_that_are_done_are_said():
+    mesh = jax.make_mesh((1,), ("cp",), devices=jax.devices()[:1])
+    for first, want in ((3, True), (2, False)):
+        said: list[str] = []
+        config = Config(steps=9, profile="2:3")
+        run = SimpleNamespace(
+            config=config, mesh=mesh, say=said.append, task=SimpleNamespace(sharding=SimpleNamespace(expert_axes=()))
+        )
+        _say_where(run, first)  # pyright: ignore[reportArgumentType]
+        assert ("profile: steps 2:3 are done, nothing is traced" in said) == want
+        assert said[-1].startswith(f"resumed at step {first}; the learning rate")
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(np.nan, 1.0), (1.0, np.inf)])

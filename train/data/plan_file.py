@@ -67,7 +67,7 @@ def _read(file: Path, key: str, seq_len: int, seed: int) -> Plan:
     if about["key"] != key:
         raise ValueError("it is another plan")
     pieces, rows = about["pieces"], about["rows"]
-    sizes = dict.fromkeys(_INT64, 8 * pieces) | {"bounds": 8 * (rows + 1), "ends": pieces}
+    sizes: dict[str, int] = {name: 8 * pieces for name in _INT64} | {"bounds": 8 * (rows + 1), "ends": pieces}
     if len(raw) != _HEAD + sum(sizes.values()):
         raise ValueError(f"it has {len(raw)} bytes")
     if _digest([raw[_HEAD:]]) != about["digest"]:
