@@ -49,7 +49,7 @@ BAD = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_value_out_of_range_is_named(case: str):
-    field = case.split()[0]
+    field = case.split(maxsplit=1)[0]
     with pytest.raises(UserError, match=rf"^{field}: must .*, got ") as info:
         check(BAD[case])
     assert info.value.field == field

@@ -18,6 +18,7 @@ from zigzag_jax.train.checkpoint import Checkpoints
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import PeerError, RunError, UserError
 from zigzag_jax.train.hosts.watchdog import PATIENT
+from zigzag_jax.train.logs import metrics
 from zigzag_jax.train.logs.display import Display
 from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.observe import Observer
@@ -74,6 +75,30 @@ def test_a_trace_is_summed_up_in_its_own_time(tmp_path: Path):
     assert (3, "summing up the trace of step", PATIENT) in dog
     patient = [step for step, what, times in dog if what == "computing step" and times == PATIENT]
     assert patient == [1, 4]  # in step 4 the others wait for process 0
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_kept_of_a_bad_step_is_the_state_before_it_and_its_batch(tmp_path: Path, bad: str):
+    """The update of step 4 overflows: it is in no checkpoint, and the same command again meets the same step."""
+
+    def overflow(state: dict, batch: dict) -> tuple[dict, StepMetrics]:
+        broken = batch["tokens"][0, 0] == 3  # of step 4
+        w = jnp.where(broken, jnp.inf, state["w"] / 2)
+        result = metrics_of(jnp.where(broken & (bad == "loss"), jnp.nan, 1.0))
+        return {"w": w}, result._replace(grad_norm=jnp.where(broken & (bad == "gradient"), jnp.inf, 1.0))
+
+    for _ in range(2):  # the second time from the checkpoint of step 3
+        with pytest.raises(RunError, match=r"^step 4: the .* is (nan|inf), training stops") as error:
+            train(tmp_path, overflow, Dog(), save_every=1)
+        assert "the newest checkpoint, of step 3, is whole" in str(error.value)
+        assert str(error.value).endswith(f"its batch is {tmp_path / 'bad_batch_4.npz'}")
+        checkpoints = Checkpoints(tmp_path / "checkpoints", 9, print)
+        assert [path.name for path in sorted(checkpoints.folder.iterdir())] == ["1", "2", "3"]
+        step, state = checkpoints.restore({"w": jax.ShapeDtypeStruct((), jnp.float32)}) or (0, {})
+        checkpoints.close()
+        assert (step, float(state["w"])) == (3, 1 / 8)
+        np.testing.assert_array_equal(np.load(tmp_path / "bad_batch_4.npz")["tokens"], np.full((2, 4), 3))
+    assert sorted(metrics.read(tmp_path / metrics.FILE, "loss")) == [1, 2, 3]
 
 
 def test_steps_to_trace_that_are_done_are_said():
