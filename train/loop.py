@@ -109,7 +109,7 @@ def _run(
         _say_where(this, first)
         mine = config.folder if jax.process_index() == 0 else None
         with _writable(config.folder):
-            log = MetricsLog(mine, first, start_wandb(config.wandb, mine, this.identity), say)
+            log = MetricsLog(mine, first, start_wandb(config.wandb, mine, this.identity, say), say)
             stack.callback(log.close)
             log.header(devices=mesh.size, mesh=dict(mesh.shape), resumed_from=first or None)
         if first < config.steps:

@@ -1,9 +1,8 @@
-"""What is measured of a step, the trace of chosen ones, and who is told."""
+"""What is measured of a step, and the trace of chosen ones."""
 
 import doctest
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,11 +11,9 @@ import pytest
 from zigzag_jax.models import flops
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.logs import metrics, observe, trace
-from zigzag_jax.train.logs.metrics import MetricsLog
+from zigzag_jax.train.logs import observe, trace
 from zigzag_jax.train.logs.observe import Observer, StepTimer, memory
 from zigzag_jax.train.logs.trace import Profile, profile_steps
-from zigzag_jax.train.logs.wandb_run import check_wandb, start_wandb
 
 SIZES = PRESETS["qwen3-30b-a3b"]
 LENGTHS = np.array([1000, 24, 1])
@@ -120,29 +117,3 @@ def test_steps_that_are_none(text: str):
 
 def test_the_examples():
     assert all(doctest.testmod(module).failed == 0 for module in (flops, trace))
-
-
-def test_wandb_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
-    check_wandb(None)
-    with pytest.raises(UserError, match=r"^wandb: needs the package wandb \(pip install wandb\), got mine"):
-        check_wandb("mine")
-
-
-def test_wandb_is_told_what_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    begun, told, ended = [], [], []
-    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: ended.append(True))
-    fake = ModuleType("wandb")
-    fake.init = lambda **how: begun.append(how) or run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    check_wandb("mine")
-    for step in (1, 2):  # the second start goes on where the first was
-        log = MetricsLog(tmp_path, wandb=start_wandb("mine", tmp_path, {"seed": 0}))
-        log.step(step, loss=0.5)
-        log.close()
-    assert told == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
-    assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 0.5, 2: 0.5}
-    assert len(ended) == 2
-    assert begun[0] == begun[1]
-    assert (begun[0]["project"], begun[0]["resume"]) == ("mine", "allow")
-    assert start_wandb(None, tmp_path, {}) is start_wandb("mine", None, {}) is None

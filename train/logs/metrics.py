@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from zigzag_jax.train.logs.tensorboard import Events
+from zigzag_jax.train.logs.wandb_run import WandbRun
 
 FILE = "metrics.jsonl"
 
@@ -27,9 +28,13 @@ class MetricsLog:
     """
 
     def __init__(
-        self, folder: Path | None, first: int = 0, wandb: Any = None, say: Callable[[str], None] = lambda text: None
+        self,
+        folder: Path | None,
+        first: int = 0,
+        wandb: WandbRun | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`wandb`: a run of Weights & Biases that is told the same numbers (train/logs/wandb_run.py).
+        """`wandb` is told the same numbers.
 
         `say` gets a line when numbers cannot be written, and when they can again. OSError where the file cannot be
         opened.
@@ -69,7 +74,7 @@ class MetricsLog:
                 else f"step {step}: all metrics are written again"
             )
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(step, values)
 
     def _event(self, step: int, values: dict[str, float]) -> None:
         if self._events is not None:
