@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from rich.console import Console
 
 from zigzag_jax.models.decode import write
@@ -29,6 +28,7 @@ from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import PATIENT, Watchdog
 from zigzag_jax.train.logs import metrics, report
 from zigzag_jax.train.logs.display import Display
+from zigzag_jax.train.logs.experts import expert_numbers
 from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.observe import Observer
 from zigzag_jax.train.logs.replay import save_batch
@@ -203,7 +203,7 @@ def _train(
         seen |= {"z_loss": float(losses.z_loss)} if config.optim.z_loss else {}
         log.step(
             step, loss=float(losses.loss), aux_loss=float(losses.aux_loss), grad_norm=float(result.grad_norm),
-            learning_rate=learning_rate, expert_load=_uneven(losses.load), **seen,
+            learning_rate=learning_rate, **expert_numbers(step, losses.load, this.sizes.sparse_layers), **seen,
         )  # fmt: skip
         display.step(step, float(losses.loss), seen["tokens_per_second"])
         stopping = stop.after(step) and step < config.steps
@@ -218,12 +218,6 @@ def _train(
             display.say(f"step {step}: held-out loss {loss:.4f}")
     saver.finish(step, state, saving)
     return step, state
-
-
-def _uneven(load: np.ndarray) -> float:
-    """The busiest expert's share of its layer's tokens, as a multiple of an even share; 1 without experts."""
-    even = load.mean(axis=1, keepdims=True)
-    return float(np.max(load / np.maximum(even, 1.0), initial=1.0 if load.size == 0 else 0.0))
 
 
 def _check_finite(step: int, result: StepMetrics, newest: Callable[[], str], keep: Callable[[], str]) -> None:

@@ -24,7 +24,7 @@ from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.observe import Observer
 from zigzag_jax.train.logs.report import HeldOut
 from zigzag_jax.train.logs.trace import Profile, profile_steps
-from zigzag_jax.train.loop import _begin, _check_finite, _say_where, _train, _uneven
+from zigzag_jax.train.loop import _begin, _check_finite, _say_where, _train
 from zigzag_jax.train.step import StepMetrics
 from zigzag_jax.train.stop import StopRequest
 from zigzag_jax.train.task import Losses
@@ -44,8 +44,9 @@ def train(out: Path, step: Callable[..., tuple], dog: Dog, **changes: Any) -> No
     config = Config(out=out, **{"steps": 5, "save_every": 2, "eval_every": 9, **changes})
     batches = SimpleNamespace(at=lambda n: {"tokens": jnp.full((2, 4), n)})
     run = SimpleNamespace(
-        config=config, config_json={}, identity={}, batches=batches, say=print, step=jax.jit(step, donate_argnums=0)
-    )
+        config=config, config_json={}, identity={}, batches=batches, say=print,
+        step=jax.jit(step, donate_argnums=0), sizes=SimpleNamespace(sparse_layers=[False, True]),
+    )  # fmt: skip
     mesh, console = jax.make_mesh((1,), ("cp",), devices=jax.devices()[:1]), Console(file=io.StringIO())
     state = {"w": jnp.float32(1)}
     with ExitStack() as stack:
@@ -62,7 +63,7 @@ def train(out: Path, step: Callable[..., tuple], dog: Dog, **changes: Any) -> No
 
 def metrics_of(loss: jax.Array) -> StepMetrics:
     zero = jnp.float32(0)
-    return StepMetrics(Losses(loss, zero, jnp.float32(8), jnp.zeros((0, 1)), zero), jnp.float32(1))
+    return StepMetrics(Losses(loss, zero, jnp.float32(8), jnp.array([[3.0, 0, 3]]), zero), jnp.float32(1))
 
 
 def halve(state: dict, batch: dict) -> tuple[dict, StepMetrics]:
@@ -165,8 +166,3 @@ def test_weights_that_are_read_slowly_are_told_to_the_watchdog():
     checkpoints.restore = lambda abstract: (7, "state")
     found = _begin(run, checkpoints, Console(), told.append)  # pyright: ignore[reportArgumentType]
     assert found == (7, "state")
-
-
-def test_how_uneven_the_load_is():
-    assert _uneven(np.array([[2.0, 2], [1, 3]], np.float32)) == 1.5
-    assert _uneven(np.zeros((0, 4), np.float32)) == 1.0
