@@ -121,6 +121,7 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     assert f"trace written to {tmp_path / 'profile'}" in done.stdout
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert re.search(r"\nattention +(\d+\.\d{3} +){2,3}", done.stdout)  # its time, forward and backward
+    assert re.search(r"\nof a step a device computed for \d+\.\d{3} ms, moved data only for \d", done.stdout)
     numbers = {"step", "loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "expert_load", "tokens_per_second"}
     numbers |= {"dead_experts"}
     numbers |= {"tokens_per_second_per_device", "time_data", "time_compute", "time_wait"}

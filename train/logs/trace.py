@@ -9,6 +9,7 @@ import jax
 from zigzag_jax.hlo import Program
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.logs.scopes import by_scope, launches, table
+from zigzag_jax.train.logs.timeline import split, words
 
 FOLDER = "profile"
 
@@ -74,9 +75,10 @@ class Profile:
             jax.profiler.stop_trace()
             self.say(f"trace written to {self.folder} (xprof or TensorBoard's profile plugin shows it)")
             if summary and self.program is not None:
-                seconds = by_scope(Program(self.program.as_text() or ""), launches(self.folder))
-                for line in table(seconds, jax.local_device_count(), self._traced):
+                program, found = Program(self.program.as_text() or ""), launches(self.folder)
+                for line in table(by_scope(program, found), jax.local_device_count(), self._traced):
                     self.say(line)
+                self.say(words(split(program, found), self._traced))
         except Exception as error:
             self.say(f"the trace could not be written or read ({type(error).__name__}: {error}); training goes on")
 
