@@ -1,6 +1,7 @@
 """What stops a run that cannot go on."""
 
 import io
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.train import __main__ as command_line
 from zigzag_jax.train.checkpoint import Checkpoints
 from zigzag_jax.train.config import Config
@@ -24,7 +26,7 @@ from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.observe import Observer
 from zigzag_jax.train.logs.report import HeldOut
 from zigzag_jax.train.logs.trace import Profile, profile_steps
-from zigzag_jax.train.loop import _begin, _check_finite, _say_where, _train
+from zigzag_jax.train.loop import _begin, _check_finite, _say_where, _train, run
 from zigzag_jax.train.step import StepMetrics
 from zigzag_jax.train.stop import StopRequest
 from zigzag_jax.train.task import Losses
@@ -125,6 +127,14 @@ def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: fl
         RunError, match=r"^step 7: the .* is (nan|inf), training stops; that of step 5; its batch is there"
     ):
         _check_finite(7, result, lambda: "that of step 5", lambda: "its batch is there")  # type: ignore[arg-type]
+
+
+def test_a_run_does_not_write_into_the_model_that_it_begins_with(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["tiny-qwen3-moe"].to_hf()))
+    config = Config(model=str(tmp_path), random_init=True, out=tmp_path / "x" / "..")
+    with pytest.raises(UserError, match=r"^out: must be another folder than the model's, got "):
+        run(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
