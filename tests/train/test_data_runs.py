@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from zigzag_jax.train import loop
+from zigzag_jax.train import ending, loop
 from zigzag_jax.train.config import Config, MeshConfig, OptimConfig
 from zigzag_jax.train.data.dataset import finish, write_sides
 from zigzag_jax.train.data.tokenizer import train_tokenizer
@@ -89,7 +89,7 @@ def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources
 def test_a_run_on_a_mixture_goes_on_with_the_same_rows_on_another_mesh(
     mix: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loop, "write", lambda writer, params, prompts, count, **how: prompts)  # it compiles for long
+    monkeypatch.setattr(ending, "write", lambda writer, params, prompts, count, **how: prompts)  # it compiles for long
     whole, broken = (dataclasses.replace(CONFIG, data=mix, out=tmp_path / name) for name in ("whole", "broken"))
     assert loop.run(whole) == 0
     said = capsys.readouterr().out
