@@ -1,10 +1,12 @@
 """A run from its Config to its exit code; the same Config again resumes.
 
-check, join        what is wrong without any device is found first; several processes find each other
-set_up             data, model and program                                                  setup.py
-begin              the folder, the newest checkpoint or first weights                       begin.py
-train              the loop over the steps                                                  steps.py
-report             held-out loss, what the model writes                                     ending.py
+    check, join        what is wrong without any device is found first; several processes find each other
+    set_up             data, model and program                                                  setup.py
+    begin              the folder, the newest checkpoint or first weights                       begin.py
+    train              the loop over the steps                                                  steps.py
+    report             held-out loss, what the model writes                                     ending.py
+
+What has to be closed lies on a stack, so that it is closed however the run ends.
 """
 
 import dataclasses

@@ -103,7 +103,7 @@ def test_a_failure_in_the_middle_is_said_once_and_costs_no_number(tmp_path: Path
     assert len(metrics.read(tmp_path / metrics.FILE, "loss")) == 10
 
 
-def test_an_end_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch):
+def test_an_end_that_hangs_is_left():
     end, said = threading.Event(), []
     WandbRun(SimpleNamespace(finish=end.wait), said.append, patience=0.1).finish()
     assert said == ["W&B may lack the last numbers (it has not finished in 0.1 s)"]

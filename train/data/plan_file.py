@@ -84,8 +84,9 @@ def _write(file: Path, key: str, plan: Plan) -> None:
     about = {"format": _FORMAT, "key": key, "pieces": len(plan.sizes), "rows": plan.rows, "digest": _digest(arrays)}
     file.parent.mkdir(parents=True, exist_ok=True)
     for old in file.parent.glob(f".{key}-*"):
-        if time.time() - old.stat().st_mtime > _ABANDONED:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its process finished between the two looks
+            if time.time() - old.stat().st_mtime > _ABANDONED:
+                old.unlink()
     number, name = tempfile.mkstemp(prefix=f".{key}-", dir=file.parent)
     try:
         with os.fdopen(number, "wb") as out:

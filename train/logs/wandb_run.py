@@ -19,9 +19,9 @@ _ID = "wandb-id"  # beside metrics.jsonl: a resumed run goes on in the same plac
 class WandbRun:
     """A run of W&B that may fail at any time."""
 
-    def __init__(self, run: Any, say: Callable[[str], None], *, retry: float = 60.0, patience: float = 60.0) -> None:
+    def __init__(self, run: Any, say: Callable[[str], None], *, retry: float = 60.0, patience: float = 20.0) -> None:
         """`run` as wandb.init gives it; `retry` seconds after a failure it is tried again, and `patience` seconds are
-        waited for it at the end.
+        waited for it at the end: a scheduler that stops a run often gives it no more than 30.
         """
         self._run, self._say, self._retry, self._patience = run, say, retry, patience
         self._failed: float | None = None  # when it last did
