@@ -96,6 +96,16 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch:
     assert said[0] == "the trace could not be written or read (RuntimeError: no room); training goes on"
 
 
+def test_a_trace_that_cannot_be_begun_ends_no_run(tmp_path: Path):
+    said: list[str] = []
+    with jax.profiler.trace(tmp_path), Profile(profile_steps("1:2"), tmp_path, said.append) as profile:
+        for step in (1, 2):
+            profile.before(step)
+            profile.after(step)
+    assert len(said) == 1
+    assert said[0].startswith("the trace could not be begun (RuntimeError: ")
+
+
 def test_a_trace_ends_with_the_run(tmp_path: Path):
     said: list[str] = []
     with Profile(profile_steps("1:9"), tmp_path, said.append) as profile:

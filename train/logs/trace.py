@@ -55,7 +55,12 @@ class Profile:
         if self.folder is None or step not in self.steps:
             return
         if self._step is None:
-            jax.profiler.start_trace(self.folder)
+            try:
+                jax.profiler.start_trace(self.folder)
+            except Exception as error:  # as in _stop
+                self.folder = None
+                self.say(f"the trace could not be begun ({type(error).__name__}: {error}); training goes on")
+                return
         self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._step.__enter__()
 
