@@ -209,7 +209,8 @@ def check(config: Config) -> None:
     for name in ("aux_coefficient", "bias_rate"):
         if (value := getattr(config.router, name)) is not None and not 0 <= value < float("inf"):
             raise UserError(f"router.{name.replace('_', '-')}", "must be >= 0 and finite", value)
-    profile_steps(config.profile)
+    if (traced := profile_steps(config.profile)) and traced[-1] > config.steps:
+        raise UserError("profile", f"must be steps that are trained, 1 .. {config.steps} of --steps", config.profile)
     if config.seed >= 2**32:
         raise UserError("seed", "must be < 2**32", config.seed)
     if not 0 <= optim.weight_decay < float("inf"):

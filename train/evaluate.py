@@ -30,7 +30,7 @@ from zigzag_jax.train.config import Config, MeshConfig, check
 from zigzag_jax.train.data.batches import BLANK, Batches, Block
 from zigzag_jax.train.data.dataset import Dataset
 from zigzag_jax.train.data.open_data import open_data
-from zigzag_jax.train.data.packing import make_plan
+from zigzag_jax.train.data.plan_file import kept_plan
 from zigzag_jax.train.data.token_file import Tokens
 from zigzag_jax.train.errors import DONE, USER_ERROR, UserError
 from zigzag_jax.train.mesh import make_mesh, make_sharding, start_devices
@@ -132,7 +132,8 @@ def _losses(
     for store in (dataset.held_out,) if config.part == "held-out" else (dataset.train, dataset.held_out):
         if not store.size:
             continue
-        with Batches(store, make_plan(store.lengths, config.seq_len, seed=0), config.batch, mesh, repeat=False) as all_:
+        plan = kept_plan(store.lengths, config.seq_len, seed=0, say=say)
+        with Batches(store, plan, config.batch, mesh, repeat=False) as all_:
             for n in range(len(all_)):
                 rows = all_.rows(n)
                 keep = np.flatnonzero(rows != BLANK)[: config.batch if left is None else left]

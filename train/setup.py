@@ -1,6 +1,7 @@
 """A run built from its Config: data, mesh, model, optimiser, all that is made once before the first step."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +20,9 @@ from zigzag_jax.train.data.dataset import Dataset
 from zigzag_jax.train.data.mixture import plan_rows, shares
 from zigzag_jax.train.data.open_data import open_data
 from zigzag_jax.train.data.packing import cut_count
+from zigzag_jax.train.data.plan_file import kept_plan
 from zigzag_jax.train.data.token_file import Tokens
+from zigzag_jax.train.hosts.watchdog import PATIENT
 from zigzag_jax.train.logs.report import HeldOut
 from zigzag_jax.train.models import (
     config_json,
@@ -72,11 +75,22 @@ class Run:
     """Prints a line, in process 0."""
 
 
-def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say: Callable[[str], None]) -> Run:
+def set_up(
+    config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say: Callable[[str], None],
+    doing: Callable[[str], None] = lambda what: None,
+) -> Run:  # fmt: skip
     """Build the run; what has to be closed at its end goes on `stack`. UserError for data or a tokenizer that won't
     do.
+
+    `doing` is told what is being made, again while it moves: a watchdog that hears it need not wait for the whole.
     """
-    dataset = open_data(config.data, tokenizer_file(config), process_index=jax.process_index(), say=say)
+    reading = lambda: doing("reading the data")
+    reading()
+    dataset = open_data(
+        config.data, tokenizer_file(config), process_index=jax.process_index(), say=say, working=reading,
+        wait_s=PATIENT * config.hosts.timeout,
+    )  # fmt: skip
+    doing("preparing the model")
     sizes = fit_vocabulary(sizes, config.model, dataset.vocab_size)
     program = make_program(config, sizes, mesh)
     task, tx, shapes = program.task, program.tx, program.parameters
@@ -94,8 +108,10 @@ def set_up(config: Config, sizes: ModelConfig, mesh: Mesh, stack: ExitStack, say
         return TrainState(params, jax.jit(tx.init, out_shardings=where)(params))
 
     count = config.accumulate
-    train_plan = plan_rows(dataset.train, config.seq_len, seed=config.seed)
-    eval_plan = plan_rows(dataset.held_out, config.seq_len, seed=_HELD_OUT_SEED)
+    doing("packing the rows")
+    kept = functools.partial(kept_plan, say=say)
+    train_plan = plan_rows(dataset.train, config.seq_len, seed=config.seed, make=kept)
+    eval_plan = plan_rows(dataset.held_out, config.seq_len, seed=_HELD_OUT_SEED, make=kept)
     batches = stack.enter_context(Batches(dataset.train, train_plan, config.batch, mesh, accumulate=count))
     held_out = stack.enter_context(Batches(dataset.held_out, eval_plan, config.batch // count, mesh, repeat=False))
     say(

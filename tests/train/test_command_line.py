@@ -121,10 +121,15 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     assert f"trace written to {tmp_path / 'profile'}" in done.stdout
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert re.search(r"\nattention +(\d+\.\d{3} +){2,3}", done.stdout)  # its time, forward and backward
+    assert re.search(r"\nof a step a device computed for \d+\.\d{3} ms, moved data only for \d", done.stdout)
     numbers = {"step", "loss", "aux_loss", "z_loss", "grad_norm", "learning_rate", "expert_load", "tokens_per_second"}
+    numbers |= {"dead_experts"}
     numbers |= {"tokens_per_second_per_device", "time_data", "time_compute", "time_wait"}
     steps = [line for line in lines(tmp_path) if "loss" in line]
-    assert [line.keys() for line in steps] == [numbers] * 2  # a CPU says neither memory nor what it can do
+    by_layer = {"expert_load_by_layer", "dead_experts_by_layer"}
+    # a CPU says neither memory nor what it can do
+    assert [line.keys() for line in steps] == [numbers | by_layer, numbers]
+    assert max(steps[0]["expert_load_by_layer"].values()) == pytest.approx(steps[0]["expert_load"], abs=1e-4)
     assert losses(tmp_path)[2] < losses(tmp_path)[1]
 
 

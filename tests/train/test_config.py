@@ -16,6 +16,7 @@ BAD = {
     "seq-len": Config(seq_len=1),
     "batch": Config(batch=0),
     "seed": Config(seed=-1),
+    "seed of more than 32 bits": Config(seed=2**32),
     "save-every": Config(save_every=0),
     "eval-every": Config(eval_every=0),
     "keep": Config(keep=0),
@@ -25,6 +26,7 @@ BAD = {
     "mesh.fsdp": Config(mesh=MeshConfig(fsdp=0)),
     "mesh.ep": Config(mesh=MeshConfig(cp=4, ep=3)),
     "hosts.num-processes": Config(hosts=HostsConfig(num_processes=0)),
+    "hosts.num-processes with a coordinator": Config(hosts=HostsConfig("127.0.0.1:1")),
     "hosts.process-id": Config(hosts=HostsConfig("127.0.0.1:1", num_processes=2, process_id=2)),
     "hosts.coordinator": Config(hosts=HostsConfig(num_processes=2)),
     "hosts.timeout": Config(hosts=HostsConfig(timeout=0)),
@@ -42,15 +44,23 @@ BAD = {
     "optim.groups": Config(optim=OptimConfig(groups=("*norm*",))),
     "accumulate": Config(accumulate=0),
     "profile": Config(profile="3:2"),
+    "profile beyond the end": Config(steps=9, profile="8:10"),
     "optim.warmup": Config(optim=OptimConfig(warmup=-1)),
 }
 
 
-@pytest.mark.parametrize("field", BAD)
-def test_a_value_out_of_range_is_named(field: str):
+@pytest.mark.parametrize("case", BAD)
+def test_a_value_out_of_range_is_named(case: str):
+    field = case.split(maxsplit=1)[0]
     with pytest.raises(UserError, match=rf"^{field}: must .*, got ") as info:
-        check(BAD[field])
+        check(BAD[case])
     assert info.value.field == field
+
+
+def test_a_trace_up_to_the_last_step():
+    check(Config(steps=9, profile="8:9"))
+    with pytest.raises(UserError, match=r"^profile: must be steps that are trained, 1 .. 9 of --steps, got 10$"):
+        check(Config(steps=9, profile="10"))
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "weight_decay"])
@@ -61,6 +71,7 @@ def test_rates_are_finite(name: str):
 
 def test_the_defaults_pass():
     check(Config())
+    check(Config(seed=2**32 - 1))
 
 
 def test_default_folder_is_runs_model():

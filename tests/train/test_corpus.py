@@ -81,7 +81,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
 def test_an_interpreter_without_its_sources_asks_for_data(tmp_path, monkeypatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(UserError, match="must be given"):
+    with pytest.raises(UserError, match=r"^data: must be given: this Python keeps no .py files .*, got "):
         list(documents(None))
 
 

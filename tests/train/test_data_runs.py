@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from zigzag_jax.train import loop
+from zigzag_jax.train import ending, loop
 from zigzag_jax.train.config import Config, MeshConfig, OptimConfig
 from zigzag_jax.train.data.dataset import finish, write_sides
 from zigzag_jax.train.data.tokenizer import train_tokenizer
@@ -27,8 +27,9 @@ CONFIG = Config(
 
 
 @pytest.fixture(autouse=True)
-def running_devices(monkeypatch: pytest.MonkeyPatch):
+def running_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """The devices of this process are chosen already; compile time is what a run of few steps takes."""
+    monkeypatch.setenv("ZIGZAG_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("zigzag_jax.train.mesh.on_cpu", lambda: True)
     monkeypatch.setattr(loop, "start_devices", lambda config: None)
     monkeypatch.setattr(loop, "use_cpu_without_gpu", lambda: None)
@@ -60,8 +61,10 @@ def losses(out: Path) -> dict[int, float]:
 @pytest.mark.parametrize(("name", "sources"), [("a", 0), ("mix.json", 2)])
 def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources: int):
     config, said = dataclasses.replace(CONFIG, data=mix.parent / name, out=tmp_path), []
+    phases: list[str] = []
     with ExitStack() as stack:
-        this = set_up(config, model_config(config), make_mesh(config), stack, said.append)
+        this = set_up(config, model_config(config), make_mesh(config), stack, said.append, phases.append)
+        assert phases == ["reading the data", "preparing the model", "packing the rows"]
         assert this.dataset.folder == mix.parent / "a"  # whose tokenizer.json goes beside the checkpoints
         assert this.sizes.vocab_size == 280
         batch = this.batches.at(0)
@@ -69,6 +72,7 @@ def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources
         assert np.asarray(batch["real"]).sum() > 64
         assert this.held_out.count >= 1
         unigram, bigram = this.held_out.baselines(this.dataset)
+        assert len(list((tmp_path / "cache" / "plans").glob("*.plan"))) == 2 * max(1, sources)  # of both sides
         assert 0 < bigram < unigram < np.log(280)
         assert this.identity["data"] == f"{config.data} (digest {this.dataset.digest[:12]})"
         assert this.identity["tokenizer"].startswith("of the data (digest ")
@@ -85,7 +89,7 @@ def test_what_a_run_is_set_up_with(mix: Path, tmp_path: Path, name: str, sources
 def test_a_run_on_a_mixture_goes_on_with_the_same_rows_on_another_mesh(
     mix: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(loop, "write", lambda writer, params, prompts, count, **how: prompts)  # it compiles for long
+    monkeypatch.setattr(ending, "write", lambda writer, params, prompts, count, **how: prompts)  # it compiles for long
     whole, broken = (dataclasses.replace(CONFIG, data=mix, out=tmp_path / name) for name in ("whole", "broken"))
     assert loop.run(whole) == 0
     said = capsys.readouterr().out

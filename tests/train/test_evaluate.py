@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -106,6 +107,35 @@ def test_mistakes(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
             evaluate.evaluate(evaluate.EvaluateConfig(**values), print)  # pyright: ignore[reportArgumentType]
     assert evaluate.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: folder: must be a model with its weights")
+
+
+def test_a_tokenizer_of_another_model(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, data, _ = model
+    monkeypatch.setenv("ZIGZAG_CACHE", str(tmp_path / "cache"))
+    tokenizer = read_tokenizer(folder / "tokenizer.json")
+    size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save(str(tmp_path / "more.json"))
+    config = evaluate.EvaluateConfig(folder, data=data, tokenizer=tmp_path / "more.json")
+    with pytest.raises(UserError, match=rf"^tokenizer: must have at most the model's {size} tokens, got {size + 1}$"):
+        evaluate.evaluate(config, print)
+
+
+def test_what_is_found_out_late(model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder, data, _ = model
+    monkeypatch.setenv("ZIGZAG_CACHE", str(tmp_path / "cache"))
+    other = shutil.copytree(folder, tmp_path / "other")
+    sizes = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(sizes | {"num_hidden_layers": sizes["num_hidden_layers"] + 1}))
+    with pytest.raises(UserError, match=r"^folder: must hold the weights of its config \(.*\), got .*other$"):
+        evaluate.evaluate(evaluate.EvaluateConfig(other, data=data), print)
+    nothing = {name: np.full((1, 8), -1) for name in ("tokens", "labels", "positions", "losses")}
+    monkeypatch.setattr(evaluate, "_losses", lambda *_: iter([nothing]))
+    with pytest.raises(UserError, match=r"^data: must hold a token to predict in its part held-out, got "):
+        evaluate.evaluate(evaluate.EvaluateConfig(folder, data=data, part="held-out"), print)
+    (tmp_path / "x.npz").mkdir()
+    with pytest.raises(UserError, match=r"^out: must be a file that can be written \(Is a directory\), got .*x\.npz$"):
+        evaluate._write(tmp_path / "x.npz", nothing)
 
 
 def test_generate_prints_the_prompt_and_what_follows(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,28 +1,26 @@
-"""What stops a run that cannot go on."""
+"""A run that cannot begin or go on ends in one line."""
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
+from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.train import __main__ as command_line
+from zigzag_jax.train.config import Config
 from zigzag_jax.train.errors import PeerError, RunError, UserError
 from zigzag_jax.train.logs.report import HeldOut
-from zigzag_jax.train.loop import _check_finite, _uneven
-from zigzag_jax.train.task import Losses
+from zigzag_jax.train.loop import _parts, run
+from zigzag_jax.train.stop import Stopped, StopRequest
 
 
-@pytest.mark.parametrize(("loss", "norm"), [(np.nan, 1.0), (1.0, np.inf)])
-def test_a_loss_that_is_no_number_stops_before_it_is_saved(loss: float, norm: float):
-    zero = jnp.float32(0)
-    result = SimpleNamespace(
-        losses=Losses(jnp.float32(loss), zero, jnp.float32(1), jnp.zeros((0, 1)), zero), grad_norm=np.float32(norm)
-    )
-    with pytest.raises(
-        RunError, match=r"^step 7: the .* is (nan|inf), training stops; that of step 5; its batch is there"
-    ):
-        _check_finite(7, result, lambda: "that of step 5", lambda: "its batch is there")  # type: ignore[arg-type]
+def test_a_run_does_not_write_into_the_model_that_it_begins_with(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["tiny-qwen3-moe"].to_hf()))
+    config = Config(model=str(tmp_path), random_init=True, out=tmp_path / "x" / "..")
+    with pytest.raises(UserError, match=r"^out: must be another folder than the model's, got "):
+        run(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +53,11 @@ def test_the_held_out_rows_do_not_depend_on_the_mesh():
     assert [HeldOut(b).count for b in batches] == [8, 8]  # type: ignore[arg-type]
 
 
-def test_how_uneven_the_load_is():
-    assert _uneven(np.array([[2.0, 2], [1, 3]], np.float32)) == 1.5
-    assert _uneven(np.zeros((0, 4), np.float32)) == 1.0
+def test_the_report_moves_and_may_be_asked_to_stop_after_each_part():
+    told, stop = [], StopRequest(print)
+    part = _parts(stop, SimpleNamespace(doing=lambda *what: told.append(what)), 9)  # type: ignore[arg-type]
+    part()
+    stop.asked = "SIGTERM"
+    with pytest.raises(Stopped):
+        part()
+    assert told == [(9, "writing the report after step", 10)] * 3

@@ -95,6 +95,13 @@ def test_a_gpu_that_jax_cannot_use():
         make_mesh(Config(mesh=MeshConfig(cp=2)))
 
 
+@pytest.mark.usefixtures("cpu")
+def test_several_processes_leave_no_device_out(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match=r"^mesh: dp \* fsdp \* cp must be the 8 devices of all processes, got 4"):
+        make_mesh(Config(mesh=MeshConfig(cp=4)))
+
+
 @pytest.fixture
 def no_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("zigzag_jax.train.mesh.on_cpu", lambda: False)

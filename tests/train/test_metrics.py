@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+
+from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
 from zigzag_jax.train.logs import metrics
 from zigzag_jax.train.logs.metrics import MetricsLog
@@ -36,6 +39,29 @@ def test_the_last_line_of_a_step_wins_and_names_are_kept_apart(tmp_path: Path):
     log.close()
     assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 2.0}
     assert metrics.read(tmp_path / metrics.FILE, "eval_loss") == {1: 9.0}
+
+
+def test_layers_are_an_object_in_the_file_and_scalars_elsewhere(tmp_path: Path):
+    told = []
+    log = MetricsLog(tmp_path, wandb=SimpleNamespace(log=lambda *what: told.append(what), finish=lambda: None))  # type: ignore[arg-type]
+    log.step(1, loss=3.0, expert_load_by_layer={"1": 1.5, "2": 2.0})
+    log.close()
+    assert json.loads((tmp_path / metrics.FILE).read_text())["expert_load_by_layer"] == {"1": 1.5, "2": 2.0}
+    scalars = {"loss": 3.0, "expert_load_by_layer/1": 1.5, "expert_load_by_layer/2": 2.0}
+    assert told == [(1, scalars)]
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert events(file) == scalars
+
+
+def events(file: Path) -> dict[str, float]:
+    """The scalars of an event file: records of a length (8 bytes), its checksum (4), an event and its checksum (4)."""
+    data, found = file.read_bytes(), {}
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        values = Event.FromString(data[12 : 12 + size]).summary.value
+        found |= {value.tag: value.simple_value for value in values}
+        data = data[16 + size :]
+    return found
 
 
 def test_the_other_processes_write_nothing(tmp_path: Path):

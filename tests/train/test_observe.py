@@ -1,9 +1,8 @@
-"""What is measured of a step, the trace of chosen ones, and who is told."""
+"""What is measured of a step, and the trace of chosen ones."""
 
 import doctest
-import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,11 +11,9 @@ import pytest
 from zigzag_jax.models import flops
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.train.errors import UserError
-from zigzag_jax.train.logs import metrics, observe, trace
-from zigzag_jax.train.logs.metrics import MetricsLog
+from zigzag_jax.train.logs import observe, trace
 from zigzag_jax.train.logs.observe import Observer, StepTimer, memory
 from zigzag_jax.train.logs.trace import Profile, profile_steps
-from zigzag_jax.train.logs.wandb_run import check_wandb, start_wandb
 
 SIZES = PRESETS["qwen3-30b-a3b"]
 LENGTHS = np.array([1000, 24, 1])
@@ -81,6 +78,8 @@ def test_a_trace_of_chosen_steps(tmp_path: Path):
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     assert len(said) == 1
     assert said[0].startswith(f"trace written to {tmp_path / 'profile'}")
+    assert profile.last == 3
+    assert Profile(profile_steps(None), tmp_path, said.append).last is None
 
 
 def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -97,12 +96,23 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch:
     assert said[0] == "the trace could not be written or read (RuntimeError: no room); training goes on"
 
 
+def test_a_trace_that_cannot_be_begun_ends_no_run(tmp_path: Path):
+    said: list[str] = []
+    with jax.profiler.trace(tmp_path), Profile(profile_steps("1:2"), tmp_path, said.append) as profile:
+        for step in (1, 2):
+            profile.before(step)
+            profile.after(step)
+    assert len(said) == 1
+    assert said[0].startswith("the trace could not be begun (RuntimeError: ")
+
+
 def test_a_trace_ends_with_the_run(tmp_path: Path):
     said: list[str] = []
     with Profile(profile_steps("1:9"), tmp_path, said.append) as profile:
+        profile.program = SimpleNamespace(as_text=pytest.fail)  # type: ignore[assignment]
         profile.before(1)
         profile.after(1)
-    assert len(said) == 1
+    assert len(said) == 1  # who stops in the middle has no time for a summary
     with Profile(profile_steps("1:9"), None, said.append) as profile:  # another process
         profile.before(1)
         profile.after(1)
@@ -117,29 +127,3 @@ def test_steps_that_are_none(text: str):
 
 def test_the_examples():
     assert all(doctest.testmod(module).failed == 0 for module in (flops, trace))
-
-
-def test_wandb_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # type: ignore[arg-type]
-    check_wandb(None)
-    with pytest.raises(UserError, match=r"^wandb: needs the package wandb \(pip install wandb\), got mine"):
-        check_wandb("mine")
-
-
-def test_wandb_is_told_what_the_file_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    begun, told, ended = [], [], []
-    run = SimpleNamespace(log=lambda values, step: told.append((step, values)), finish=lambda: ended.append(True))
-    fake = ModuleType("wandb")
-    fake.init = lambda **how: begun.append(how) or run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    check_wandb("mine")
-    for step in (1, 2):  # the second start goes on where the first was
-        log = MetricsLog(tmp_path, wandb=start_wandb("mine", tmp_path, {"seed": 0}))
-        log.step(step, loss=0.5)
-        log.close()
-    assert told == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
-    assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 0.5, 2: 0.5}
-    assert len(ended) == 2
-    assert begun[0] == begun[1]
-    assert (begun[0]["project"], begun[0]["resume"]) == ("mine", "allow")
-    assert start_wandb(None, tmp_path, {}) is start_wandb("mine", None, {}) is None

@@ -55,6 +55,17 @@ def flat(tree) -> dict[str, np.ndarray]:
     return dict(zip(names(tree), (np.asarray(x, np.float64) for x in jax.tree.leaves(tree)), strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_gradient_whose_norm_is_finite_makes_a_finite_update(name: str):
+    """So a state that is saved is finite: the loop stops where loss or norm are not, and larger gradients have none."""
+    tx, params = optimizer(OptimConfig(name, clip=1e30), 10), float32(draw(0))  # type: ignore[arg-type]
+    grads = jax.tree.map(lambda x: jnp.float32(1e17) * x, float32(draw(1)))
+    assert np.isfinite(optax.tree.norm(grads))
+    assert np.isinf(optax.tree.norm(jax.tree.map(lambda x: jnp.float32(1e20) * x, params)))
+    updates, state = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+
+
 def test_two_steps_of_muon_against_float64():
     config = OptimConfig("muon", RATE, warmup=0, schedule="constant", weight_decay=0.5, clip=1e9)
     tx, params, grads = optimizer(config, 10), draw(0), [draw(1), draw(2)]

@@ -157,6 +157,38 @@ def test_other_processes_wait_for_process_0(data):
     assert said == [f"waiting for process 0 to build the tokens in {first.folder}"]
 
 
+def test_others_wait_for_as_long_as_process_0_moves(data, tmp_path, monkeypatch):
+    """A builder that takes four times as long as they wait for a sign of it, and writes no file for half of that."""
+    monkeypatch.setattr(store, "_FRESH", 0.05)
+    texts = store.documents
+    slow = lambda where: (time.sleep(1.0 / 120) or text for text in texts(where))
+    waited = []
+    other = {"process_index": 1, "wait_s": 0.5, "working": lambda: waited.append(time.monotonic())}
+    first = threading.Thread(target=lambda: open_dataset(data, None, vocab_size=300))
+    monkeypatch.setattr(
+        store, "documents", lambda where: slow(where) if threading.current_thread() is first else texts(where)
+    )
+    monkeypatch.setattr(store, "survey", lambda read, real=store.survey: real(texts(data)))
+    first.start()
+    assert open_dataset(data, None, vocab_size=300, **other).vocab_size == 300
+    first.join()
+    assert waited[-1] - waited[0] > 2 * 0.5
+    assert len(waited) > 3  # so that a watchdog leaves them alone
+
+
+def test_a_builder_that_was_killed_is_not_waited_for(data, tmp_path):
+    key = open_dataset(data, None, vocab_size=300).folder
+    key.rename(key.with_name(f".{key.name}-killed"))
+    with pytest.raises(UserError, match=r"process 0 built nothing there in 0\.3 s"):
+        open_dataset(data, None, vocab_size=300, process_index=1, wait_s=0.3)
+
+
+def test_each_document_is_a_sign_of_work(data):
+    signs = []
+    open_dataset(data, None, vocab_size=300, working=lambda: signs.append(1))
+    assert len(signs) == 3 * 120  # read for the key, for the tokenizer, for the tokens
+
+
 def test_waiting_in_vain_is_told(data):
     with pytest.raises(UserError, match=r"all processes share.*0\.3 s") as caught:
         open_dataset(data, None, process_index=1, wait_s=0.3)

@@ -364,3 +364,8 @@ def test_progress_is_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch):
         assert "40 documents  5.0 MB/s" in lines[-1]
     else:  # a line after 12 s, in which 300 of 600 bytes were done, and after 24
         assert lines == ["70%  20 documents  5.0 MB/s  12 s left", "100%  40 documents  5.0 MB/s  0 s left"]
+
+
+def test_a_file_that_goes_away_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"^data: must be readable \(No such file or directory\), got .*gone\.txt$"):
+        stats_of([tmp_path / "gone.txt"])

@@ -20,7 +20,7 @@ rows are dealt in proportion to weight / fill, rounded to whole rows of a block.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,11 +152,14 @@ def shares(store: Tokens, plan: Plan, rows: int) -> list[str]:
     ]
 
 
-def plan_rows(store: Tokens, seq_len: int, *, seed: int) -> Plan:
-    """The plan of a store; of a MixedStore one that mixes it. Raises what `make_plan` and `mix` raise."""
+def plan_rows(store: Tokens, seq_len: int, *, seed: int, make: Callable[..., Plan] = make_plan) -> Plan:
+    """The plan of a store; of a MixedStore one that mixes it. Raises what `make_plan` and `mix` raise.
+
+    `make` is called as `make_plan`, for each source.
+    """
     if not isinstance(store, MixedStore):
-        return make_plan(store.lengths, seq_len, seed=seed)
-    return mix([make_plan(part.lengths, seq_len, seed=seed) for part in store.stores], store.weights)
+        return make(store.lengths, seq_len, seed=seed)
+    return mix([make(part.lengths, seq_len, seed=seed) for part in store.stores], store.weights)
 
 
 def mix(plans: Sequence[Plan], weights: Sequence[float]) -> MixedPlan:

@@ -9,14 +9,13 @@ Weights are shares of the tokens and need not add up to 1.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from zigzag_jax.train.data.dataset import Dataset, is_dataset, read_dataset, read_meta, unfinished
 from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.data.mixture import MixedStore
-from zigzag_jax.train.data.store import open_dataset
+from zigzag_jax.train.data.store import Say, Working, open_dataset
 from zigzag_jax.train.data.token_file import Tokens, TokenStore
 from zigzag_jax.train.data.tokenizer import load_tokenizer, same_ids
 from zigzag_jax.train.errors import UserError
@@ -26,11 +25,18 @@ _EXAMPLE = '{"sources": [{"path": "FOLDER", "weight": 0.7}, ..]}'
 
 
 def open_data(
-    data: Path | None, tokenizer: Path | None, *, process_index: int = 0, say: Callable[[str], None] = lambda text: None
+    data: Path | None,
+    tokenizer: Path | None,
+    *,
+    process_index: int = 0,
+    say: Say = lambda text: None,
+    working: Working = lambda: None,
+    wait_s: float = 3000.0,
 ) -> Dataset[Tokens]:
     """Find, open or build the tokens of `data`.
 
-    `tokenizer` may be given beside tokens, and must then be the one that they were made with. Raises UserError: "data"
+    `tokenizer` may be given beside tokens, and must then be the one that they were made with; the rest is for text, as
+    `open_dataset` takes it. Raises UserError: "data"
     and "tokenizer" for what is not there, damaged, or does not go together, and what `open_dataset` raises.
     """
     path = None if data is None else data.expanduser()
@@ -41,7 +47,7 @@ def open_data(
     if path is not None and not path.exists() and unfinished(path.absolute()).exists():
         rule = "must be tokenised to its end (the same command of zigzag_jax.train.tokenize again goes on)"
         raise UserError("data", rule, path)
-    return open_dataset(path, tokenizer, process_index=process_index, say=say)
+    return open_dataset(path, tokenizer, process_index=process_index, say=say, working=working, wait_s=wait_s)
 
 
 def tokens_digest(data: Path | None) -> str:

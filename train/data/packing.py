@@ -30,6 +30,8 @@ import numpy as np
 
 from zigzag_jax.train.errors import UserError
 
+RULE = "best fit 1"  # of packing; another one, or another shuffle, gets another number: plans are kept (plan_file.py)
+
 
 @dataclass(frozen=True, eq=False)
 class Plan:

@@ -2,19 +2,22 @@
 
 Each start of a run writes a header {"devices", "mesh", "resumed_from"}; then each finished step {"step", "loss", ...}
 in full precision, flushed at once. Only training lines carry `loss`; evaluation writes `eval_loss`. A resumed run may
-write a step again: the last line counts. Lines that a full disk does not take wait in memory for the next one.
+write a step again: the last line counts. Lines that a full disk does not take wait in memory for the next one. What has
+a value for each of several layers is an object, {"expert_load_by_layer": {"1": 1.5}}, in TensorBoard and W&B a scalar
+each, `expert_load_by_layer/1`.
 """
 
 import contextlib
 import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from zigzag_jax.train.logs.tensorboard import Events
+from zigzag_jax.train.logs.wandb_run import WandbRun
 
 FILE = "metrics.jsonl"
 
@@ -27,9 +30,13 @@ class MetricsLog:
     """
 
     def __init__(
-        self, folder: Path | None, first: int = 0, wandb: Any = None, say: Callable[[str], None] = lambda text: None
+        self,
+        folder: Path | None,
+        first: int = 0,
+        wandb: WandbRun | None = None,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """`wandb`: a run of Weights & Biases that is told the same numbers (train/logs/wandb_run.py).
+        """`wandb` is told the same numbers.
 
         `say` gets a line when numbers cannot be written, and when they can again. OSError where the file cannot be
         opened.
@@ -53,10 +60,10 @@ class MetricsLog:
         """The first line of a start. OSError where it cannot be written."""
         self._line(values)
 
-    def step(self, step: int, **values: float) -> None:
+    def step(self, step: int, **values: float | Mapping[str, float]) -> None:
         """One line, and one event a value, at `step`. What the disk does not take is written with a later step."""
-        failed = None
-        for write in (lambda: self._line({"step": step, **values}), lambda: self._event(step, values)):
+        failed, scalars = None, _scalars(values)
+        for write in (lambda: self._line({"step": step, **values}), lambda: self._event(step, scalars)):
             try:
                 write()
             except OSError as error:
@@ -69,7 +76,7 @@ class MetricsLog:
                 else f"step {step}: all metrics are written again"
             )
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log(step, scalars)
 
     def _event(self, step: int, values: dict[str, float]) -> None:
         if self._events is not None:
@@ -106,6 +113,13 @@ class MetricsLog:
                     file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _scalars(values: Mapping[str, float | Mapping[str, float]]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        found |= {f"{name}/{key}": x for key, x in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def read(path: Path, name: str) -> dict[int, float]:

@@ -73,11 +73,6 @@ class Observer:
         self.profile.before(step)
         self.timer.begin()
 
-    def finished(self, step: int) -> None:
-        """Its result is there."""
-        self.timer.finished()
-        self.profile.after(step)
-
     def values(self, step: int, tokens: float) -> dict[str, float]:
         """Of the step just finished, number `step`, with so many predicted tokens."""
         seconds = self.timer.seconds

@@ -5,11 +5,29 @@ Of several processes each writes what it holds, OUT/bad_batch_STEP-process-I.npz
 their place in the whole, such as tokens[0:4,128:256].
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
+
+from zigzag_jax.train.errors import RunError
+from zigzag_jax.train.step import StepMetrics
+
+
+def check_finite(
+    step: int, result: StepMetrics, batch: Mapping[str, jax.Array], folder: Path, newest: Callable[[], str]
+) -> None:
+    """RunError, the batch kept in `folder`, where the loss or the gradient of step number `step` is not finite.
+
+    Call it before anything of the new state is saved; `newest` says which checkpoint there is. Where both are finite
+    the new state is too: the optimiser's updates are.
+    """
+    for name, value in (("loss", result.losses.loss), ("gradient norm", result.grad_norm)):
+        if not math.isfinite(value):
+            kept = save_batch(folder, step, batch)
+            raise RunError(f"step {step}: the {name} is {float(value)}, training stops; {newest()}; {kept}")
 
 
 def save_batch(folder: Path, step: int, batch: Mapping[str, jax.Array]) -> str:

@@ -8,6 +8,9 @@ an instruction comes from:
 
 What moves data between devices stands in a row of its own, since on GPUs it runs beside the rest, and so does what the
 text does not name (a CUDA graph may be one launch). On CPUs a launch that others share a core with takes longer.
+
+The rows are times of launches, and shares are of their sum: where launches run beside each other, that sum is more than
+the time of a step. How long a step is, and how much of it transfers stand alone: timeline.py.
 """
 
 import re
@@ -35,6 +38,11 @@ class Launch(NamedTuple):
     instruction: str
     """Its hlo_op."""
     seconds: float
+    """How long it ran."""
+    start: float = 0.0
+    """When it began, in seconds of the trace's clock."""
+    device: str = ""
+    """Where, by a name that tells the devices of a trace apart."""
 
 
 def where(source: str) -> tuple[str, str]:
@@ -66,19 +74,26 @@ def _launches(plane: str, line: Any) -> Iterator[Launch]:
     for event in line.events:
         stats = dict(event.stats)
         if "hlo_op" in stats:
-            yield Launch(str(stats.get("hlo_module")), str(stats["hlo_op"]), event.duration_ns * 1e-9)
+            device = f"{plane} {stats.get('device_ordinal', '')}"  # the CPU's devices are one plane
+            module, instruction = str(stats.get("hlo_module")), str(stats["hlo_op"])
+            yield Launch(module, instruction, event.duration_ns * 1e-9, event.start_ns * 1e-9, device)
 
 
 def by_scope(program: Program, found: Iterable[Launch]) -> dict[tuple[str, str], float]:
     """Seconds by (scope, pass), of all devices together; of launches of other programs nothing."""
-    known = {x.name: x for name, _ in program.launched() for x in program.computations[name]}
     seconds: dict[tuple[str, str], float] = defaultdict(float)
-    for launch in found:
-        if launch.module == program.name:
-            x = known.get(launch.instruction)
-            if x is None or x.opcode not in _HOLDS_OTHERS:
-                seconds[_row(program, x)] += launch.seconds
+    for launch, row in launched(program, found):
+        seconds[row] += launch.seconds
     return dict(seconds)
+
+
+def launched(program: Program, found: Iterable[Launch]) -> Iterator[tuple[Launch, tuple[str, str]]]:
+    """The launches of a program with their (scope, pass), but for those that hold others."""
+    known = {x.name: x for name, _ in program.launched() for x in program.computations[name]}
+    for launch in found:
+        x = known.get(launch.instruction)
+        if launch.module == program.name and (x is None or x.opcode not in _HOLDS_OTHERS):
+            yield launch, _row(program, x)
 
 
 def _row(program: Program, x: Instruction | None) -> tuple[str, str]:
@@ -89,7 +104,9 @@ def _row(program: Program, x: Instruction | None) -> tuple[str, str]:
 
 
 def table(seconds: Mapping[tuple[str, str], float], devices: int, steps: int) -> list[str]:
-    """Lines: milliseconds of a step on one device on average, a scope a line, those that took most time first."""
+    """Lines: milliseconds of launches, of a step on one device on average, a scope a line, those that took most time
+    first; the last column is the scope's share of all launches' time.
+    """
     total = sum(seconds.values())
     if not total:
         return ["the trace names no launch of the step"]
@@ -99,7 +116,7 @@ def table(seconds: Mapping[tuple[str, str], float], devices: int, steps: int) ->
         scopes[scope] += time
     width = max(map(len, scopes))
     cells = lambda *row: "".join(f"{cell:>12}" for cell in row)
-    lines = [f"{'ms a step and device':{width}}" + cells(*PASSES, "share")]
+    lines = [f"{'ms a step and device':{width}}" + cells(*PASSES, "of launches")]
     for scope in sorted(scopes, key=lambda scope: -scopes[scope]):
         times = [f"{seconds[scope, name] * scale:.3f}" if (scope, name) in seconds else "" for name in PASSES]
         lines.append(f"{scope:{width}}" + cells(*times, f"{scopes[scope] / total:.1%}"))

@@ -9,6 +9,7 @@ import jax
 from zigzag_jax.hlo import Program
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.logs.scopes import by_scope, launches, table
+from zigzag_jax.train.logs.timeline import split, words
 
 FOLDER = "profile"
 
@@ -44,12 +45,22 @@ class Profile:
         self._step: jax.profiler.StepTraceAnnotation | None = None  # of a step that is being traced
         self._traced = 0
 
+    @property
+    def last(self) -> int | None:
+        """The step after which process 0 sums the trace up, which takes minutes where the program is large."""
+        return self.steps[-1] if self.steps else None
+
     def before(self, step: int) -> None:
         """Step number `step`, from 1, is about to begin."""
         if self.folder is None or step not in self.steps:
             return
         if self._step is None:
-            jax.profiler.start_trace(self.folder)
+            try:
+                jax.profiler.start_trace(self.folder)
+            except Exception as error:  # as in _stop
+                self.folder = None
+                self.say(f"the trace could not be begun ({type(error).__name__}: {error}); training goes on")
+                return
         self._step = jax.profiler.StepTraceAnnotation("train", step_num=step)
         self._step.__enter__()
 
@@ -59,19 +70,20 @@ class Profile:
             self._step.__exit__(None, None, None)
             self._traced += 1
             if step + 1 not in self.steps:
-                self._stop()
+                self._stop(summary=True)
 
-    def _stop(self, summary: bool = True) -> None:
+    def _stop(self, *, summary: bool) -> None:
         """End the trace. What goes wrong with it is said and ends no run: training matters more than its picture."""
         self._step = None
         assert self.folder is not None
         try:
             jax.profiler.stop_trace()
             self.say(f"trace written to {self.folder} (xprof or TensorBoard's profile plugin shows it)")
-            if summary and self.program is not None and self._traced:
-                seconds = by_scope(Program(self.program.as_text() or ""), launches(self.folder))
-                for line in table(seconds, jax.local_device_count(), self._traced):
+            if summary and self.program is not None:
+                program, found = Program(self.program.as_text() or ""), launches(self.folder)
+                for line in table(by_scope(program, found), jax.local_device_count(), self._traced):
                     self.say(line)
+                self.say(words(split(program, found), self._traced))
         except Exception as error:
             self.say(f"the trace could not be written or read ({type(error).__name__}: {error}); training goes on")
 
@@ -80,4 +92,4 @@ class Profile:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._step is not None:
-            self._stop(summary=error is None)
+            self._stop(summary=False)  # asked to stop, or broken: no time for more than to write it
