@@ -32,7 +32,9 @@ class Clock(NamedTuple):
                 self.wait(result)
                 begin = time.perf_counter()
                 for _ in range(self.repeats):
+                    del result  # its memory is the next one's
                     result = call()
                 self.wait(result)
+                del result
                 samples[key].append((time.perf_counter() - begin) / self.repeats * 1e3)
         return {key: statistics.median(taken) for key, taken in samples.items()}
