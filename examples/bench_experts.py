@@ -134,18 +134,13 @@ def errors(name: str, x: Inputs) -> dict[str, float]:
     return {what: relative(a, b) for what, a, b in zip(("y", "dx", "dw"), both(*x, name), want, strict=True)}
 
 
-def torch_times(shape: Shape, dtype: str, clock: Clock) -> dict[str, float]:
-    """Milliseconds of torch's grouped_mm; {} where there is no torch or no GPU, or it fails (and says why)."""
+def beside_torch(script: str, job: dict, clock: Clock) -> dict[str, float]:
+    """What a script of torch prints for a job; {} where there is no torch or no GPU, or it fails (and says why)."""
     if jax.default_backend() != "gpu" or not importlib.util.find_spec("torch"):
         return {}
-    job = {
-        "rows": shape.rows, "k": shape.k, "n": shape.n, "sizes": shape.sizes().tolist(), "dtype": dtype,
-        "samples": clock.samples, "repeats": clock.repeats, "idle": clock.idle,
-    }  # fmt: skip
-    script = Path(__file__).with_name("bench_torch.py")
-    done = subprocess.run(
-        [sys.executable, str(script)], input=json.dumps(job), capture_output=True, text=True, check=False
-    )
+    text = json.dumps(job | {"samples": clock.samples, "repeats": clock.repeats, "idle": clock.idle})
+    command = [sys.executable, str(Path(__file__).with_name(f"{script}.py"))]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"torch: {done.stderr.strip().splitlines()[-1]}", flush=True)
         return {}
@@ -168,7 +163,8 @@ def times(names: list[str], shape: Shape, x: Inputs, clock: Clock, most: tuple[C
     matmul, operations = most
     ms = clock.in_turn({"matmul": matmul, **runs})
     rate = operations / ms.pop("matmul")
-    peer = torch_times(shape, jnp.dtype(x.x.dtype).name, clock)
+    job = {"rows": shape.rows, "k": shape.k, "n": shape.n, "sizes": shape.sizes().tolist()}
+    peer = beside_torch("bench_torch", job | {"dtype": jnp.dtype(x.x.dtype).name}, clock)
     ms |= {("torch", which): peer[which] for which in ("forward", "both") if which in peer}
     return [
         {

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import bench_experts
+import bench_experts_layer
 import jax
 import jax.numpy as jnp
 import pytest
@@ -96,3 +97,23 @@ def test_bad_arguments(capsys, arguments, message):
         bench_experts.main(arguments)
     assert exit.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_quick_run_of_a_whole_layer(tmp_path):
+    assert bench_experts_layer.main(["--quick", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "experts_layer.json").read_text())["results"]
+    assert [row["verdict"] for row in results["check"]] == ["ok"]
+    assert {"y", "x", "gate", "up", "down", "route"} < results["check"][0].keys()
+    assert [(row["by"], row["pass"]) for row in results["times"]] == [("zigzag_jax", "forward"), ("zigzag_jax", "both")]
+    assert bench_experts_layer.QWEN.flops("both") == 3 * 6 * 65536 * 2048 * 768
+
+
+def test_a_layer_that_is_wrong_is_not_timed(monkeypatch):
+    right = GROUPED["reference"]
+
+    def outer(left, *args, **kw):
+        return right.outer(left, *args, **kw) * (1.0 if left.dtype == "float32" else 1.125)
+
+    monkeypatch.setitem(GROUPED, "reference", right._replace(outer=outer))
+    monkeypatch.setattr(Clock, "in_turn", lambda self, calls: pytest.fail("timed"))
+    assert bench_experts_layer.main(["--quick"]) == 1
