@@ -107,12 +107,17 @@ def errors(calls: Calls, layer: Layer) -> dict[str, float]:
     return {"y": relative(y, want_y), "x": relative(dx, want_dx)} | {n: relative(got[n], want[n]) for n in got}
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check, time, print; 1 where a result falls short of its bar."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fused", action="store_true", help="the layer with SwiGLU inside the matmuls, too")
     flags(parser)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check, time, print; 1 where a result falls short of its bar."""
+    args = parse(argv)
     report, layer, dtype = Report("bench_experts_layer", argv, args.out), SMALL if args.quick else QWEN, "bfloat16"
     x, dy = (jax.random.normal(jax.random.key(i), (1, layer.tokens, layer.size), dtype) for i in range(2))
     forms = {"zigzag_jax": {}} | ({"zigzag_jax, fused": {"fused": True}} if args.fused else {})
