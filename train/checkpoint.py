@@ -2,15 +2,14 @@
 
 Each holds the state, a small JSON with what the run was (`identity`), one that a person may want to read (`origin`),
 and the model's config.json, so that it can be exported alone (models/hf/run_folder.py reads it). A folder appears under
-its final name only when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed
-STEP.corrupt, and the one before it used; if none can be read, that is an error and all stay as they are: the cause may
-be the machine. Of several processes all take the newest that every one of them can read: each tries, then they vote.
-One that cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does then.
+its final name only when it is whole, so a kill leaves the one before. One that is damaged is named, renamed
+STEP.corrupt, and the one before it used (train/reading.py); if none can be read, that is an error and all stay as they
+are. One that cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does
+then.
 """
 
 import json
 import logging
-import re
 import shutil
 import sys
 import time
@@ -20,16 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
 from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.hosts.together import Together
+from zigzag_jax.train.reading import read_newest, reason, steps_in
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
-_NOBODY = 2**31 - 1  # a vote that is above every process number
-_NO_STEP = -1  # a vote that is below every step
 
 
 class SaveError(Exception):
@@ -41,25 +38,19 @@ class SaveError(Exception):
         return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
 
 
-def lowest(value: int) -> int:
-    """The lowest of what all processes give, in all of them; each must call this as often as the others."""
-    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).min())
-
-
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(
-        self, folder: Path, keep: int, say: Callable[[str], None], *, process: int | None = None,
-        vote: Callable[[int], int] = lowest,
-    ) -> None:  # fmt: skip
-        """`keep` of them stay. `process` is this one's number, by default JAX's, and `vote` as `lowest`."""
+        self, folder: Path, keep: int, say: Callable[[str], None], *, together: Together | None = None
+    ) -> None:
+        """`keep` of them stay. `together`: this process among the others, by default JAX's."""
         self.folder, self.keep, self.say = folder.absolute(), keep, say
-        self._process, self._vote = jax.process_index() if process is None else process, vote
+        self._together = Together() if together is None else together
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if self._process == 0:  # what a killed save left; nobody is saving yet
+        if self._together.process == 0:  # what a killed save left; nobody is saving yet
             self._remove_parts()
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_said_twice)
@@ -75,7 +66,7 @@ class Checkpoints:
     def newest_said(self) -> str:
         """Which checkpoint a run would go on from, as words."""
         try:
-            whole = max((int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()), default=None)
+            whole = max(steps_in(self.folder), default=None)
         except OSError as error:
             return f"the folder of checkpoints cannot be looked into ({error.strerror})"
         text = "there is no checkpoint yet" if whole is None else f"the newest checkpoint, of step {whole}, is whole"
@@ -134,7 +125,7 @@ class Checkpoints:
             if jax.process_count() == 1:  # else another process may still be writing there
                 self._remove_parts()
                 self._manager.reload()  # it had already struck the oldest off its list, and would never delete it
-            raise SaveError(_reason(error)) from error
+            raise SaveError(reason(error)) from error
 
     def _remove_parts(self) -> None:
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
@@ -142,52 +133,51 @@ class Checkpoints:
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that all processes can read, or None; `abstract` are shapes with
-        shardings.
+        shardings. Newer ones, which are damaged, are set aside.
 
-        UserError where there are checkpoints and none can be read, or not all processes see any.
+        UserError where there are checkpoints and none can be read, or not all processes see one. MachineError where
+        the machine cannot read one.
         """
-        steps = sorted(self._manager.all_steps())
-        failed: dict[int, str] = {}
-        left = list(steps)
-        while (step := self._vote(left[-1] if left else _NO_STEP)) != _NO_STEP:
-            left = [x for x in left if x < step]
-            state = None
-            try:
-                state = self._read(step, abstract)
-            except Exception as error:  # whatever a damaged file raises
-                failed[step] = _reason(error)
-                if self._process != 0:  # only process 0 says lines, and it does not know why
-                    sys.stderr.write(f"process {self._process}: checkpoints/{step} cannot be read ({failed[step]})\n")
-            if (who := self._vote(_NOBODY if step not in failed else self._process)) == _NOBODY:
-                newer = [x for x in steps if x > step]  # one that another process does not see would be in the way too
-                self._set_aside({x: failed.get(x, "not all processes see it") for x in newer})
-                return step, state
-            failed.setdefault(step, f"process {who} cannot read it")
-        if steps:
-            newest = steps[-1]
-            rule = f"must hold a checkpoint that can be read ({failed.get(newest, 'a process sees none')})"
-            raise UserError("out", rule, self.folder / str(newest))
-        return None
+        found = read_newest(self.folder, lambda step: self._read(step, abstract), self._together, self._tell)
+        if found is None:
+            return None
+        if found.damaged:
+            self._set_aside(found.damaged)
+        elif self.latest() != found.step:  # it came late to this host
+            self._manager.reload()
+        return found.step, found.state
 
     def _read(self, step: int, abstract: Any) -> Any:
         # not by the manager, which waits for the other processes after a read, also for one whose read has failed
         args = ocp.args.StandardRestore(abstract)
         return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / STATE, args=args)
 
-    def _set_aside(self, failed: dict[int, str]) -> None:
-        """Name and rename checkpoints that cannot be read, now that an older one could."""
-        if self._vote(-len(failed)) == 0:
-            return
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Name and rename damaged checkpoints, now that an older one could be read."""
         self._manager.close()
-        if self._process == 0:
-            for step, reason in failed.items():
+        if self._together.process == 0:
+            for step, why in damaged.items():
                 path = self.folder / str(step)
                 names = (Path(f"{path}.corrupt{'' if n == 1 else n}") for n in range(1, 1000))
                 free = next(name for name in names if not name.exists())
-                path.rename(free)
-                self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({reason})")
-        self._vote(0)  # the others open the folder when that is done
+                try:
+                    path.rename(free)
+                except OSError as error:
+                    rule = f"must let a damaged checkpoint be renamed ({error.strerror}; it is damaged: {why})"
+                    raise UserError("out", rule, path) from None
+                self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({why})")
+        # the others open the folder when that is done; one that still saw it there would refuse to save that step
+        if (who := self._together.until(lambda: not steps_in(self.folder) & damaged.keys())) is not None:
+            rule = f"must be seen alike by all processes: process {who} still sees {max(damaged)}, which is renamed"
+            raise UserError("out", rule, self.folder)
         self._manager = self._open()
+
+    def _tell(self, text: str) -> None:
+        """A line of this process; only process 0 has a console."""
+        if self._together.process == 0:
+            self.say(text)
+        else:
+            sys.stderr.write(f"process {self._together.process}: {text}\n")
 
     def close(self) -> None:
         """Finish writing and stop; says so where what was being written could not be."""
@@ -196,14 +186,6 @@ class Checkpoints:
         except SaveError as error:
             self.say(f"the checkpoint that was being written could not be ({error}); {self.newest_said()}")
         self._manager.close()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if found := re.search(r"([^:]+) \[os_error_code", str(error)):  # as tensorstore ends what the system told it
-        return found[1].strip()
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class _LateWrites:

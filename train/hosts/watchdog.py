@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from zigzag_jax.train.errors import PEER_GONE, RunError, UserError
+from zigzag_jax.train.errors import MACHINE_FAILED, RunError, UserError
 from zigzag_jax.train.hosts.link import Link
 
 PATIENT = 10  # what may compile has this many times a step's time
@@ -145,7 +145,7 @@ class Watchdog:
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
         sys.stderr.write(f"error: {why}; {newest(self.folder)}{where}\n")
         sys.stderr.flush()
-        self._leave(PEER_GONE)
+        self._leave(MACHINE_FAILED)
 
 
 def newest(folder: Path) -> str:
