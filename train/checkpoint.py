@@ -22,20 +22,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
-from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.errors import RunError, SaveError, UserError
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.reading import read_newest, reason, steps_in
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
-
-
-class SaveError(Exception):
-    """A checkpoint that could not be written; its text is the reason. The state and older checkpoints are whole."""
-
-    @property
-    def of_storage(self) -> bool:
-        """Whether the system refused to write; else something broke off, such as another process."""
-        return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
 
 
 class Checkpoints:

@@ -30,13 +30,22 @@ class PeerError(MachineError):
     """A process of the run is not there."""
 
 
+class SaveError(Exception):
+    """A checkpoint that could not be written; its text is the reason. The state and older checkpoints are whole."""
+
+    @property
+    def of_storage(self) -> bool:
+        """Whether the system refused to write; else something broke off, such as another process."""
+        return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
+
+
 def exit_code(error: BaseException) -> int:
     """The code that a process ends with by an error."""
     if isinstance(error, UserError):
         return USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    machine = isinstance(error, MachineError) or (isinstance(error, OSError) and error.errno in _STORAGE)
+    machine = isinstance(error, MachineError | SaveError) or (isinstance(error, OSError) and error.errno in _STORAGE)
     if isinstance(error, jax.errors.JaxRuntimeError):  # a card that fell off its bus, a NCCL call that failed
         machine = str(error).startswith(_OF_DEVICES)
     return MACHINE_FAILED if machine else FAILED
@@ -44,5 +53,5 @@ def exit_code(error: BaseException) -> int:
 
 __all__ = [
     "DONE", "FAILED", "INTERRUPTED", "MACHINE_FAILED", "PREEMPTED", "USER_ERROR", "MachineError", "PeerError",
-    "RunError", "UserError", "exit_code",
+    "RunError", "SaveError", "UserError", "exit_code",
 ]  # fmt: skip

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import pytest
 
 from zigzag_jax.train.config import Config, HostsConfig
-from zigzag_jax.train.errors import PeerError, UserError
+from zigzag_jax.train.errors import MachineError, PeerError, RunError, UserError
 from zigzag_jax.train.hosts.agree import LIBRARIES, call_roll, facts, first_difference, source_digest
-from zigzag_jax.train.hosts.link import Link, behind, patience
+from zigzag_jax.train.hosts.link import Link, patience
 
 
 def free_port() -> int:
@@ -153,7 +153,7 @@ def test_all_know_who_is_gone(dead: int):
             assert found[process].wait_for_gone(10)
             gone = found[process].gone
             assert gone is not None
-            assert gone[:2] == (dead, "is gone")
+            assert gone[:3] == (dead, "is gone", 70)
 
 
 def test_silence_counts_as_gone():
@@ -166,12 +166,35 @@ def test_silence_counts_as_gone():
 
 
 @pytest.mark.parametrize("failed", [0, 1])
-def test_why_a_process_ended_is_told(failed: int):
+@pytest.mark.parametrize(
+    ("error", "why", "code"),
+    [
+        (UserError("data", "must exist", "x"), "ended: data: must exist, got x", 2),
+        (RunError("step 3: the loss is nan\nand more"), "ended: step 3: the loss is nan", 1),
+        (MachineError("a disk is gone"), "ended: a disk is gone", 70),
+        (KeyboardInterrupt(), "ended: KeyboardInterrupt", 130),
+    ],
+    ids=["user", "run", "machine", "interrupt"],
+)
+def test_why_a_process_ended_is_told_and_its_exit_code(failed: int, error: BaseException, why: str, code: int):
     with links(3) as found:
-        found[failed].close("data: must exist")
-        assert found[2].wait_for_gone(10)
-        assert found[2].gone is not None
-        assert found[2].gone[:2] == (failed, "ended: data: must exist")
+        found[failed].__exit__(type(error), error, None)
+        for other in {0, 1, 2} - {failed}:
+            assert found[other].wait_for_gone(10)
+            gone = found[other].gone
+            assert gone is not None
+            assert gone[:3] == (failed, why, code)
+
+
+def test_the_first_that_failed_counts():
+    with links(3) as found:
+        found[1].close("data: must exist", 2)
+        assert all(found[i].wait_for_gone(10) for i in (0, 2))
+        cut(found[2])
+        time.sleep(0.3)
+        gone = found[0].gone
+        assert gone is not None
+        assert gone[:3] == (1, "ended: data: must exist", 2)
 
 
 def test_a_good_bye_alarms_nobody():
@@ -200,13 +223,6 @@ def test_a_stop_waits_for_nobody_who_is_done():
     with links(2) as found, ThreadPoolExecutor(1) as pool:
         found[0].close()
         pool.submit(found[1].stop_after, 5).result(timeout=10)
-
-
-def test_who_is_behind():
-    assert behind({0: (5, "computing step"), 1: (5, "computing step"), 2: None}) == ""
-    found = behind({0: (5, "computing step"), 1: (5, "reading the batch of step"), 2: (5, "computing step")})
-    assert found == "process 1: reading the batch of step 5, the others are elsewhere"
-    assert behind({0: (5, "computing step"), 1: (4, "saving after step")}).startswith("process 1: saving after step 4")
 
 
 def test_where_a_process_is_reaches_process_0_and_comes_back():

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from zigzag_jax.train import checkpoint
-from zigzag_jax.train.checkpoint import Checkpoints, SaveError
-from zigzag_jax.train.errors import RunError
+from zigzag_jax.train.checkpoint import Checkpoints
+from zigzag_jax.train.errors import MachineError, SaveError
 from zigzag_jax.train.logs import metrics
 from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.saving import Saver
@@ -108,7 +108,7 @@ def test_and_ends_with_an_error_when_there_is_none(make: Callable[..., Saver]):
     with full():
         saver.after(3, state(3), now=True)
         rule = r"step 3: the state could not be saved in 0.2 s \(File too large\); the newest checkpoint, of step 2"
-        with pytest.raises(RunError, match=rule):
+        with pytest.raises(MachineError, match=rule):
             saver.finish(3, state(3))
     assert restored(saver)[0] == 2
 
@@ -145,7 +145,7 @@ def test_a_run_that_ends_says_what_was_not_written(tmp_path: Path, monkeypatch: 
 
 def test_one_of_several_processes_ends(make: Callable[..., Saver]):
     saver = make(alone=False)
-    with full(), pytest.raises(RunError, match=r"step 2: the state cannot be saved .*there is no checkpoint yet"):
+    with full(), pytest.raises(MachineError, match=r"step 2: the state cannot be saved .*there is no checkpoint yet"):
         saver.after(2, state(2))
 
 
