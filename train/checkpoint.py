@@ -22,9 +22,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
-from zigzag_jax.train.errors import RunError, SaveError, UserError
+from zigzag_jax.train.errors import MachineError, RunError, SaveError, UserError
 from zigzag_jax.train.hosts.together import Together
-from zigzag_jax.train.reading import read_newest, reason, steps_in
+from zigzag_jax.train.reading import Fault, attempt, fault_of, read_newest, reason, steps_in
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
 
@@ -66,13 +66,38 @@ class Checkpoints:
         return text
 
     def identity(self) -> dict[str, Any] | None:
-        """What the run that wrote the newest readable identity was, or None where there is no checkpoint."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        """What the run that wrote the newest readable identity was, or None where there is no checkpoint; says which
+        could not be read, and why.
+
+        UserError where there are checkpoints and none says it, MachineError where the machine cannot read one.
+        """
+        found, _, why = attempt(self._identities, self._together, self._tell, "what run this is, in checkpoints")
+        if found is None:
+            raise MachineError(f"{self.folder} cannot be read, tried for {self._together.patience} ({why})")
+        identity, unread = found
+        for step, cause in unread.items():
+            self._tell(f"checkpoints/{step} does not say what run it is of ({cause}); an older one is asked")
+        if identity is None and unread:
+            newest = max(unread)
+            rule = f"must hold a checkpoint that says what run it is of ({unread[newest]})"
+            raise UserError("out", rule, self.folder / str(newest))
+        return identity
+
+    def _identities(self) -> tuple[dict[str, Any] | None, dict[int, str]]:
+        """The newest identity, and why those of newer checkpoints could not be read."""
+        unread: dict[int, str] = {}
+        for step in sorted(steps_in(self.folder), reverse=True):
             try:
-                return json.loads((self.folder / str(step) / "identity" / "metadata").read_text())
-            except (OSError, ValueError):
-                continue  # `restore` names it
-        return None
+                identity = json.loads((self.folder / str(step) / "identity" / "metadata").read_text())
+            except Exception as error:
+                if fault_of(error) is not Fault.CONTENT:
+                    raise
+                unread[step] = reason(error)
+                continue
+            if isinstance(identity, dict):
+                return identity, unread
+            unread[step] = "it holds no JSON object"
+        return None, unread
 
     def save(
         self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any], origin: dict[str, Any]

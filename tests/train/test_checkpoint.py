@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from votes import Votes, alone
 
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
-from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.errors import MachineError, RunError, UserError
 
 
 def state(value: float, devices: int = 1) -> dict:
@@ -73,6 +73,7 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
         if file.is_file():
             file.unlink() if damage == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert kept.identity() == {"model": "a"}
+    assert said[0].startswith("checkpoints/8 does not say what run it is of (")
     step, got = kept.restore(abstract()) or pytest.fail("nothing restored")
     assert step == 4
     same(got, state(4))
@@ -81,6 +82,44 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     kept.save(8, state(8.5), {}, {}, {})  # the run goes on and comes to step 8 again
     kept.wait()
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(8.5))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(None, "No such file or directory"), ("{", "Expecting property name"), ("[]", "it holds no JSON object")],
+    ids=["none", "half", "list"],
+)
+def test_where_no_checkpoint_says_what_run_it_is_of_it_is_not_taken_for_this_one(
+    kept: Checkpoints, said: list[str], text: str | None, why: str
+):
+    kept.save(4, state(4), {"model": "a"}, {}, {})
+    kept.wait()
+    file = kept.folder / "4" / "identity" / "metadata"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=rf"^out: must hold a checkpoint that says what run it is of \({why}.*/4$"):
+        kept.identity()
+    assert said[0].startswith(f"checkpoints/4 does not say what run it is of ({why}")
+
+
+def test_an_identity_that_the_machine_cannot_read_is_read_again(
+    kept: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    for step in (4, 8):
+        kept.save(step, state(step), {"model": str(step)}, {}, {})
+        kept.wait()
+    failing, read_text = [OSError(116, "Stale file handle")] * 2, Path.read_text
+
+    def read(path: Path) -> str:
+        if failing:
+            raise failing.pop()
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert kept.identity() == {"model": "8"}
+    assert said == ["what run this is, in checkpoints: Stale file handle; tried again for 0 s"]
+    failing += [OSError(116, "Stale file handle")] * 9
+    with pytest.raises(MachineError, match=r"checkpoints cannot be read, tried for 0 s \(Stale file handle\)$"):
+        kept.identity()
 
 
 def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
