@@ -23,7 +23,7 @@ from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.data.mixture import shares
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.errors import DONE, PREEMPTED, RunError, UserError
-from zigzag_jax.train.hosts.agree import call_roll, facts
+from zigzag_jax.train.hosts.agree import call_roll, check_devices, facts
 from zigzag_jax.train.hosts.discover import find_hosts
 from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import PATIENT, Watchdog
@@ -86,6 +86,8 @@ def _run(
 ) -> int:  # fmt: skip
     """Train and report, with the devices there."""
     source = model_folder(config)
+    if watchdog.link is not None:
+        check_devices(jax.devices(), watchdog.link.hosts)
     mesh = make_mesh(config)
     watchdog.on(mesh)
     with _writable(config.folder):

@@ -7,12 +7,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from zigzag_jax.train.config import Config, HostsConfig
 from zigzag_jax.train.errors import MachineError, PeerError, RunError, UserError
-from zigzag_jax.train.hosts.agree import LIBRARIES, call_roll, facts, first_difference, source_digest
+from zigzag_jax.train.hosts.agree import (
+    LIBRARIES,
+    call_roll,
+    check_devices,
+    facts,
+    first_difference,
+    settings,
+    source_digest,
+)
 from zigzag_jax.train.hosts.link import Link, patience
 
 
@@ -73,6 +82,50 @@ def test_first_difference():
     assert first_difference({0: same, 1: dict(same)}, ["a", "b"]) is None
     found = first_difference({0: same, 1: same | {"jax": "3"}}, ["a", "b"])
     assert found == ("jax", "must be the same in all processes, 2 in process 0 (a)", "3 in process 1 (b)")
+
+
+def test_what_is_missing_in_one_process_is_none_there():
+    found = first_difference({0: {}, 1: {"NCCL_ALGO": "Ring"}}, ["a", "b"])
+    assert found == ("NCCL_ALGO", "must be the same in all processes, none in process 0 (a)", "Ring in process 1 (b)")
+
+
+def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    monkeypatch.setenv("NCCL_PROTO", "Simple")
+    assert settings().items() >= {("XLA_FLAGS --xla_a", "1"), ("NCCL_PROTO", "Simple"), ("jax_enable_x64", "False")}
+    monkeypatch.setenv("XLA_FLAGS", "/no/such/file")
+    with pytest.raises(UserError, match=r"^XLA_FLAGS: must be flags, or a file of them \(No such file .*, got /no"):
+        settings()
+
+
+def test_the_roll_call_compares_settings(monkeypatch: pytest.MonkeyPatch):
+    own = threading.local()
+    monkeypatch.setattr("zigzag_jax.train.hosts.agree.settings", lambda: {"XLA_FLAGS --xla_a": own.value})
+
+    def those(i: int) -> dict:
+        own.value = str(i // 2)
+        return {"steps": "1"}
+
+    for error in call(3, those=those).values():
+        assert isinstance(error, UserError)
+        assert str(error).startswith("XLA_FLAGS --xla_a: must be the same in all processes, 0 in process 0 (")
+        assert ", got 1 in process 2 (" in str(error)
+
+
+def gpus(*counts: int, kind: str = "H100", platform: str = "gpu") -> list:
+    """Devices of processes 0, 1, .."""
+    owners = [process for process, count in enumerate(counts) for _ in range(count)]
+    return [SimpleNamespace(process_index=p, device_kind=kind, platform=platform) for p in owners]
+
+
+def test_all_bring_the_same_devices():
+    check_devices(gpus(8, 8), ["a", "b"])
+    check_devices(gpus(1, 3, kind="cpu", platform="cpu"), ["a", "b"])
+    rule = r"^devices: must be the same in all processes, 8 x H100 in process 0 \(a\), got "
+    with pytest.raises(UserError, match=rule + r"7 x H100 in process 2 \(c\)$"):
+        check_devices(gpus(8, 8, 7), ["a", "b", "c"])
+    with pytest.raises(UserError, match=rule + r"1 x A100, 7 x H100 in process 1 \(b\)$"):
+        check_devices([*gpus(8, 7), *gpus(0, 1, kind="A100")], ["a", "b"])
 
 
 def test_all_are_told_who_differs():
