@@ -42,16 +42,16 @@ def check_start(config: TriesConfig, pauses: Sequence[float] = PAUSES) -> str:
         raise UserError("restart", "must be >= 0", config.restart)
     if config.most < 1:
         raise UserError("most", "must be >= 1", config.most)
-    for pause in (*pauses, None):
+    left = list(pauses)
+    while True:
         try:
             return _check_start(config)
         except OSError as error:
             if exit_code(error) != MACHINE_FAILED:
                 raise UserError("out", f"must be a folder that can be written ({error.strerror})", config.out) from None
-            if pause is None:
+            if not left:
                 raise MachineError(f"{config.out}: {error.strerror}, tried for {sum(pauses):.0f} s") from None
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+            time.sleep(left.pop(0))
 
 
 def _check_start(config: TriesConfig) -> str:

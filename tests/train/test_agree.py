@@ -14,7 +14,9 @@ import pytest
 from zigzag_jax.train.config import Config, HostsConfig
 from zigzag_jax.train.errors import MachineError, PeerError, RunError, UserError
 from zigzag_jax.train.hosts.agree import (
+    _LONGEST,
     LIBRARIES,
+    _read_line,
     call_roll,
     check_devices,
     facts,
@@ -147,6 +149,18 @@ def test_process_0_is_missing():
     assert str(error).startswith("process 0 did not answer at 127.0.0.1:")
 
 
+@pytest.mark.parametrize("text", [b"", b"{broken off", b"x" * (_LONGEST + 8192)], ids=["nothing", "half", "endless"])
+def test_no_line(text: bytes):
+    mine, other = socket.socketpair()
+    with mine, ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(lambda: (other.sendall(text), other.close()))
+        with pytest.raises(ValueError, match="the line broke off"):
+            _read_line(mine)
+        while mine.recv(65536):
+            pass
+        sent.result()
+
+
 def test_the_same_number_twice():
     errors = call(2, there=[1, 1], timeout=1)
     assert isinstance(errors[1], PeerError)  # no process 0; with it:
@@ -180,7 +194,8 @@ def test_a_stranger_on_the_port_does_no_harm():
 
     first = threading.Thread(target=one, args=(0,))
     first.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", json.dumps([1]).encode() + b"\n"):
+    endless = b"x" * (_LONGEST + 8192)
+    for text in (b"GET / HTTP/1.1\r\n\r\n", json.dumps([1]).encode() + b"\n", b"{broken off", endless):
         assert until(lambda text=text: _send(port, text))
     one(1)
     first.join(20)
