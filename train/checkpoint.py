@@ -1,7 +1,8 @@
 """Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
 
-Each holds the state, a small JSON with what the run was (`identity`), one that a person may want to read (`origin`),
-and the model's config.json, so that it can be exported alone (models/hf/run_folder.py reads it). A folder appears under
+Each holds the state and sums over its bits (train/sums.py), a small JSON with what the run was (`identity`), one that a
+person may want to read (`origin`), and the model's config.json, so that it can be exported alone
+(models/hf/run_folder.py reads it). A folder appears under
 its final name only when it is whole, so a kill leaves the one before. One that is damaged is named, renamed
 STEP.corrupt, and the one before it used (train/reading.py); if none can be read, that is an error and all stay as they
 are. One that cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does
@@ -9,7 +10,6 @@ then.
 """
 
 import json
-import logging
 import shutil
 import sys
 import time
@@ -24,7 +24,9 @@ import orbax.checkpoint as ocp
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
 from zigzag_jax.train.errors import MachineError, RunError, SaveError, UserError
 from zigzag_jax.train.hosts.together import Together
+from zigzag_jax.train.quiet import say_errors_once
 from zigzag_jax.train.reading import Fault, attempt, fault_of, read_newest, reason, steps_in
+from zigzag_jax.train.sums import differing, sums
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
 
@@ -43,10 +45,7 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         if self._together.process == 0:  # what a killed save left; nobody is saving yet
             self._remove_parts()
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_not_said_twice)
-        if not isinstance(sys.unraisablehook, _LateWrites):
-            sys.unraisablehook = _LateWrites(sys.unraisablehook)
+        say_errors_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
         return ocp.CheckpointManager(self.folder, options=options)
 
@@ -110,7 +109,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        about = {"identity": identity, CONFIG: config, "origin": origin}
+        about = {"identity": identity, CONFIG: config, "origin": origin, "sums": sums(state)}
         items = {name: ocp.args.JsonSave(values) for name, values in about.items()}
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **items)
         with self._saving():
@@ -154,19 +153,40 @@ class Checkpoints:
         UserError where there are checkpoints and none can be read, or not all processes see one. MachineError where
         the machine cannot read one.
         """
-        found = read_newest(self.folder, lambda step: self._read(step, abstract), self._together, self._tell)
+        read = lambda step: (self._read(step, abstract), self._sums(step))
+        found = read_newest(self.folder, read, self._together, self._tell, self._wrong)
         if found is None:
             return None
         if found.damaged:
             self._set_aside(found.damaged)
         elif self.latest() != found.step:  # it came late to this host
             self._manager.reload()
-        return found.step, found.state
+        state, saved = found.state
+        if saved is None:
+            self._tell(f"checkpoints/{found.step} was written before there were sums: its numbers are not compared")
+        return found.step, state
 
     def _read(self, step: int, abstract: Any) -> Any:
         # not by the manager, which waits for the other processes after a read, also for one whose read has failed
         args = ocp.args.StandardRestore(abstract)
         return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / STATE, args=args)
+
+    def _sums(self, step: int) -> dict[str, int] | None:
+        folder = self.folder / str(step) / "sums"
+        if not folder.exists():
+            return None
+        if not isinstance(found := json.loads((folder / "metadata").read_text()), dict):
+            raise ValueError("the sums of its numbers are no JSON object")
+        return found
+
+    def _wrong(self, read: tuple[Any, dict[str, int] | None]) -> str:
+        """Which numbers of a checkpoint are not those that were saved, as words; empty where all are."""
+        state, saved = read
+        here = sums(state)  # by all processes
+        names = "" if saved is None else differing(saved, here)
+        if (who := self._together.first(bool(names))) is None:
+            return ""
+        return f"its numbers are not those that were saved: {names or f'process {who} says which'}"
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """Name and rename damaged checkpoints, now that an older one could be read."""
@@ -202,24 +222,6 @@ class Checkpoints:
         except SaveError as error:
             self.say(f"the checkpoint that was being written could not be ({error}); {self.newest_said()}")
         self._manager.close()
-
-
-class _LateWrites:
-    """A sys.unraisablehook that passes over what tensorstore's threads say when a save has failed: writes that were
-    under way come back to an event loop that orbax has closed meanwhile, and each would print a traceback.
-    """
-
-    def __init__(self, other: Callable[[Any], None]) -> None:
-        self._other = other
-
-    def __call__(self, what: Any) -> None:
-        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
-            self._other(what)
-
-
-def _not_said_twice(record: logging.LogRecord) -> bool:
-    """Orbax writes a traceback of every error that it also raises, and asyncio one of every other of its writes."""
-    return record.levelno != logging.ERROR or "orbax" not in record.pathname + record.getMessage()
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any]) -> None:

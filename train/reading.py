@@ -3,7 +3,7 @@
 What fails may be the machine's fault and not the checkpoint's, and then no checkpoint is given up for it:
 
     fault                                       what is done
-    CONTENT  truncated, not what it should be   read again; then it counts as damaged, and the one before it is tried
+    CONTENT  truncated, other bits than saved   read again; then it counts as damaged, and the one before it is tried
     UNSEEN   other processes see it             look again (another host's cache of the file system), then UserError
     MACHINE  anything else, EIO, ESTALE, ..     read again, then MachineError: the same command again goes on
 
@@ -128,12 +128,14 @@ def attempt[T](
 
 
 def read_newest[T](
-    folder: Path, read: Callable[[int], T], together: Together, tell: Callable[[str], None]
-) -> Found[T] | None:
+    folder: Path, read: Callable[[int], T], together: Together, tell: Callable[[str], None],
+    wrong: Callable[[T], str] = lambda state: "",
+) -> Found[T] | None:  # fmt: skip
     """The newest checkpoint of `folder` that all processes can `read`, by its step; None where there is none.
 
-    What one process has read is kept until the others have. UserError where there are checkpoints and none can be read,
-    or where not all processes see one; MachineError where it is the machine that cannot read.
+    What one process has read is kept until the others have. Then all call `wrong`, which may compute together, and
+    tells all alike why it is not what was saved; empty where it is. UserError where there are checkpoints and none can
+    be read, or where not all processes see one; MachineError where it is the machine that cannot read.
     """
     damaged: dict[int, str] = {}
     while True:
@@ -144,7 +146,8 @@ def read_newest[T](
         if step == _NO_STEP:
             break
         name, place = f"checkpoints/{step}", folder / str(step)
-        state, fault, why = attempt(partial(_read, place, read, together.process), together, tell, name, place)
+        act = partial(attempt, partial(_read, place, read, together.process), together, tell, name, place)
+        state, fault, why = _right(act, wrong)
         if fault is Fault.UNSEEN:
             rule = f"must be seen by all processes, on storage that they share ({why} after {together.patience})"
             raise UserError("out", rule, place)
@@ -158,6 +161,19 @@ def read_newest[T](
         newest = max(damaged)
         raise UserError("out", f"must hold a checkpoint that can be read ({damaged[newest]})", folder / str(newest))
     return None
+
+
+def _right[T](act: Callable[[], tuple[T | None, Fault, str]], wrong: Callable[[T], str]) -> tuple[T | None, Fault, str]:
+    """As `act`, done once more where what it gives is `wrong`, then CONTENT."""
+    why = ""
+    for _ in range(2):
+        state, fault, cause = act()
+        if state is None:
+            return state, fault, cause
+        if not (why := wrong(state)):
+            return state, fault, ""
+        del state  # there may be no room for two
+    return None, Fault.CONTENT, why
 
 
 def _once[T](act: Callable[[], T]) -> tuple[T | None, Fault, str]:

@@ -1,8 +1,10 @@
 """Checkpoints come back bit for bit on any mesh; a damaged one is named, set aside, and the one before it used."""
 
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -82,6 +84,57 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     kept.save(8, state(8.5), {}, {}, {})  # the run goes on and comes to step 8 again
     kept.wait()
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(8.5))
+
+
+def test_one_bit_that_the_storage_changed_is_noticed(kept: Checkpoints, said: list[str]):
+    """In the values of an array, which nothing else in a checkpoint covers."""
+    large = lambda seed: {"v": jnp.asarray(np.random.default_rng(seed).normal(size=65536), jnp.float32), **state(seed)}
+    for step in (4, 8):
+        kept.save(step, large(step), {}, {}, {})
+        kept.wait()
+    values = max((kept.folder / "8" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    changed = bytearray(values.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    values.write_bytes(changed)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), large(0))
+    step, got = kept.restore(shapes) or pytest.fail("nothing restored")
+    assert step == 4
+    same(got, large(4))
+    assert said[-1].endswith("(its numbers are not those that were saved: ['v'])")
+    assert (kept.folder / "8.corrupt").is_dir()
+
+
+def test_numbers_that_are_wrong_for_one_of_two_processes_are_wrong_for_both(kept: Checkpoints):
+    kept.save(4, state(4), {}, {}, {})
+    kept.wait()
+    votes = Votes()
+    both = [Checkpoints(kept.folder, 2, print, together=votes.of(i)) for i in (0, 1)]
+    right = kept._sums(4)
+    saved = [right, None]  # one sees no sums, as a cache may have it
+    assert votes.all(lambda one: both[one.process]._wrong((state(4), saved[one.process]))) == ["", ""]
+    saved = [right, {**(right or {}), "['m']": 1}]
+    words = votes.all(lambda one: both[one.process]._wrong((state(4), saved[one.process])))
+    assert [text.split(": ")[1] for text in words] == ["process 1 says which", "['m']"]
+    for one in both:
+        one.close()
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_sums_that_cannot_be_read_are_damage(kept: Checkpoints, said: list[str], text: str):
+    for step in (4, 8):
+        kept.save(step, state(step), {}, {}, {})
+        kept.wait()
+    (kept.folder / "8" / "sums" / "metadata").write_text(text)
+    assert (kept.restore(abstract()) or pytest.fail("nothing restored"))[0] == 4
+    assert (kept.folder / "8.corrupt").is_dir()
+
+
+def test_a_checkpoint_without_sums_is_read_and_that_is_said(kept: Checkpoints, said: list[str]):
+    kept.save(4, state(4), {}, {}, {})
+    kept.wait()
+    shutil.rmtree(kept.folder / "4" / "sums")
+    same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(4))
+    assert said == ["checkpoints/4 was written before there were sums: its numbers are not compared"]
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,17 @@ def test_damaged_content_is_read_twice_then_the_one_before_is_used(folder: Path,
     assert read.tries == 2
 
 
+def test_numbers_that_are_wrong_are_read_twice_then_the_one_before_is_used(folder: Path, said: list[str]):
+    read, wrongs = Reading(folder), ["a bit"]
+    wrong = lambda state: wrongs.pop() if wrongs else ""
+    assert read_newest(folder, read, alone(), said.append, wrong) == Found(8, "state 8", {})
+    assert read.tries == 2
+    wrong = lambda state: "a bit" if state == "state 8" else ""
+    read = Reading(folder)
+    assert read_newest(folder, read, alone(), said.append, wrong) == Found(4, "state 4", {8: "a bit"})
+    assert read.tries == 2
+
+
 def test_where_none_can_be_read_the_newest_is_named(folder: Path):
     def read(step: int) -> str:
         raise KeyError(step)
