@@ -2,11 +2,10 @@
 
 Each holds the state and sums over its bits (train/sums.py), a small JSON with what the run was (`identity`), one that a
 person may want to read (`origin`), and the model's config.json, so that it can be exported alone
-(models/hf/run_folder.py reads it). A folder appears under
-its final name only when it is whole, so a kill leaves the one before. One that is damaged is named, renamed
-STEP.corrupt, and the one before it used (train/reading.py); if none can be read, that is an error and all stay as they
-are. One that cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does
-then.
+(models/hf/run_folder.py reads it). A folder appears under its final name only when it is whole, so a kill leaves the
+one before. One that is damaged is named, renamed STEP.corrupt, and the one before it used (train/reading.py); if none
+can be read, that is an error and all stay as they are. One that cannot be written takes back what it wrote and raises
+SaveError; train/saving.py tells what a run does then.
 """
 
 import json
