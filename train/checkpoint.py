@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
-from zigzag_jax.train.errors import MachineError, RunError, SaveError, UserError
+from zigzag_jax.train.errors import MACHINE_FAILED, MachineError, RunError, SaveError, UserError, exit_code
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.quiet import say_errors_once
 from zigzag_jax.train.reading import Fault, attempt, fault_of, read_newest, reason, steps_in
@@ -36,7 +36,10 @@ class Checkpoints:
     def __init__(
         self, folder: Path, keep: int, say: Callable[[str], None], *, together: Together | None = None
     ) -> None:
-        """`keep` of them stay. `together`: this process among the others, by default JAX's."""
+        """`keep` of them stay. `together`: this process among the others, by default JAX's.
+
+        OSError for a folder that cannot be made or read, MachineError where its storage may come back.
+        """
         self.folder, self.keep, self.say = folder.absolute(), keep, say
         self._together = Together() if together is None else together
         self._manager = self._open()
@@ -46,7 +49,12 @@ class Checkpoints:
             self._remove_parts()
         say_errors_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
-        return ocp.CheckpointManager(self.folder, options=options)
+        try:
+            return ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            if exit_code(error) != MACHINE_FAILED:
+                raise
+            raise MachineError(f"{self.folder} cannot be opened ({error.strerror})") from None
 
     def latest(self) -> int | None:
         """Newest step that is whole or being written, or None."""

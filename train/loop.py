@@ -22,7 +22,7 @@ from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.data.mixture import shares
 from zigzag_jax.train.dry_run import describe
-from zigzag_jax.train.errors import DONE, MACHINE_FAILED, PREEMPTED, RunError, UserError, exit_code
+from zigzag_jax.train.errors import DONE, PREEMPTED, RunError, UserError
 from zigzag_jax.train.hosts.agree import call_roll, check_devices, facts
 from zigzag_jax.train.hosts.discover import find_hosts
 from zigzag_jax.train.hosts.link import Link
@@ -135,8 +135,6 @@ def _writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if exit_code(error) == MACHINE_FAILED:  # storage that may come back is no mistake
-            raise
         raise UserError("out", f"must be a folder that can be written ({error.strerror})", folder) from None
 
 

@@ -40,6 +40,25 @@ def kept(tmp_path: Path, said: list[str]):
     checkpoints.close()
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(116, "Stale file handle"), MachineError, r"checkpoints cannot be opened \(Stale file handle\)$"),
+        (PermissionError(13, "Permission denied"), PermissionError, "Permission denied"),
+    ],
+    ids=["stale", "forbidden"],
+)
+def test_a_folder_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[Exception], words: str
+):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager", fail)
+    with pytest.raises(kind, match=words):
+        Checkpoints(tmp_path / "checkpoints", 2, print, together=alone())
+
+
 def test_nothing_there(kept: Checkpoints):
     assert kept.latest() is None
     assert kept.identity() is None
