@@ -9,10 +9,10 @@ import jax
 import tyro
 
 from zigzag_jax.train.config import Config
-from zigzag_jax.train.errors import FAILED, INTERRUPTED, PEER_GONE, USER_ERROR, PeerError, RunError, UserError
+from zigzag_jax.train.errors import FAILED, RunError, UserError, exit_code
 from zigzag_jax.train.loop import run
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
 def main(arguments: list[str] | None = None, default: Config | None = None, about: str | None = None) -> int:
@@ -24,22 +24,18 @@ def main(arguments: list[str] | None = None, default: Config | None = None, abou
     config = tyro.cli(Config, args=arguments, prog=prog, description=about, default=default or Config())
     try:
         return run(config)
-    except UserError as error:
-        return _fail(f"error: {error}", USER_ERROR)
-    except PeerError as error:
-        return _fail(f"error: {error}", PEER_GONE)
-    except RunError as error:
-        return _fail(f"error: {error}", FAILED)
-    except KeyboardInterrupt:
-        return _fail(f"interrupted; the same command again goes on from what is saved in {config.folder}", INTERRUPTED)
-    except OSError as error:
-        if error.errno not in _STORAGE:
+    except (UserError, RunError) as error:
+        return _fail(f"error: {error}", exit_code(error))
+    except KeyboardInterrupt as error:
+        text = f"interrupted; the same command again goes on from what is saved in {config.folder}"
+        return _fail(text, exit_code(error))
+    except Exception as error:
+        code = exit_code(error)
+        if isinstance(error, OSError) and error.errno in _STORAGE:
+            return _fail(f"error: {error.strerror}: {error.filename or config.folder}", code)
+        if code == FAILED and not jax.distributed.is_initialized():
             raise
-        return _fail(f"error: {error.strerror}: {error.filename or config.folder}", FAILED)
-    except Exception:
-        if not jax.distributed.is_initialized():
-            raise
-        return _fail(traceback.format_exc().rstrip(), FAILED)
+        return _fail(traceback.format_exc().rstrip(), code)
 
 
 def _fail(text: str, code: int) -> int:

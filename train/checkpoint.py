@@ -1,16 +1,14 @@
 """Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
 
-Each holds the state, a small JSON with what the run was (`identity`), one that a person may want to read (`origin`),
-and the model's config.json, so that it can be exported alone (models/hf/run_folder.py reads it). A folder appears under
-its final name only when it is whole, so a kill leaves the one before. One that cannot be read is named, renamed
-STEP.corrupt, and the one before it used; if none can be read, that is an error and all stay as they are: the cause may
-be the machine. Of several processes all take the newest that every one of them can read: each tries, then they vote.
-One that cannot be written takes back what it wrote and raises SaveError; train/saving.py tells what a run does then.
+Each holds the state and sums over its bits (train/sums.py), a small JSON with what the run was (`identity`), one that a
+person may want to read (`origin`), and the model's config.json, so that it can be exported alone
+(models/hf/run_folder.py reads it). A folder appears under its final name only when it is whole, so a kill leaves the
+one before. One that is damaged is named, renamed STEP.corrupt, and the one before it used (train/reading.py); if none
+can be read, that is an error and all stay as they are. One that cannot be written takes back what it wrote and raises
+SaveError; train/saving.py tells what a run does then.
 """
 
 import json
-import logging
-import re
 import shutil
 import sys
 import time
@@ -20,53 +18,43 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
-from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.errors import MACHINE_FAILED, MachineError, RunError, SaveError, UserError, exit_code
+from zigzag_jax.train.hosts.together import Together
+from zigzag_jax.train.quiet import say_errors_once
+from zigzag_jax.train.reading import Fault, attempt, fault_of, read_newest, reason, steps_in
+from zigzag_jax.train.sums import differing, sums
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
-_NOBODY = 2**31 - 1  # a vote that is above every process number
-_NO_STEP = -1  # a vote that is below every step
-
-
-class SaveError(Exception):
-    """A checkpoint that could not be written; its text is the reason. The state and older checkpoints are whole."""
-
-    @property
-    def of_storage(self) -> bool:
-        """Whether the system refused to write; else something broke off, such as another process."""
-        return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
-
-
-def lowest(value: int) -> int:
-    """The lowest of what all processes give, in all of them; each must call this as often as the others."""
-    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).min())
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(
-        self, folder: Path, keep: int, say: Callable[[str], None], *, process: int | None = None,
-        vote: Callable[[int], int] = lowest,
-    ) -> None:  # fmt: skip
-        """`keep` of them stay. `process` is this one's number, by default JAX's, and `vote` as `lowest`."""
+        self, folder: Path, keep: int, say: Callable[[str], None], *, together: Together | None = None
+    ) -> None:
+        """`keep` of them stay. `together`: this process among the others, by default JAX's.
+
+        OSError for a folder that cannot be made or read, MachineError where its storage may come back.
+        """
         self.folder, self.keep, self.say = folder.absolute(), keep, say
-        self._process, self._vote = jax.process_index() if process is None else process, vote
+        self._together = Together() if together is None else together
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if self._process == 0:  # what a killed save left; nobody is saving yet
+        if self._together.process == 0:  # what a killed save left; nobody is saving yet
             self._remove_parts()
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_not_said_twice)
-        if not isinstance(sys.unraisablehook, _LateWrites):
-            sys.unraisablehook = _LateWrites(sys.unraisablehook)
+        say_errors_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
-        return ocp.CheckpointManager(self.folder, options=options)
+        try:
+            return ocp.CheckpointManager(self.folder, options=options)
+        except OSError as error:
+            if exit_code(error) != MACHINE_FAILED:
+                raise
+            raise MachineError(f"{self.folder} cannot be opened ({error.strerror})") from None
 
     def latest(self) -> int | None:
         """Newest step that is whole or being written, or None."""
@@ -75,7 +63,7 @@ class Checkpoints:
     def newest_said(self) -> str:
         """Which checkpoint a run would go on from, as words."""
         try:
-            whole = max((int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()), default=None)
+            whole = max(steps_in(self.folder), default=None)
         except OSError as error:
             return f"the folder of checkpoints cannot be looked into ({error.strerror})"
         text = "there is no checkpoint yet" if whole is None else f"the newest checkpoint, of step {whole}, is whole"
@@ -84,13 +72,38 @@ class Checkpoints:
         return text
 
     def identity(self) -> dict[str, Any] | None:
-        """What the run that wrote the newest readable identity was, or None where there is no checkpoint."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        """What the run that wrote the newest readable identity was, or None where there is no checkpoint; says which
+        could not be read, and why.
+
+        UserError where there are checkpoints and none says it, MachineError where the machine cannot read one.
+        """
+        found, _, why = attempt(self._identities, self._together, self._tell, "what run this is, in checkpoints")
+        if found is None:
+            raise MachineError(f"{self.folder} cannot be read, tried for {self._together.patience} ({why})")
+        identity, unread = found
+        for step, cause in unread.items():
+            self._tell(f"checkpoints/{step} does not say what run it is of ({cause}); an older one is asked")
+        if identity is None and unread:
+            newest = max(unread)
+            rule = f"must hold a checkpoint that says what run it is of ({unread[newest]})"
+            raise UserError("out", rule, self.folder / str(newest))
+        return identity
+
+    def _identities(self) -> tuple[dict[str, Any] | None, dict[int, str]]:
+        """The newest identity, and why those of newer checkpoints could not be read."""
+        unread: dict[int, str] = {}
+        for step in sorted(steps_in(self.folder), reverse=True):
             try:
-                return json.loads((self.folder / str(step) / "identity" / "metadata").read_text())
-            except (OSError, ValueError):
-                continue  # `restore` names it
-        return None
+                identity = json.loads((self.folder / str(step) / "identity" / "metadata").read_text())
+            except Exception as error:
+                if fault_of(error) is not Fault.CONTENT:
+                    raise
+                unread[step] = reason(error)
+                continue
+            if isinstance(identity, dict):
+                return identity, unread
+            unread[step] = "it holds no JSON object"
+        return None, unread
 
     def save(
         self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any], origin: dict[str, Any]
@@ -103,7 +116,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        about = {"identity": identity, CONFIG: config, "origin": origin}
+        about = {"identity": identity, CONFIG: config, "origin": origin, "sums": sums(state)}
         items = {name: ocp.args.JsonSave(values) for name, values in about.items()}
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **items)
         with self._saving():
@@ -134,7 +147,7 @@ class Checkpoints:
             if jax.process_count() == 1:  # else another process may still be writing there
                 self._remove_parts()
                 self._manager.reload()  # it had already struck the oldest off its list, and would never delete it
-            raise SaveError(_reason(error)) from error
+            raise SaveError(reason(error)) from error
 
     def _remove_parts(self) -> None:
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
@@ -142,52 +155,72 @@ class Checkpoints:
 
     def restore(self, abstract: Any) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that all processes can read, or None; `abstract` are shapes with
-        shardings.
+        shardings. Newer ones, which are damaged, are set aside.
 
-        UserError where there are checkpoints and none can be read, or not all processes see any.
+        UserError where there are checkpoints and none can be read, or not all processes see one. MachineError where
+        the machine cannot read one.
         """
-        steps = sorted(self._manager.all_steps())
-        failed: dict[int, str] = {}
-        left = list(steps)
-        while (step := self._vote(left[-1] if left else _NO_STEP)) != _NO_STEP:
-            left = [x for x in left if x < step]
-            state = None
-            try:
-                state = self._read(step, abstract)
-            except Exception as error:  # whatever a damaged file raises
-                failed[step] = _reason(error)
-                if self._process != 0:  # only process 0 says lines, and it does not know why
-                    sys.stderr.write(f"process {self._process}: checkpoints/{step} cannot be read ({failed[step]})\n")
-            if (who := self._vote(_NOBODY if step not in failed else self._process)) == _NOBODY:
-                newer = [x for x in steps if x > step]  # one that another process does not see would be in the way too
-                self._set_aside({x: failed.get(x, "not all processes see it") for x in newer})
-                return step, state
-            failed.setdefault(step, f"process {who} cannot read it")
-        if steps:
-            newest = steps[-1]
-            rule = f"must hold a checkpoint that can be read ({failed.get(newest, 'a process sees none')})"
-            raise UserError("out", rule, self.folder / str(newest))
-        return None
+        read = lambda step: (self._read(step, abstract), self._sums(step))
+        found = read_newest(self.folder, read, self._together, self._tell, self._wrong)
+        if found is None:
+            return None
+        if found.damaged:
+            self._set_aside(found.damaged)
+        elif self.latest() != found.step:  # it came late to this host
+            self._manager.reload()
+        state, saved = found.state
+        if saved is None:
+            self._tell(f"checkpoints/{found.step} was written before there were sums: its numbers are not compared")
+        return found.step, state
 
     def _read(self, step: int, abstract: Any) -> Any:
         # not by the manager, which waits for the other processes after a read, also for one whose read has failed
         args = ocp.args.StandardRestore(abstract)
         return ocp.StandardCheckpointHandler().restore(self.folder / str(step) / STATE, args=args)
 
-    def _set_aside(self, failed: dict[int, str]) -> None:
-        """Name and rename checkpoints that cannot be read, now that an older one could."""
-        if self._vote(-len(failed)) == 0:
-            return
+    def _sums(self, step: int) -> dict[str, int] | None:
+        folder = self.folder / str(step) / "sums"
+        if not folder.exists():
+            return None
+        if not isinstance(found := json.loads((folder / "metadata").read_text()), dict):
+            raise ValueError("the sums of its numbers are no JSON object")
+        return found
+
+    def _wrong(self, read: tuple[Any, dict[str, int] | None]) -> str:
+        """Which numbers of a checkpoint are not those that were saved, as words; empty where all are."""
+        state, saved = read
+        here = sums(state)  # by all processes
+        names = "" if saved is None else differing(saved, here)
+        if (who := self._together.first(bool(names))) is None:
+            return ""
+        return f"its numbers are not those that were saved: {names or f'process {who} says which'}"
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Name and rename damaged checkpoints, now that an older one could be read."""
         self._manager.close()
-        if self._process == 0:
-            for step, reason in failed.items():
+        if self._together.process == 0:
+            for step, why in damaged.items():
                 path = self.folder / str(step)
                 names = (Path(f"{path}.corrupt{'' if n == 1 else n}") for n in range(1, 1000))
                 free = next(name for name in names if not name.exists())
-                path.rename(free)
-                self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({reason})")
-        self._vote(0)  # the others open the folder when that is done
+                try:
+                    path.rename(free)
+                except OSError as error:
+                    rule = f"must let a damaged checkpoint be renamed ({error.strerror}; it is damaged: {why})"
+                    raise UserError("out", rule, path) from None
+                self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({why})")
+        # the others open the folder when that is done; one that still saw it there would refuse to save that step
+        if (who := self._together.until(lambda: not steps_in(self.folder) & damaged.keys())) is not None:
+            rule = f"must be seen alike by all processes: process {who} still sees {max(damaged)}, which is renamed"
+            raise UserError("out", rule, self.folder)
         self._manager = self._open()
+
+    def _tell(self, text: str) -> None:
+        """A line of this process; only process 0 has a console."""
+        if self._together.process == 0:
+            self.say(text)
+        else:
+            sys.stderr.write(f"process {self._together.process}: {text}\n")
 
     def close(self) -> None:
         """Finish writing and stop; says so where what was being written could not be."""
@@ -196,32 +229,6 @@ class Checkpoints:
         except SaveError as error:
             self.say(f"the checkpoint that was being written could not be ({error}); {self.newest_said()}")
         self._manager.close()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    if found := re.search(r"([^:]+) \[os_error_code", str(error)):  # as tensorstore ends what the system told it
-        return found[1].strip()
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-class _LateWrites:
-    """A sys.unraisablehook that passes over what tensorstore's threads say when a save has failed: writes that were
-    under way come back to an event loop that orbax has closed meanwhile, and each would print a traceback.
-    """
-
-    def __init__(self, other: Callable[[Any], None]) -> None:
-        self._other = other
-
-    def __call__(self, what: Any) -> None:
-        if not (isinstance(what.exc_value, RuntimeError) and str(what.exc_value) == "Event loop is closed"):
-            self._other(what)
-
-
-def _not_said_twice(record: logging.LogRecord) -> bool:
-    """Orbax writes a traceback of every error that it also raises, and asyncio one of every other of its writes."""
-    return record.levelno != logging.ERROR or "orbax" not in record.pathname + record.getMessage()
 
 
 def check_identity(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -1,20 +1,57 @@
-"""How a run ends: its exit codes, and the errors that end it with one line instead of a traceback."""
+"""How a run ends: its exit codes, and the errors that end it with one line instead of a traceback.
+
+Of several processes all end with the code of the first that failed (train/hosts/link.py).
+"""
+
+import errno
+
+import jax
 
 from zigzag_jax.models.errors import UserError
 
-# exit codes: finished, training cannot go on, a user's mistake, a peer is gone or a step hangs, interrupted and saved,
-# Ctrl-C twice
-DONE, FAILED, USER_ERROR, PEER_GONE, PREEMPTED, INTERRUPTED = 0, 1, 2, 70, 75, 130
+# exit codes: finished, training cannot go on, a user's mistake, the machine failed, interrupted and saved, Ctrl-C twice
+DONE, FAILED, USER_ERROR, MACHINE_FAILED, PREEMPTED, INTERRUPTED = 0, 1, 2, 70, 75, 130
+
+_STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of a server or a disk that may come back
+_OF_DEVICES = ("INTERNAL", "UNAVAILABLE", "ABORTED", "UNKNOWN", "DATA_LOSS", "CANCELLED", "DEADLINE_EXCEEDED")
 
 
 class RunError(RuntimeError):
     """Training cannot go on; the command line prints `error: MESSAGE` and exits with 1."""
 
 
-class PeerError(RunError):
-    """A process of the run is not there; the command line prints `error: MESSAGE` and exits with 70."""
+class MachineError(RunError):
+    """Storage, a network or another process failed: the same command again may go on. The command line prints
+    `error: MESSAGE` and exits with 70.
+    """
+
+
+class PeerError(MachineError):
+    """A process of the run is not there."""
+
+
+class SaveError(Exception):
+    """A checkpoint that could not be written; its text is the reason. The state and older checkpoints are whole."""
+
+    @property
+    def of_storage(self) -> bool:
+        """Whether the system refused to write; else something broke off, such as another process."""
+        return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
+
+
+def exit_code(error: BaseException) -> int:
+    """The code that a process ends with by an error."""
+    if isinstance(error, UserError):
+        return USER_ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    machine = isinstance(error, MachineError | SaveError) or (isinstance(error, OSError) and error.errno in _STORAGE)
+    if isinstance(error, jax.errors.JaxRuntimeError):  # a card that fell off its bus, a NCCL call that failed
+        machine = str(error).startswith(_OF_DEVICES)
+    return MACHINE_FAILED if machine else FAILED
 
 
 __all__ = [
-    "DONE", "FAILED", "INTERRUPTED", "PEER_GONE", "PREEMPTED", "USER_ERROR", "PeerError", "RunError", "UserError",
+    "DONE", "FAILED", "INTERRUPTED", "MACHINE_FAILED", "PREEMPTED", "USER_ERROR", "MachineError", "PeerError",
+    "RunError", "SaveError", "UserError", "exit_code",
 ]  # fmt: skip

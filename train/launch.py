@@ -1,21 +1,23 @@
 """`python -m zigzag_jax.train.launch --processes N -- FLAGS`: several processes of one run on this machine.
 
 For a host with one process a GPU, and to try on one machine what many will do. Each process is `python -m
-zigzag_jax.train FLAGS` with its --hosts flags; on a machine with as many GPUs or more, process I sees the I-th alone
-(--gpus-per-process for more). Over many hosts let srun, mpirun or Kubernetes start the processes: examples/.
+zigzag_jax.train FLAGS` with its --hosts flags; on a machine with GPUs process I sees the I-th alone (--gpus-per-process
+for more), so there must be one for each. Over many hosts let srun, mpirun or Kubernetes start them: examples/.
 
 A signal goes to all of them. When one ends with an error the others have GRACE seconds to end by themselves; the exit
 code is the first that is not 0.
 """
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 import tyro
@@ -60,14 +62,26 @@ def commands(config: LaunchConfig, flags: Sequence[str], port: int) -> list[list
     return [[*base, "--hosts.process-id", str(i)] for i in range(config.processes)]
 
 
-def environment(process: int, gpus: int) -> dict[str, str]:
-    """That of one process, with its `gpus` GPUs chosen where there are any."""
-    if not has_gpu() or os.environ.get("JAX_PLATFORMS") == "cpu":
-        return dict(os.environ)
-    there = os.environ.get("CUDA_VISIBLE_DEVICES")
-    mine = range(process * gpus, (process + 1) * gpus)
-    chosen = [str(i) for i in mine] if there is None else there.split(",")[mine.start : mine.stop]
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+def visible_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> list[str] | None:
+    """The GPUs that processes may use, as CUDA_VISIBLE_DEVICES names them; None where the run is to use the CPU."""
+    if not has_gpu() or environment.get("JAX_PLATFORMS") == "cpu":
+        return None
+    if (given := environment.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in given.split(",") if name]
+    count = sum(re.fullmatch(r"nvidia\d+", path.name) is not None for path in devices.iterdir())
+    return [str(i) for i in range(count)]  # CUDA counts from 0 what a container sees, whatever the files are called
+
+
+def environments(config: LaunchConfig, gpus: Sequence[str] | None) -> list[dict[str, str]]:
+    """That of each process, with its GPUs chosen where there are any. UserError where there are too few."""
+    each = config.gpus_per_process
+    if gpus is None:
+        return [dict(os.environ)] * config.processes
+    if config.processes * each > len(gpus):
+        rule = f"must be at most the {len(gpus)} GPUs there are" + (f" / {each} per process" if each > 1 else "")
+        raise UserError("processes", f"{rule}, or run on the CPU (JAX_PLATFORMS=cpu)", config.processes)
+    mine = (gpus[i * each : (i + 1) * each] for i in range(config.processes))
+    return [os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(names)} for names in mine]
 
 
 def wait(processes: Sequence[subprocess.Popen[bytes]], grace: float) -> int:
@@ -96,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         port = found.getsockname()[1]
     try:
         lines = commands(config, flags, port)
+        envs = environments(config, visible_gpus(os.environ))
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return USER_ERROR
@@ -108,8 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
-    for i, line in enumerate(lines):  # a group of their own: Ctrl-C comes from here, once
-        env = environment(i, config.gpus_per_process)
+    for line, env in zip(lines, envs, strict=True):  # a group of their own: Ctrl-C comes from here, once
         processes.append(subprocess.Popen(line, env=env, start_new_session=True))
     return wait(processes, config.grace)
 

@@ -24,7 +24,7 @@ from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.ending import report
 from zigzag_jax.train.errors import DONE, PREEMPTED, UserError
-from zigzag_jax.train.hosts.agree import call_roll, facts
+from zigzag_jax.train.hosts.agree import call_roll, check_devices, facts
 from zigzag_jax.train.hosts.discover import find_hosts
 from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import PATIENT, Watchdog
@@ -77,6 +77,8 @@ def _run(
     last: ExitStack,
 ) -> int:  # fmt: skip
     """Train and report, with the devices there."""
+    if watchdog.link is not None:
+        check_devices(jax.devices(), watchdog.link.hosts)
     mesh = make_mesh(config)
     watchdog.on(mesh)
     preparing = lambda what: watchdog.doing(0, f"{what} before step", PATIENT)

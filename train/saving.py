@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from zigzag_jax.train.checkpoint import Checkpoints, SaveError
-from zigzag_jax.train.errors import RunError
+from zigzag_jax.train.checkpoint import Checkpoints
+from zigzag_jax.train.errors import MachineError, SaveError
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Saver:
     def after(self, step: int, state: Any, *, now: bool = False) -> None:
         """Save the state after a finished step where that is due, asked for (`now`), or an earlier try failed.
 
-        RunError where one of several processes cannot write, SaveError where the others broke off its saving.
+        MachineError where one of several processes cannot write, SaveError where the others broke off its saving.
         """
         if now or step % self.every == 0 or (self._failed and time.monotonic() - self._failed[0] > self.retry):
             self._try(step, lambda: self._save(step, state))
@@ -48,14 +48,14 @@ class Saver:
     def finish(self, step: int, state: Any, working: Callable[[], None] = lambda: None) -> None:
         """Return when the state after `step` is on disk; `working` is called before each further try.
 
-        RunError where it is not after `give_up` seconds, or one of several processes cannot save.
+        MachineError where it is not after `give_up` seconds, or one of several processes cannot save.
         """
         begin = time.monotonic()
         self._try(step, self.checkpoints.wait)
         while self.checkpoints.latest() != step:
             if self._failed and time.monotonic() - begin > self.give_up:
                 why = f"the state could not be saved in {self.give_up:g} s ({self._failed[1]})"
-                raise RunError(f"step {step}: {why}; {self.checkpoints.newest_said()}")
+                raise MachineError(f"step {step}: {why}; {self.checkpoints.newest_said()}")
             time.sleep(self.retry if self._failed else 0)
             working()
             self._try(step, lambda: self._save(step, state))
@@ -74,7 +74,7 @@ class Saver:
             why = f"the state cannot be saved in {self.checkpoints.folder} ({error})"
             if not self.alone:
                 if error.of_storage:
-                    raise RunError(f"step {step}: {why}; {self.checkpoints.newest_said()}") from None
+                    raise MachineError(f"step {step}: {why}; {self.checkpoints.newest_said()}") from None
                 raise  # most probably another process is gone, which the watchdog says better
             self.say(f"step {step}: {why}; {self.checkpoints.newest_said()}; next try in {self.retry:g} s")
             self._failed = (time.monotonic(), str(error))

@@ -7,13 +7,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from zigzag_jax.train.config import Config, HostsConfig
-from zigzag_jax.train.errors import PeerError, UserError
-from zigzag_jax.train.hosts.agree import LIBRARIES, call_roll, facts, first_difference, source_digest
-from zigzag_jax.train.hosts.link import Link, behind, patience
+from zigzag_jax.train.errors import MachineError, PeerError, RunError, UserError
+from zigzag_jax.train.hosts.agree import (
+    _LONGEST,
+    LIBRARIES,
+    _read_line,
+    call_roll,
+    check_devices,
+    facts,
+    first_difference,
+    settings,
+    source_digest,
+)
+from zigzag_jax.train.hosts.link import Link, patience
 
 
 def free_port() -> int:
@@ -75,6 +86,50 @@ def test_first_difference():
     assert found == ("jax", "must be the same in all processes, 2 in process 0 (a)", "3 in process 1 (b)")
 
 
+def test_what_is_missing_in_one_process_is_none_there():
+    found = first_difference({0: {}, 1: {"NCCL_ALGO": "Ring"}}, ["a", "b"])
+    assert found == ("NCCL_ALGO", "must be the same in all processes, none in process 0 (a)", "Ring in process 1 (b)")
+
+
+def test_settings_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+    monkeypatch.setenv("NCCL_PROTO", "Simple")
+    assert settings().items() >= {("XLA_FLAGS --xla_a", "1"), ("NCCL_PROTO", "Simple"), ("jax_enable_x64", "False")}
+    monkeypatch.setenv("XLA_FLAGS", "/no/such/file")
+    with pytest.raises(UserError, match=r"^XLA_FLAGS: must be flags, or a file of them \(No such file .*, got /no"):
+        settings()
+
+
+def test_the_roll_call_compares_settings(monkeypatch: pytest.MonkeyPatch):
+    own = threading.local()
+    monkeypatch.setattr("zigzag_jax.train.hosts.agree.settings", lambda: {"XLA_FLAGS --xla_a": own.value})
+
+    def those(i: int) -> dict:
+        own.value = str(i // 2)
+        return {"steps": "1"}
+
+    for error in call(3, those=those).values():
+        assert isinstance(error, UserError)
+        assert str(error).startswith("XLA_FLAGS --xla_a: must be the same in all processes, 0 in process 0 (")
+        assert ", got 1 in process 2 (" in str(error)
+
+
+def gpus(*counts: int, kind: str = "H100", platform: str = "gpu") -> list:
+    """Devices of processes 0, 1, .."""
+    owners = [process for process, count in enumerate(counts) for _ in range(count)]
+    return [SimpleNamespace(process_index=p, device_kind=kind, platform=platform) for p in owners]
+
+
+def test_all_bring_the_same_devices():
+    check_devices(gpus(8, 8), ["a", "b"])
+    check_devices(gpus(1, 3, kind="cpu", platform="cpu"), ["a", "b"])
+    rule = r"^devices: must be the same in all processes, 8 x H100 in process 0 \(a\), got "
+    with pytest.raises(UserError, match=rule + r"7 x H100 in process 2 \(c\)$"):
+        check_devices(gpus(8, 8, 7), ["a", "b", "c"])
+    with pytest.raises(UserError, match=rule + r"1 x A100, 7 x H100 in process 1 \(b\)$"):
+        check_devices([*gpus(8, 7), *gpus(0, 1, kind="A100")], ["a", "b"])
+
+
 def test_all_are_told_who_differs():
     for error in call(3, those=lambda i: {"steps": str(i // 2)}).values():
         assert isinstance(error, UserError)
@@ -92,6 +147,18 @@ def test_process_0_is_missing():
     (error,) = call(2, there=[1], timeout=1).values()
     assert isinstance(error, PeerError)
     assert str(error).startswith("process 0 did not answer at 127.0.0.1:")
+
+
+@pytest.mark.parametrize("text", [b"", b"{broken off", b"x" * (_LONGEST + 8192)], ids=["nothing", "half", "endless"])
+def test_no_line(text: bytes):
+    mine, other = socket.socketpair()
+    with mine, ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(lambda: (other.sendall(text), other.close()))
+        with pytest.raises(ValueError, match="the line broke off"):
+            _read_line(mine)
+        while mine.recv(65536):
+            pass
+        sent.result()
 
 
 def test_the_same_number_twice():
@@ -127,7 +194,8 @@ def test_a_stranger_on_the_port_does_no_harm():
 
     first = threading.Thread(target=one, args=(0,))
     first.start()
-    for text in (b"GET / HTTP/1.1\r\n\r\n", json.dumps([1]).encode() + b"\n"):
+    endless = b"x" * (_LONGEST + 8192)
+    for text in (b"GET / HTTP/1.1\r\n\r\n", json.dumps([1]).encode() + b"\n", b"{broken off", endless):
         assert until(lambda text=text: _send(port, text))
     one(1)
     first.join(20)
@@ -153,7 +221,7 @@ def test_all_know_who_is_gone(dead: int):
             assert found[process].wait_for_gone(10)
             gone = found[process].gone
             assert gone is not None
-            assert gone[:2] == (dead, "is gone")
+            assert gone[:3] == (dead, "is gone", 70)
 
 
 def test_silence_counts_as_gone():
@@ -166,12 +234,35 @@ def test_silence_counts_as_gone():
 
 
 @pytest.mark.parametrize("failed", [0, 1])
-def test_why_a_process_ended_is_told(failed: int):
+@pytest.mark.parametrize(
+    ("error", "why", "code"),
+    [
+        (UserError("data", "must exist", "x"), "ended: data: must exist, got x", 2),
+        (RunError("step 3: the loss is nan\nand more"), "ended: step 3: the loss is nan", 1),
+        (MachineError("a disk is gone"), "ended: a disk is gone", 70),
+        (KeyboardInterrupt(), "ended: KeyboardInterrupt", 130),
+    ],
+    ids=["user", "run", "machine", "interrupt"],
+)
+def test_why_a_process_ended_is_told_and_its_exit_code(failed: int, error: BaseException, why: str, code: int):
     with links(3) as found:
-        found[failed].close("data: must exist")
-        assert found[2].wait_for_gone(10)
-        assert found[2].gone is not None
-        assert found[2].gone[:2] == (failed, "ended: data: must exist")
+        found[failed].__exit__(type(error), error, None)
+        for other in {0, 1, 2} - {failed}:
+            assert found[other].wait_for_gone(10)
+            gone = found[other].gone
+            assert gone is not None
+            assert gone[:3] == (failed, why, code)
+
+
+def test_the_first_that_failed_counts():
+    with links(3) as found:
+        found[1].close("data: must exist", 2)
+        assert all(found[i].wait_for_gone(10) for i in (0, 2))
+        cut(found[2])
+        time.sleep(0.3)
+        gone = found[0].gone
+        assert gone is not None
+        assert gone[:3] == (1, "ended: data: must exist", 2)
 
 
 def test_a_good_bye_alarms_nobody():
@@ -200,13 +291,6 @@ def test_a_stop_waits_for_nobody_who_is_done():
     with links(2) as found, ThreadPoolExecutor(1) as pool:
         found[0].close()
         pool.submit(found[1].stop_after, 5).result(timeout=10)
-
-
-def test_who_is_behind():
-    assert behind({0: (5, "computing step"), 1: (5, "computing step"), 2: None}) == ""
-    found = behind({0: (5, "computing step"), 1: (5, "reading the batch of step"), 2: (5, "computing step")})
-    assert found == "process 1: reading the batch of step 5, the others are elsewhere"
-    assert behind({0: (5, "computing step"), 1: (4, "saving after step")}).startswith("process 1: saving after step 4")
 
 
 def test_where_a_process_is_reaches_process_0_and_comes_back():

@@ -1,17 +1,17 @@
 """Checkpoints come back bit for bit on any mesh; a damaged one is named, set aside, and the one before it used."""
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from votes import Votes, alone
 
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
-from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.errors import MachineError, RunError, UserError
 
 
 def state(value: float, devices: int = 1) -> dict:
@@ -35,9 +35,28 @@ def said() -> list[str]:
 
 @pytest.fixture
 def kept(tmp_path: Path, said: list[str]):
-    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append, together=alone())
     yield checkpoints
     checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(116, "Stale file handle"), MachineError, r"checkpoints cannot be opened \(Stale file handle\)$"),
+        (PermissionError(13, "Permission denied"), PermissionError, "Permission denied"),
+    ],
+    ids=["stale", "forbidden"],
+)
+def test_a_folder_that_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, kind: type[Exception], words: str
+):
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager", fail)
+    with pytest.raises(kind, match=words):
+        Checkpoints(tmp_path / "checkpoints", 2, print, together=alone())
 
 
 def test_nothing_there(kept: Checkpoints):
@@ -75,6 +94,7 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
         if file.is_file():
             file.unlink() if damage == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert kept.identity() == {"model": "a"}
+    assert said[0].startswith("checkpoints/8 does not say what run it is of (")
     step, got = kept.restore(abstract()) or pytest.fail("nothing restored")
     assert step == 4
     same(got, state(4))
@@ -83,6 +103,95 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     kept.save(8, state(8.5), {}, {}, {})  # the run goes on and comes to step 8 again
     kept.wait()
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(8.5))
+
+
+def test_one_bit_that_the_storage_changed_is_noticed(kept: Checkpoints, said: list[str]):
+    """In the values of an array, which nothing else in a checkpoint covers."""
+    large = lambda seed: {"v": jnp.asarray(np.random.default_rng(seed).normal(size=65536), jnp.float32), **state(seed)}
+    for step in (4, 8):
+        kept.save(step, large(step), {}, {}, {})
+        kept.wait()
+    values = max((kept.folder / "8" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    changed = bytearray(values.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    values.write_bytes(changed)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), large(0))
+    step, got = kept.restore(shapes) or pytest.fail("nothing restored")
+    assert step == 4
+    same(got, large(4))
+    assert said[-1].endswith("(its numbers are not those that were saved: ['v'])")
+    assert (kept.folder / "8.corrupt").is_dir()
+
+
+def test_numbers_that_are_wrong_for_one_of_two_processes_are_wrong_for_both(kept: Checkpoints):
+    kept.save(4, state(4), {}, {}, {})
+    kept.wait()
+    votes = Votes()
+    both = [Checkpoints(kept.folder, 2, print, together=votes.of(i)) for i in (0, 1)]
+    right = kept._sums(4)
+    saved = [right, None]  # one sees no sums, as a cache may have it
+    assert votes.all(lambda one: both[one.process]._wrong((state(4), saved[one.process]))) == ["", ""]
+    saved = [right, {**(right or {}), "['m']": 1}]
+    words = votes.all(lambda one: both[one.process]._wrong((state(4), saved[one.process])))
+    assert [text.split(": ")[1] for text in words] == ["process 1 says which", "['m']"]
+    for one in both:
+        one.close()
+
+
+@pytest.mark.parametrize("text", ["[]", "{"])
+def test_sums_that_cannot_be_read_are_damage(kept: Checkpoints, said: list[str], text: str):
+    for step in (4, 8):
+        kept.save(step, state(step), {}, {}, {})
+        kept.wait()
+    (kept.folder / "8" / "sums" / "metadata").write_text(text)
+    assert (kept.restore(abstract()) or pytest.fail("nothing restored"))[0] == 4
+    assert (kept.folder / "8.corrupt").is_dir()
+
+
+def test_a_checkpoint_without_sums_is_read_and_that_is_said(kept: Checkpoints, said: list[str]):
+    kept.save(4, state(4), {}, {}, {})
+    kept.wait()
+    shutil.rmtree(kept.folder / "4" / "sums")
+    same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(4))
+    assert said == ["checkpoints/4 was written before there were sums: its numbers are not compared"]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [(None, "No such file or directory"), ("{", "Expecting property name"), ("[]", "it holds no JSON object")],
+    ids=["none", "half", "list"],
+)
+def test_where_no_checkpoint_says_what_run_it_is_of_it_is_not_taken_for_this_one(
+    kept: Checkpoints, said: list[str], text: str | None, why: str
+):
+    kept.save(4, state(4), {"model": "a"}, {}, {})
+    kept.wait()
+    file = kept.folder / "4" / "identity" / "metadata"
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(UserError, match=rf"^out: must hold a checkpoint that says what run it is of \({why}.*/4$"):
+        kept.identity()
+    assert said[0].startswith(f"checkpoints/4 does not say what run it is of ({why}")
+
+
+def test_an_identity_that_the_machine_cannot_read_is_read_again(
+    kept: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    for step in (4, 8):
+        kept.save(step, state(step), {"model": str(step)}, {}, {})
+        kept.wait()
+    failing, read_text = [OSError(116, "Stale file handle")] * 2, Path.read_text
+
+    def read(path: Path) -> str:
+        if failing:
+            raise failing.pop()
+        return read_text(path)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert kept.identity() == {"model": "8"}
+    assert said == ["what run this is, in checkpoints: Stale file handle; tried again for 0 s"]
+    failing += [OSError(116, "Stale file handle")] * 9
+    with pytest.raises(MachineError, match=r"checkpoints cannot be read, tried for 0 s \(Stale file handle\)$"):
+        kept.identity()
 
 
 def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
@@ -96,70 +205,72 @@ def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
     assert kept.restore(abstract()) is not None
 
 
-class Votes:
-    """Two threads as two processes: `lowest` of what both give."""
-
-    def __init__(self) -> None:
-        self.given, self.barrier = [0, 0], threading.Barrier(2, timeout=60)
-
-    def of(self, process: int) -> Callable[[int], int]:
-        def vote(value: int) -> int:
-            self.given[process] = value
-            self.barrier.wait()
-            lowest = min(self.given)
-            self.barrier.wait()
-            return lowest
-
-        return vote
-
-
-def test_where_one_of_two_processes_cannot_read_the_newest_both_take_the_one_before(
+def test_a_checkpoint_that_is_damaged_for_one_of_two_processes_is_set_aside_by_both(
     kept: Checkpoints, capsys: pytest.CaptureFixture[str]
 ):
     for step in (4, 8):
         kept.save(step, state(step), {}, {}, {})
         kept.wait()
     votes, said = Votes(), ([], [])
-    both = [Checkpoints(kept.folder, 2, said[i].append, process=i, vote=votes.of(i)) for i in (0, 1)]
+    both = [Checkpoints(kept.folder, 2, said[i].append, together=votes.of(i)) for i in (0, 1)]
     read = both[1]._read
 
     def damaged(step: int, abstract: dict) -> dict:
         if step == 8:
-            raise OSError(5, "Input/output error")
+            raise ValueError("DATA_LOSS: half a file")
         return read(step, abstract)
 
     both[1]._read = damaged  # type: ignore[method-assign]
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda one: one.restore(abstract()), both))
-    for got in found:
-        assert got is not None
+    for got in votes.all(lambda one: both[one.process].restore(abstract())):
         assert got[0] == 4
         same(got[1], state(4))
-    assert said[0] == [
+    assert said[0][-1] == (
         f"checkpoints/8 cannot be read and is now {kept.folder}/8.corrupt; an older one is used "
         "(process 1 cannot read it)"
-    ]
-    assert capsys.readouterr().err == "process 1: checkpoints/8 cannot be read (Input/output error)\n"
+    )
+    assert said[1] == []
+    error = "process 1: checkpoints/8: DATA_LOSS: half a file; tried again for 0 s\n"
+    assert capsys.readouterr().err == error
     assert [one.latest() for one in both] == [4, 4]
     for one in both:
         one.close()
 
 
-def test_where_one_of_two_processes_sees_no_checkpoint_nobody_begins_anew(kept: Checkpoints, tmp_path: Path):
+def test_a_checkpoint_that_cannot_be_renamed(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    for step in (4, 8):
+        kept.save(step, state(step), {}, {}, {})
+        kept.wait()
+    (kept.folder / "8" / "state" / "manifest.ocdbt").write_bytes(b"")
+
+    def rename(path: Path, target: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    rule = r"^out: must let a damaged checkpoint be renamed \(Read-only file system; it is damaged: DATA_LOSS.*/8$"
+    with pytest.raises(UserError, match=rule):
+        kept.restore(abstract())
+    monkeypatch.undo()
+    assert (kept.folder / "8").is_dir()
+
+
+def test_a_process_that_goes_on_seeing_what_was_renamed(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch):
+    for step in (4, 8):
+        kept.save(step, state(step), {}, {}, {})
+        kept.wait()
+    (kept.folder / "8" / "state" / "manifest.ocdbt").write_bytes(b"")
+    monkeypatch.setattr("zigzag_jax.train.checkpoint.steps_in", lambda folder: {4, 8})  # a cache that is behind
+    with pytest.raises(UserError, match=r"^out: must be seen alike by all processes: process 0 still sees 8"):
+        kept.restore(abstract())
+
+
+def test_a_checkpoint_that_was_seen_late_is_the_newest(kept: Checkpoints):
+    late = Checkpoints(kept.folder, 2, print, together=alone())
     kept.save(4, state(4), {}, {}, {})
     kept.wait()
-    votes = Votes()
-    both = [
-        Checkpoints(folder, 2, lambda text: None, process=i, vote=votes.of(i))
-        for i, folder in enumerate((kept.folder, tmp_path / "elsewhere"))
-    ]
-    with ThreadPoolExecutor(2) as pool:
-        sees, none = [pool.submit(one.restore, abstract()) for one in both]
-        assert none.result() is None
-        with pytest.raises(UserError, match=r"^out: must hold a checkpoint that can be read \(a process sees none\)"):
-            sees.result()
-    for one in both:
-        one.close()
+    assert late.latest() is None
+    assert (late.restore(abstract()) or pytest.fail("nothing restored"))[0] == 4
+    assert late.latest() == 4
+    late.close()
 
 
 def test_what_is_still_being_written_is_not_called_whole(kept: Checkpoints, monkeypatch: pytest.MonkeyPatch):

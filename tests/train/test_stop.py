@@ -37,3 +37,25 @@ def test_a_signal_leaves_out_what_is_left_of_a_report():
         with pytest.raises(Stopped):
             part()
     assert said == ["SIGTERM: all is saved, leaving the rest of the report out (Ctrl-C again stops at once)"]
+
+
+class Wire:
+    """What StopRequest needs of a Link: the others hear at once."""
+
+    stop_at: int | None = None
+
+    def stop_after(self, step: int) -> None:
+        self.stop_at = step
+
+
+def test_of_several_processes_all_stop_after_the_next_step():
+    wire = Wire()
+    here, there = (StopRequest(lambda text: None, wire) for _ in range(2))  # type: ignore[arg-type]
+    with here:
+        assert [here.after(4), there.after(4)] == [False, False]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert not here.after(5)
+        assert wire.stop_at == 6
+        assert not there.after(5)
+        assert [here.after(6), there.after(6)] == [True, True]
+    assert (here.asked, there.asked) == ("SIGTERM", "a signal to another process")

@@ -1,5 +1,7 @@
 """A hang and a lost peer end in one line that names step, axis and process; a run that goes on is left alone."""
 
+import json
+import socket
 import subprocess
 import sys
 import time
@@ -9,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import Watchdog, axes_between, newest
 
 TWO_HOSTS = np.array([[[0, 0], [1, 1]], [[2, 2], [3, 3]]])  # dp 2, fsdp 2, cp 2
@@ -52,6 +55,40 @@ def test_a_hang_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert "test_a_hang_is_named" in (tmp_path / "stacks-process-0.txt").read_text()
 
 
+def test_a_peer_s_error_gives_the_exit_code_and_no_stacks(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("zigzag_jax.train.hosts.watchdog._GRACE", 0.1)
+    mine, other = socket.socketpair()
+    link, left = Link(1, {0: mine}, ["a", "b"], 10.0), Left()
+    with other, Watchdog(tmp_path, 100, link, leave=left) as dog:
+        dog.doing(3, "computing step")
+        other.sendall(json.dumps({"gone": [0, "ended: data: must exist", 2]}).encode() + b"\n")
+        for _ in range(600):
+            if left:
+                break
+            time.sleep(0.05)
+    assert left[0] == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    want = "error: step 3: process 0 (a) ended: data: must exist, as process 1 (b) sees it; there is no checkpoint yet"
+    assert line == want
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_a_peer_s_error_caused_takes_its_exit_code(tmp_path: Path):
+    mine, other = socket.socketpair()
+    link, left = Link(1, {0: mine}, ["a", "b"], 10.0), Left()
+
+    def collective() -> None:
+        with Watchdog(tmp_path, 100, link, leave=left):
+            other.sendall(json.dumps({"gone": [0, "ended: data: must exist", 2]}).encode() + b"\n")
+            raise ValueError("Connection closed by peer")
+
+    with other, pytest.raises(ValueError, match="closed by peer"):
+        collective()
+    assert left == [2]
+
+
 def test_steps_that_finish_and_what_may_compile_are_left_alone(tmp_path: Path):
     left = Left()
     with Watchdog(tmp_path, 1, None, leave=left) as dog:
@@ -73,6 +110,7 @@ def test_newest(tmp_path: Path):
 ABORT = """
 import os, socket, sys, threading, time
 from pathlib import Path
+from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import Watchdog
 mine, other = socket.socketpair()

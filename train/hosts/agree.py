@@ -1,20 +1,24 @@
-"""The roll call at the start: all processes are there, and run the same code, flags and libraries.
+"""The roll call at the start: all processes are there, and run the same code, flags, settings and libraries.
 
-Every process says what it runs (`facts`); process 0 waits for all, compares, and answers all alike. It comes before JAX
-joins the processes, for two that differ hang in their first common computation, or train nonsense without a word, and a
-process that is missing is not named by JAX.
+Every process says what it runs (`facts`, `settings`); process 0 waits for all, compares, and answers all alike. This is
+before JAX joins the processes, for two that differ hang in their first common computation, or train nonsense without a
+word, and a process that is missing is not named by JAX. Which devices each one brings is known after (`check_devices`).
 """
 
 import contextlib
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import socket
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data.open_data import tokens_digest
@@ -22,6 +26,7 @@ from zigzag_jax.train.errors import PeerError, UserError
 from zigzag_jax.train.flags import flags_of
 from zigzag_jax.train.hosts.discover import address
 from zigzag_jax.train.hosts.link import Link, patience
+from zigzag_jax.train.hosts.settings import cuda_versions, jax_settings, variables, xla_flags
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tokenizers")
 _OWN = ("hosts.process-id", "hosts.coordinator", "cpu-devices", "dry-run")  # flags in which processes may differ
@@ -35,7 +40,19 @@ def facts(config: Config) -> Facts:
     flags = {name: str(value) for name, value in flags_of(config).items() if name not in _OWN}
     versions = {f"version of {name}": _version(name) for name in LIBRARIES}
     flags |= {"data": tokens_digest(config.data), "code of zigzag_jax": source_digest()}
-    return flags | {"version of python": platform.python_version()} | versions
+    return flags | {"version of python": platform.python_version()} | versions | cuda_versions()
+
+
+def settings() -> Facts:
+    """What all processes have to have in common beside their flags, by name. UserError for XLA_FLAGS that names a file
+    which cannot be read.
+    """
+    try:
+        flags = xla_flags(os.environ.get("XLA_FLAGS", ""))
+    except (OSError, ValueError) as error:
+        rule = f"must be flags, or a file of them ({getattr(error, 'strerror', None) or error})"
+        raise UserError("XLA_FLAGS", rule, os.environ["XLA_FLAGS"]) from None
+    return jax_settings(jax.config.values) | flags | variables(os.environ)
 
 
 def source_digest() -> str:
@@ -52,12 +69,23 @@ def source_digest() -> str:
 def first_difference(everyone: Mapping[int, Facts], hosts: list[str]) -> tuple[str, str, str] | None:
     """(field, rule, value) of the first fact in which a process differs from process 0; None: all agree."""
     for name in {name: None for those in everyone.values() for name in those}:
-        want = everyone[0].get(name)
+        want = everyone[0].get(name, "none")
         for process, those in sorted(everyone.items()):
-            if those.get(name) != want:
+            if (got := those.get(name, "none")) != want:
                 rule = f"must be the same in all processes, {want} in process 0 ({hosts[0]})"
-                return name, rule, f"{those.get(name)} in process {process} ({hosts[process]})"
+                return name, rule, f"{got} in process {process} ({hosts[process]})"
     return None
+
+
+def check_devices(devices: Sequence[jax.Device], hosts: list[str]) -> None:
+    """UserError where a process brings GPUs of another kind than process 0, or more, or fewer."""
+    kinds = {process: Counter[str]() for process in range(len(hosts))}
+    for device in devices:
+        if device.platform != "cpu":  # these pose as as many as each is told, --cpu-devices
+            kinds[device.process_index][device.device_kind] += 1
+    said = {p: ", ".join(f"{n} x {kind}" for kind, n in sorted(found.items())) for p, found in kinds.items()}
+    if (difference := first_difference({p: {"devices": text} for p, text in said.items()}, hosts)) is not None:
+        raise UserError(*difference)
 
 
 def call_roll(config: Config, those: Facts) -> Link:
@@ -65,7 +93,12 @@ def call_roll(config: Config, those: Facts) -> Link:
     hosts = config.hosts
     assert hosts.coordinator is not None
     host, port = address(hosts.coordinator)
-    me = {"process": hosts.process_id, "host": socket.gethostname(), "facts": those, "size": hosts.num_processes}
+    me = {
+        "process": hosts.process_id,
+        "host": socket.gethostname(),
+        "facts": those | settings(),
+        "size": hosts.num_processes,
+    }
     end = time.monotonic() + hosts.timeout
     if hosts.process_id == 0:
         return _take_calls(port, me, end, hosts.timeout)

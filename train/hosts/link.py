@@ -4,13 +4,15 @@ Process 0 listens on the coordinator's port before JAX does; the others call and
 agree.py), and the connections stay open. So that
 
 - a process that dies is known to all within a moment, by name: the kernel closes its connection;
+- one that ends by an error says which, and the others end with its exit code: whoever starts them again, or does not,
+  is told one thing by all;
 - one whose host is gone, or that is frozen, is known after PATIENCE seconds of silence: everybody says something every
   second;
 - all stop after the same step: who wants to stop waits, between two steps, until everybody has heard of it. A step
   needs all processes, so none is past the next one then.
 
-Messages are JSON, one a line. To process 0: beat [step, doing], stop N, heard N, failed TEXT, bye. From it: beat,
-stop N, agreed N, gone [process, why], behind TEXT, bye. Nothing here knows of JAX.
+Messages are JSON, one a line. To process 0: beat [step, doing], stop N, heard N, failed [TEXT, code], bye. From it:
+beat, stop N, agreed N, gone [process, why, code], behind TEXT, bye. Nothing here knows of JAX.
 """
 
 import contextlib
@@ -21,29 +23,31 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
+
+from zigzag_jax.train.errors import MACHINE_FAILED, exit_code
+from zigzag_jax.train.hosts.behind import State, behind
 
 _TICK = 1.0  # seconds between two beats
 _GRACE = 1.0  # seconds that a process stays to let the others hear why it ends
 
-State = tuple[int, str]  # step, what is done in it
+
+class Gone(NamedTuple):
+    """The first process that is known to be gone."""
+
+    process: int
+    """Its number."""
+    why: str
+    """How it went, as words."""
+    code: int
+    """The exit code that the others take from it."""
+    since: float
+    """When that was known, by time.monotonic()."""
 
 
 def patience(timeout: int) -> float:
     """Seconds of silence after which a process counts as gone."""
     return max(10.0, min(60.0, timeout / 2))
-
-
-def behind(states: Mapping[int, State | None]) -> str:
-    """Which processes hold the others up, as words; empty where all are at the same place."""
-    known = {process: state for process, state in states.items() if state is not None}
-    if len(set(known.values())) < 2:
-        return ""
-    step = min(state[0] for state in known.values())
-    at = {what: [p for p, state in known.items() if state == (step, what)] for _, what in known.values()}
-    what = min((what for what in at if at[what]), key=lambda what: len(at[what]))  # the few, where steps are equal
-    names = ", ".join(f"process {p}" for p in sorted(at[what])[:4]) + (" and more" if len(at[what]) > 4 else "")
-    return f"{names}: {what} {step}, the others are elsewhere"
 
 
 class Link:
@@ -52,7 +56,7 @@ class Link:
     def __init__(self, process: int, peers: Mapping[int, socket.socket], hosts: list[str], silence: float) -> None:
         """`peers`: connections by process; `hosts`: name of the host of each process; `silence` in seconds."""
         self.process, self.hosts, self.silence = process, hosts, silence
-        self.gone: tuple[int, str, float] | None = None  # process, why, and when that was known
+        self.gone: Gone | None = None
         self.behind = ""
         self.stop_at: int | None = None
         self.closing = False
@@ -96,17 +100,17 @@ class Link:
         """`process I (HOST)`."""
         return f"process {process} ({self.hosts[process]})"
 
-    def close(self, failed: str | None = None) -> None:
-        """Say good-bye, or why this process ends; the others end too then."""
+    def close(self, failed: str | None = None, code: int = MACHINE_FAILED) -> None:
+        """Say good-bye, or why this process ends, and with which exit code; the others end with it too then."""
         if self.closing:
             return
         self.closing = True
         if failed is None:
             self._send_all(bye=True)
         elif self.process == 0:
-            self._send_all(gone=[0, f"ended: {failed}"])
+            self._send_all(gone=[0, f"ended: {failed}", code])
         else:
-            self._send(0, failed=failed)
+            self._send(0, failed=[failed, code])
         for peer in list(self._peers.values()):
             with contextlib.suppress(OSError):
                 peer.shutdown(socket.SHUT_WR)
@@ -116,7 +120,10 @@ class Link:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close(None if error is None else str(error).split("\n", maxsplit=1)[0] or type(error).__name__)
+        if error is None:
+            self.close()
+        else:
+            self.close(str(error).split("\n", maxsplit=1)[0] or type(error).__name__, exit_code(error))
 
     def _listen(self) -> None:
         due = time.monotonic()
@@ -160,7 +167,8 @@ class Link:
                 self._missing.discard(p)
                 self._settle()
         elif "failed" in message:
-            self._lose(p, f"ended: {message['failed']}")
+            why, code = message["failed"]
+            self._lose(p, f"ended: {why}", code)
         elif "gone" in message:
             self._note(*message["gone"])
         elif "stop" in message and self.process == 0:
@@ -191,17 +199,17 @@ class Link:
             self._agreed.set()
             self._send_all(agreed=self.stop_at)
 
-    def _lose(self, p: int, why: str) -> None:
+    def _lose(self, p: int, why: str, code: int = MACHINE_FAILED) -> None:
         self._drop(p)
         if self.closing:
             return
         if self.process == 0:
-            self._send_all(gone=[p, why])
-        self._note(p, why)
+            self._send_all(gone=[p, why, code])
+        self._note(p, why, code)
 
-    def _note(self, p: int, why: str) -> None:
+    def _note(self, p: int, why: str, code: int) -> None:
         if self.gone is None and p != self.process:
-            self.gone = (p, why, time.monotonic())
+            self.gone = Gone(p, why, code, time.monotonic())
 
     def _drop(self, p: int) -> None:
         peer = self._peers.pop(p, None)

@@ -1,4 +1,5 @@
-"""Ends a run that hangs, or whose peers are gone: stacks, one line that says where, exit code 70.
+"""Ends a run that hangs, or whose peers are gone: stacks, one line that says where, exit code 70; where a peer ended by
+an error, its exit code.
 
 The loop says what it does (`doing`); a thread looks twice a second whether it still does the same after its time, or
 whether the wire (link.py) knows of a process that is gone. A step has --hosts.timeout seconds, all that may compile
@@ -12,6 +13,7 @@ ours.
 Nothing is saved at that moment: half of the state is at the other processes or given to the step that hangs.
 """
 
+import contextlib
 import ctypes
 import faulthandler
 import os
@@ -27,7 +29,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from zigzag_jax.train.errors import PEER_GONE, RunError, UserError
+from zigzag_jax.train.errors import MACHINE_FAILED, RunError, UserError
 from zigzag_jax.train.hosts.link import Link
 
 PATIENT = 10  # what may compile has this many times a step's time
@@ -85,7 +87,7 @@ class Watchdog:
             # most probably a collective that broke off; who is to blame is known in a moment, or after a silence
             wait = 0.0 if "RESOURCE_EXHAUSTED" in str(error) else self.link.silence + 2
             if self.link.wait_for_gone(wait):
-                self._end(self._gone())
+                self._end(*self._gone())
         self._done.set()
         if self.link is not None:
             _catch_abort(None)
@@ -97,10 +99,10 @@ class Watchdog:
             self._spent += min(now - last, 2 * _TICK)  # a process that was stopped, or a laptop's sleep, is no hang
             last = now
             gone = None if self.link is None or self.link.closing else self.link.gone
-            if gone is not None and now - gone[2] > _GRACE:
-                self._end(self._gone())
+            if gone is not None and now - gone.since > _GRACE:
+                self._end(*self._gone())
             if self._spent > self._limit:
-                self._end(self._hang())
+                self._end(self._hang(), MACHINE_FAILED)
 
     def _axis(self, other: int | None) -> str:
         if self._mesh is None:
@@ -109,12 +111,12 @@ class Watchdog:
         names = axes_between(processes, self._mesh.axis_names, self.process, other)
         return f", mesh axis {' or '.join(names)}" if names else ""
 
-    def _gone(self) -> str:
+    def _gone(self) -> tuple[str, int]:
         assert self.link is not None
         assert self.link.gone is not None
-        process, why, _ = self.link.gone
+        process, why, code, _ = self.link.gone
         me = self.link.name(self.process)
-        return f"step {self._step}{self._axis(process)}: {self.link.name(process)} {why}, as {me} sees it"
+        return f"step {self._step}{self._axis(process)}: {self.link.name(process)} {why}, as {me} sees it", code
 
     def _hang(self) -> str:
         behind = self.link.behind if self.link is not None else ""
@@ -127,25 +129,27 @@ class Watchdog:
     def _aborted(self) -> None:
         """abort() was called, by JAX for a peer that is gone or by something that is broken in this process."""
         if self.link is not None and self.link.wait_for_gone(_GRACE):
-            self._end(self._gone())
+            self._end(*self._gone())
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, code: int) -> None:
         """Say it, and leave at once: a shutdown in order would wait for the others."""
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # another thread is at it
         if self.link is not None:
-            self.link.close(why)
-        stacks = self.folder / f"stacks-process-{self.process}.txt"
-        try:
-            with stacks.open("w") as file:
-                faulthandler.dump_traceback(file)
-            where = f"; stacks: {stacks}"
-        except OSError:
-            where = ""
-        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+            self.link.close(why, code)
+        where = self._stacks() if code == MACHINE_FAILED else ""  # a peer's own error is not found in them
         sys.stderr.write(f"error: {why}; {newest(self.folder)}{where}\n")
         sys.stderr.flush()
-        self._leave(PEER_GONE)
+        self._leave(code)
+
+    def _stacks(self) -> str:
+        """Write what all threads are at; where to, as words."""
+        stacks, where = self.folder / f"stacks-process-{self.process}.txt", ""
+        with contextlib.suppress(OSError), stacks.open("w") as file:
+            faulthandler.dump_traceback(file)
+            where = f"; stacks: {stacks}"
+        faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        return where
 
 
 def newest(folder: Path) -> str:
