@@ -51,6 +51,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.kernels import GROUPED, grouped_implementation
+from zigzag_jax.kernels.grouped.swiglu import swiglu, swiglu_grad
 from zigzag_jax.models.sharding import gather, scatter
 
 SLACK = 1.25
@@ -190,7 +191,7 @@ def _exchanged(plan: Exchange, specs: Experts, routing: _Routing, x, weights, ma
     def one(r, y):
         sizes, there = _arriving(plan, routing, r), (x, weights.reshape(-1, 1))
         rows, scale = (_travel(plan, _block(plan, routing, r, part)) for part in there)
-        inner = weighted(swiglu(_product(plan, rows, own.gate_up, sizes)), scale)
+        inner = swiglu(_product(plan, rows, own.gate_up, sizes), scale[:, 0])
         back = _travel(plan, _product(plan, inner, own.down, sizes))
         return y + jnp.sum(_returned(plan, routing, r, back), axis=1)
 
@@ -265,25 +266,12 @@ def _through_bwd(plan: Exchange, own: _Own, sizes, rows, cotangents, scale):
 
     `cotangents` are those of the tokens: of a result times its weight.
     """
-    inner, vjp = jax.vjp(swiglu, _product(plan, rows, own.gate_up, sizes))
-    wide = lambda a: a.astype(jnp.float32)
-    dinner = wide(_product(plan, cotangents, own.down, sizes, transposed=True))
-    dscale = jnp.sum(wide(inner) * dinner, axis=1, keepdims=True)
-    (dgate_up,) = vjp((dinner * scale).astype(rows.dtype))
-    drows = _product(plan, dgate_up, own.gate_up, sizes, transposed=True)
-    pairs = _Own((rows, dgate_up), (weighted(inner, scale), cotangents))
-    return drows, dscale, _Own(*(_outer(plan, *both, w, sizes) for both, w in zip(pairs, own, strict=True)))
-
-
-def weighted(inner: jax.Array, scale: jax.Array) -> jax.Array:
-    """Rows [M, f] times the router's weights, float32 [M, 1]; rounded once."""
-    return (inner.astype(jnp.float32) * scale).astype(inner.dtype)
-
-
-def swiglu(gate_up: jax.Array) -> jax.Array:
-    """silu(gate) * up of gate and up side by side, [M, 2 f] -> [M, f]."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
-    return jax.nn.silu(gate) * up
+    hidden, scale = _product(plan, rows, own.gate_up, sizes), scale[:, 0]
+    z = _product(plan, cotangents, own.down, sizes, transposed=True)
+    dhidden, dscale = swiglu_grad(z, hidden, scale)
+    drows = _product(plan, dhidden, own.gate_up, sizes, transposed=True)
+    pairs = _Own((rows, dhidden), (swiglu(hidden, scale), cotangents))
+    return drows, dscale[:, None], _Own(*(_outer(plan, *both, w, sizes) for both, w in zip(pairs, own, strict=True)))
 
 
 def _product(plan: Exchange, rows, matrices, sizes, transposed: bool = False) -> jax.Array:
