@@ -14,7 +14,7 @@ ROWS_SHORT = GroupedTuning(drawn=True)
 LONG = 2048
 """Contractions from here on are long: 2048 is faster with fixed shares, 1408 and less with drawn items or the same."""
 
-# timed as a whole only (docs/kernels.md); in the prototype the counter won where gate and up are kept (0.745 : 0.794 ms)
+# timed as a whole only (docs/kernels.md); in the prototype the counter won where gate and up are kept, 0.745 : 0.794
 INWARD = GroupedTuning(drawn=False)
 INWARD_KEPT = GroupedTuning(drawn=True)
 OUTWARD = GroupedTuning(drawn=True)
