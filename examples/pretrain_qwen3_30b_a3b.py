@@ -10,7 +10,7 @@ starts one task a GPU, each of which must see all GPUs of its host (docs/hosts.m
 
 What to expect: 1.8 GiB of float32 weights and 3.6 GiB of AdamW's moments a device. A token is 173 GFLOPs of training at
 this length, nine tenths of them attention: at an MFU of 0.4 a step of 16,384 tokens a device takes about 7 s. What has
-been measured is four layers at 32k tokens on one H100 (66,100 tokens/s, docs/benchmarks.md); 64 devices have not.
+been measured is four layers at 32k tokens on one H200 (69,500 tokens/s, docs/benchmarks.md); 64 devices have not.
 """
 
 import sys

@@ -9,10 +9,10 @@ import jax
 import tyro
 
 from zigzag_jax.train.config import Config
-from zigzag_jax.train.errors import FAILED, RunError, UserError, exit_code
+from zigzag_jax.train.errors import FAILED, RunError, UserError, exit_code, may_come_back
 from zigzag_jax.train.loop import run
 
-_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 def main(arguments: list[str] | None = None, default: Config | None = None, about: str | None = None) -> int:
@@ -31,8 +31,8 @@ def main(arguments: list[str] | None = None, default: Config | None = None, abou
         return _fail(text, exit_code(error))
     except Exception as error:
         code = exit_code(error)
-        if isinstance(error, OSError) and error.errno in _STORAGE:
-            return _fail(f"error: {error.strerror}: {error.filename or config.folder}", code)
+        if isinstance(error, OSError) and (error.errno in _FULL or may_come_back(error)):
+            return _fail(f"error: {error.strerror or error}: {error.filename or config.folder}", code)
         if code == FAILED and not jax.distributed.is_initialized():
             raise
         return _fail(traceback.format_exc().rstrip(), code)

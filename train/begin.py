@@ -14,7 +14,7 @@ from rich.console import Console
 from zigzag_jax.models.hf.saved import copy_companions
 from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import refusal
 from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.trace import profile_steps
 from zigzag_jax.train.logs.wandb_run import start_wandb
@@ -25,11 +25,13 @@ from zigzag_jax.train.step import TrainState
 
 @contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """What the system refuses inside is a folder that the user has to change: UserError."""
+    """What the system refuses inside is a folder that the user has to change: UserError. MachineError where the storage
+    may come back.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError("out", f"must be a folder that can be written ({error.strerror})", folder) from None
+        raise refusal(error, "out", f"must be a folder that can be written ({error.strerror})", folder) from None
 
 
 def open_checkpoints(this: Run, stack: ExitStack) -> Checkpoints:
@@ -44,6 +46,7 @@ def open_checkpoints(this: Run, stack: ExitStack) -> Checkpoints:
     if (old := checkpoints.identity()) is not None:
         check_identity(old, this.identity)
     if jax.process_index() == 0:
+        checkpoints.remove_parts()
         with writable(folder):
             if source is not None:
                 copy_companions(source, folder)

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
-from zigzag_jax.train.errors import MACHINE_FAILED, MachineError, RunError, SaveError, UserError, exit_code
+from zigzag_jax.train.errors import MachineError, RunError, SaveError, UserError, may_come_back, refusal
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.quiet import say_errors_once
 from zigzag_jax.train.reading import Fault, attempt, fault_of, read_newest, reason, steps_in
@@ -45,14 +45,12 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        if self._together.process == 0:  # what a killed save left; nobody is saving yet
-            self._remove_parts()
         say_errors_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
         try:
             return ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
-            if exit_code(error) != MACHINE_FAILED:
+            if not may_come_back(error):
                 raise
             raise MachineError(f"{self.folder} cannot be opened ({error.strerror})") from None
 
@@ -73,7 +71,7 @@ class Checkpoints:
 
     def identity(self) -> dict[str, Any] | None:
         """What the run that wrote the newest readable identity was, or None where there is no checkpoint; says which
-        could not be read, and why.
+        could not be read, and why. None too where only other processes see one.
 
         UserError where there are checkpoints and none says it, MachineError where the machine cannot read one.
         """
@@ -83,7 +81,8 @@ class Checkpoints:
         identity, unread = found
         for step, cause in unread.items():
             self._tell(f"checkpoints/{step} does not say what run it is of ({cause}); an older one is asked")
-        if identity is None and unread:
+        # one that sees it compares it for all, and none ends alone because its host does not show a new file yet
+        if self._together.first(identity is not None) is None and unread:
             newest = max(unread)
             rule = f"must hold a checkpoint that says what run it is of ({unread[newest]})"
             raise UserError("out", rule, self.folder / str(newest))
@@ -145,11 +144,12 @@ class Checkpoints:
             raise
         except Exception as error:  # OSError, or whatever the libraries below make of it
             if jax.process_count() == 1:  # else another process may still be writing there
-                self._remove_parts()
+                self.remove_parts()
                 self._manager.reload()  # it had already struck the oldest off its list, and would never delete it
             raise SaveError(reason(error)) from error
 
-    def _remove_parts(self) -> None:
+    def remove_parts(self) -> None:
+        """Remove what killed saves left. Only where none of this run is saving, nor another that writes here."""
         for path in self.folder.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -207,7 +207,7 @@ class Checkpoints:
                     path.rename(free)
                 except OSError as error:
                     rule = f"must let a damaged checkpoint be renamed ({error.strerror}; it is damaged: {why})"
-                    raise UserError("out", rule, path) from None
+                    raise refusal(error, "out", rule, path) from None
                 self.say(f"checkpoints/{step} cannot be read and is now {free}; an older one is used ({why})")
         # the others open the folder when that is done; one that still saw it there would refuse to save that step
         if (who := self._together.until(lambda: not steps_in(self.folder) & damaged.keys())) is not None:

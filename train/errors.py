@@ -12,7 +12,14 @@ from zigzag_jax.models.errors import UserError
 # exit codes: finished, training cannot go on, a user's mistake, the machine failed, interrupted and saved, Ctrl-C twice
 DONE, FAILED, USER_ERROR, MACHINE_FAILED, PREEMPTED, INTERRUPTED = 0, 1, 2, 70, 75, 130
 
-_STORAGE = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)  # of a server or a disk that may come back
+# of a disk, a server or the way to it that may come back; not all systems have all of them
+_AWAY = frozenset(
+    getattr(errno, name, 0)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+        "ENETUNREACH", "ENETRESET", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
+    )
+) - {0}  # fmt: skip
 _OF_DEVICES = ("INTERNAL", "UNAVAILABLE", "ABORTED", "UNKNOWN", "DATA_LOSS", "CANCELLED", "DEADLINE_EXCEEDED")
 
 
@@ -39,13 +46,27 @@ class SaveError(Exception):
         return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
 
 
+def may_come_back(error: BaseException) -> bool:
+    """Whether an error of the system is one of storage that is away and may be there again later."""
+    return isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _AWAY)
+
+
+def refusal(error: Exception, field: str, rule: str, value: object) -> RunError | UserError:
+    """What to raise where `error` is in the way of using `value`: MachineError for storage that may come back, else
+    UserError(field, rule, value).
+    """
+    if may_come_back(error):
+        return MachineError(f"{value}: storage does not answer ({getattr(error, 'strerror', None) or error})")
+    return UserError(field, rule, value)
+
+
 def exit_code(error: BaseException) -> int:
     """The code that a process ends with by an error."""
     if isinstance(error, UserError):
         return USER_ERROR
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    machine = isinstance(error, MachineError | SaveError) or (isinstance(error, OSError) and error.errno in _STORAGE)
+    machine = isinstance(error, MachineError | SaveError) or may_come_back(error)
     if isinstance(error, jax.errors.JaxRuntimeError):  # a card that fell off its bus, a NCCL call that failed
         machine = str(error).startswith(_OF_DEVICES)
     return MACHINE_FAILED if machine else FAILED
@@ -53,5 +74,5 @@ def exit_code(error: BaseException) -> int:
 
 __all__ = [
     "DONE", "FAILED", "INTERRUPTED", "MACHINE_FAILED", "PREEMPTED", "USER_ERROR", "MachineError", "PeerError",
-    "RunError", "SaveError", "UserError", "exit_code",
+    "RunError", "SaveError", "UserError", "exit_code", "may_come_back", "refusal",
 ]  # fmt: skip

@@ -22,7 +22,9 @@ from enum import IntEnum
 from functools import partial
 from pathlib import Path
 
-from zigzag_jax.train.errors import MachineError, UserError
+import jax
+
+from zigzag_jax.train.errors import FAILED, MachineError, UserError, exit_code
 from zigzag_jax.train.hosts.together import Together
 
 _NO_STEP = -1
@@ -179,6 +181,10 @@ def _right[T](act: Callable[[], tuple[T | None, Fault, str]], wrong: Callable[[T
 def _once[T](act: Callable[[], T]) -> tuple[T | None, Fault, str]:
     try:
         return act(), Fault.NONE, ""
+    except jax.errors.JaxRuntimeError as error:
+        if exit_code(error) == FAILED:  # no memory on the card: it fails the same way again
+            raise
+        return None, Fault.MACHINE, reason(error)
     except Exception as error:  # whatever a damaged file raises; only its words are kept, it holds what was read
         return None, fault_of(error), reason(error)
 

@@ -46,7 +46,7 @@ class StopRequest:
             self._link.stop_after(step + 1)
         if self.asked is None and self._link.stop_at is not None:
             self.asked = "a signal to another process"
-        return self._link.stop_at == step
+        return self._link.stop_at is not None and self._link.stop_at <= step
 
     def parts(self, step: int) -> Callable[[], None]:
         """To call after each part of the report of a run that is saved after `step`; Stopped where that is the last."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import tyro
 
-from zigzag_jax.train.errors import DONE, MACHINE_FAILED, MachineError, UserError, exit_code
+from zigzag_jax.train.errors import DONE, MachineError, UserError, exit_code, may_come_back
 from zigzag_jax.train.hosts.together import PAUSES
 from zigzag_jax.train.reading import steps_in
 
@@ -47,7 +47,7 @@ def check_start(config: TriesConfig, pauses: Sequence[float] = PAUSES) -> str:
         try:
             return _check_start(config)
         except OSError as error:
-            if exit_code(error) != MACHINE_FAILED:
+            if not may_come_back(error):
                 raise UserError("out", f"must be a folder that can be written ({error.strerror})", config.out) from None
             if not left:
                 raise MachineError(f"{config.out}: {error.strerror}, tried for {sum(pauses):.0f} s") from None

@@ -1,13 +1,18 @@
 """How a run begins."""
 
+import errno
 import io
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import pytest
 from rich.console import Console
 
-from zigzag_jax.train.begin import first_state, say_where
+from zigzag_jax.train.begin import first_state, say_where, writable
 from zigzag_jax.train.config import Config
+from zigzag_jax.train.errors import MachineError, UserError
 
 
 def test_steps_to_trace_that_are_done_are_said():
@@ -32,3 +37,9 @@ def test_weights_that_are_read_slowly_are_told_to_the_watchdog():
     checkpoints.restore = lambda abstract: (7, "state")
     found = first_state(run, checkpoints, Console(), told.append)  # pyright: ignore[reportArgumentType]
     assert found == (7, "state")
+
+
+def test_a_folder_that_cannot_be_written_is_a_mistake_or_storage_that_is_away(tmp_path: Path):
+    for number, kind in ((errno.EACCES, UserError), (errno.ENOSPC, UserError), (errno.EIO, MachineError)):
+        with pytest.raises(kind, match=os.strerror(number)), writable(tmp_path):
+            raise OSError(number, os.strerror(number), str(tmp_path))

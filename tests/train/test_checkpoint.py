@@ -173,6 +173,20 @@ def test_where_no_checkpoint_says_what_run_it_is_of_it_is_not_taken_for_this_one
     assert said[0].startswith(f"checkpoints/4 does not say what run it is of ({why}")
 
 
+def test_an_identity_that_one_host_does_not_show_yet_is_compared_by_the_others(kept: Checkpoints, said: list[str]):
+    kept.save(4, state(4), {"model": "a"}, {}, {})
+    kept.wait()
+    votes = Votes()
+    both = [Checkpoints(kept.folder, 2, said.append, together=votes.of(i)) for i in (0, 1)]
+    both[1]._identities = lambda: (None, {4: "No such file or directory"})
+    assert votes.all(lambda one: both[one.process].identity()) == [{"model": "a"}, None]
+    for one in both:
+        one._identities = lambda: (None, {4: "No such file or directory"})
+    assert [type(found) for found in votes.all(lambda one: both[one.process].identity())] == [UserError, UserError]
+    for one in both:
+        one.close()
+
+
 def test_an_identity_that_the_machine_cannot_read_is_read_again(
     kept: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
 ):

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from zigzag_jax.train import __main__ as command
-from zigzag_jax.train.errors import MachineError, PeerError, RunError, SaveError, UserError, exit_code
+from zigzag_jax.train.errors import MachineError, PeerError, RunError, SaveError, UserError, exit_code, refusal
 
 MISTAKE = UserError("steps", "must be >= 1", 0)
 NO_ROOM, STALE = OSError(errno.ENOSPC, "No space left", "runs/x"), OSError(errno.ESTALE, "Stale file handle", "runs/x")
@@ -18,12 +18,23 @@ FULL = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     ("error", "code"),
     [
         (MISTAKE, 2), (RunError("nan"), 1), (MachineError("disk"), 70), (PeerError("gone"), 70), (SaveError("x"), 70),
+        (TimeoutError("timed out"), 70), (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), 70),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset"), 70), (BrokenPipeError(errno.EPIPE, "x"), 1),
         (KeyboardInterrupt(), 130), (NO_ROOM, 1), (STALE, 70), (CARD, 70), (FULL, 1), (KeyError("x"), 1),
     ],
     ids=repr,
 )  # fmt: skip
 def test_exit_codes(error: BaseException, code: int):
     assert exit_code(error) == code
+
+
+def test_what_is_in_the_way_is_a_mistake_unless_storage_may_come_back():
+    mistake = refusal(NO_ROOM, "out", "must have room", "runs/x")
+    assert isinstance(mistake, UserError)
+    assert str(mistake) == str(UserError("out", "must have room", "runs/x"))
+    away = refusal(STALE, "out", "must have room", "runs/x")
+    assert isinstance(away, MachineError)
+    assert str(away) == "runs/x: storage does not answer (Stale file handle)"
 
 
 @pytest.mark.parametrize(

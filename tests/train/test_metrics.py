@@ -70,3 +70,9 @@ def test_the_other_processes_write_nothing(tmp_path: Path):
     log.step(1, loss=1.0)
     log.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_that_are_no_numbers_are_passed_over(tmp_path: Path):
+    lines = b'{"step": 1, "loss": 2.0}', b"\0\0\0", b"[3]", b'{"step": 2, "loss": 1.5}', b'{"step": 3, "lo'
+    (tmp_path / metrics.FILE).write_bytes(b"\n".join(lines))
+    assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 2.0, 2: 1.5}

@@ -1,5 +1,6 @@
 """What --data may name: text, a folder of tokens, a mixture; and what is said of one that will not do."""
 
+import errno
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from zigzag_jax.train.data.mixture import MixedStore
 from zigzag_jax.train.data.open_data import open_data, tokens_digest
 from zigzag_jax.train.data.store import open_dataset
 from zigzag_jax.train.data.tokenizer import train_tokenizer
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import MachineError, UserError
 
 TEXT = [f"document {n}\n" + "a ring is a line that comes home\n" * (n % 9) for n in range(40)]
 TOKENIZER = train_tokenizer(TEXT, characters=sum(map(len, TEXT)), vocab_size=300)
@@ -195,3 +196,12 @@ def test_sources_of_two_tokenizers_are_refused(place: Path):
         UserError, match=r"^data: the sources of .*mix\.json must have one tokenizer, .*another in .*/c"
     ):
         open_data(mixture(place, A, B, {"path": "c", "weight": 1}), None)
+
+
+def test_a_host_whose_storage_is_away_is_not_one_with_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def away(folder: Path) -> dict:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(opening, "read_meta", away)
+    with pytest.raises(MachineError, match="storage does not answer"):
+        opening._digest(tmp_path)

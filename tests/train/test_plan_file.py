@@ -123,3 +123,30 @@ def test_what_a_killed_process_left_goes_away(cache: Path):
     file.unlink()
     kept_plan(LENGTHS, 64, seed=3)
     assert set(cache.iterdir()) == {file, fresh}
+
+
+def test_a_file_that_another_process_wrote_meanwhile_stays(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be mapped there."""
+    real = plan_file.make_plan
+
+    def slow(lengths: np.ndarray, seq_len: int, *, seed: int) -> Plan:
+        monkeypatch.setattr(plan_file, "make_plan", real)
+        kept_plan(lengths, seq_len, seed=seed)
+        (file,) = cache.iterdir()
+        first.append(file.stat().st_ino)
+        return real(lengths, seq_len, seed=seed)
+
+    first: list[int] = []
+    monkeypatch.setattr(plan_file, "make_plan", slow)
+    kept_plan(LENGTHS, 64, seed=3, say=pytest.fail)
+    (file,) = cache.iterdir()
+    assert first == [file.stat().st_ino]
+
+
+def test_a_file_system_without_links(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*paths: object) -> None:
+        raise PermissionError("links")
+
+    monkeypatch.setattr(os, "link", refuse)
+    kept_plan(LENGTHS, 64, seed=3, say=pytest.fail)
+    assert len(list(cache.iterdir())) == 1

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import pytest
 from votes import Votes, alone
 
@@ -230,3 +231,14 @@ def test_a_cache_that_shows_half_a_file_damages_nothing(folder: Path, behind: Pa
     for error in two(folder, said, reads, [folder, behind]):
         assert isinstance(error, UserError)
         assert "(not all see the same files in it after 0 s)" in str(error)
+
+
+def test_a_card_without_room_is_not_tried_again(tmp_path: Path):
+    """It fails the same way each time: exit code 1."""
+    (tmp_path / "3").mkdir()
+
+    def read(step: int) -> object:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        read_newest(tmp_path, read, alone(), pytest.fail)

@@ -59,3 +59,13 @@ def test_of_several_processes_all_stop_after_the_next_step():
         assert not there.after(5)
         assert [here.after(6), there.after(6)] == [True, True]
     assert (here.asked, there.asked) == ("SIGTERM", "a signal to another process")
+
+
+def test_of_several_processes_a_stop_after_the_last_step_leaves_out_the_report():
+    wire = Wire()
+    here, there = (StopRequest(lambda text: None, wire) for _ in range(2))  # type: ignore[arg-type]
+    wire.stop_after(9)
+    assert [here.after(9), there.after(9)] == [True, True]  # and 9 steps are all: the run goes on to its report
+    for request in (here, there):
+        with pytest.raises(Stopped):
+            request.parts(9)()

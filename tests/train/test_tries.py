@@ -132,6 +132,7 @@ def test_the_template_for_slurm(tmp_path: Path):
         assert lines[0].startswith(f"train: -m zigzag_jax.train --out {tmp_path / 'run'} --model ")
         assert lines[1:] == [requeued] * again
     assert job(CODE=70, TRIES=2, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=3) == (2, [])  # ends, and is not queued again
+    assert job(CODE=0, TRIES=70, SLURM_JOB_ID=77, SLURM_RESTART_COUNT=3) == (70, [requeued])  # storage was away
     job(CODE=70, SLURM_JOB_ID=77)
     codes = [job.tries()]
     for restart in range(1, 7):
@@ -153,7 +154,7 @@ def test_the_template_for_jobset(tmp_path: Path):
         assert line.startswith(f"train: -m zigzag_jax.train --out {tmp_path / 'run'} --model ")
         assert pod.noted.exists() == (index == 0)  # one pod counts for all
     assert pod(CODE=0, TRIES=2, JOB_COMPLETION_INDEX=0, RESTART=1) == (2, [])
-    assert 2 in replicated["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"]
+    assert replicated["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [1, 2, 130]
     codes = []
     for restart in range(6):
         pod(CODE=70, JOB_COMPLETION_INDEX=0, RESTART=restart)

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.data.token_file import Tokens, TokenStore, TokenWriter, read_store, token_dtype
 from zigzag_jax.train.data.tokenizer import encode, end_of_document, id_count, load_tokenizer
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import refusal
 
 FORMAT = "zigzag_jax tokens 2"  # another layout of the files, split rule or encoding gets another number
 SIDES = ("train", "held_out")
@@ -86,7 +86,7 @@ def read_dataset(folder: Path, *, field: str, remedy: str) -> Dataset[TokenStore
         if (ids := id_count(tokenizer)) != rest["vocab_size"]:
             raise ValueError(f"{TOKENIZER} must have {rest['vocab_size']} tokens, got {ids}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(field, f"must hold whole tokens ({error}); {remedy}", folder) from None
+        raise refusal(error, field, f"must hold whole tokens ({error}); {remedy}", folder) from None
     return Dataset(train=sides["train"], held_out=sides["held_out"], tokenizer=tokenizer, folder=folder, **rest)
 
 

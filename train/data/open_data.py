@@ -18,7 +18,7 @@ from zigzag_jax.train.data.mixture import MixedStore
 from zigzag_jax.train.data.store import Say, Working, open_dataset
 from zigzag_jax.train.data.token_file import Tokens, TokenStore
 from zigzag_jax.train.data.tokenizer import load_tokenizer, same_ids
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import UserError, may_come_back, refusal
 
 _LARGEST = 1e300  # so that the sum of all weights is finite
 _EXAMPLE = '{"sources": [{"path": "FOLDER", "weight": 0.7}, ..]}'
@@ -64,10 +64,15 @@ def tokens_digest(data: Path | None) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """What meta.json says; of a damaged folder, which is opened and refused later, the reason."""
+    """What meta.json says; of a damaged folder, which is opened and refused later, the reason.
+
+    MachineError where storage does not answer: the reason of one host would be taken for other data than the others'.
+    """
     try:
         return str(read_meta(folder).get("digest"))
     except (OSError, ValueError) as error:
+        if may_come_back(error):
+            raise refusal(error, "data", "must be there", folder) from None
         return str(error)
 
 
@@ -113,7 +118,7 @@ def _read_mixture(file: Path) -> list[tuple[Path, float]]:
         found = [(_folder(file, source), source["weight"]) for source in sources]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{type(error).__name__}: {error}"
-        raise UserError("data", f"a .json file must be a mixture, {_EXAMPLE} ({what})", file) from None
+        raise refusal(error, "data", f"a .json file must be a mixture, {_EXAMPLE} ({what})", file) from None
     if not found:
         raise UserError("data", "a mixture must have a source", file)
     for path, weight in found:

@@ -45,16 +45,17 @@ def kept_plan(lengths: np.ndarray, seq_len: int, *, seed: int, say: Callable[[st
     lengths = np.ascontiguousarray(lengths, np.int64)
     content = hashlib.blake2b(lengths, digest_size=16).hexdigest()
     key = text_digest(json.dumps([_FORMAT, sys.byteorder, RULE, content, seq_len, seed]))
-    file = cache_folder() / _FOLDER / f"{key}.plan"
+    file, damaged = cache_folder() / _FOLDER / f"{key}.plan", False
     try:
         return _read(file, key, seq_len, seed)
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
+        damaged = True
         say(f"the plan of rows {file} cannot be used ({error}): it is made again")
     plan = make_plan(lengths, seq_len, seed=seed)
     try:
-        _write(file, key, plan)
+        _write(file, key, plan, damaged)
     except OSError as error:
         say(f"the plan of rows cannot be kept in {file.parent} ({error.strerror}): the next start makes it again")
     return plan
@@ -78,8 +79,8 @@ def _read(file: Path, key: str, seq_len: int, seed: int) -> Plan:
     return Plan(seq_len=seq_len, seed=seed, **arrays)
 
 
-def _write(file: Path, key: str, plan: Plan) -> None:
-    """Write a file that is there whole or not at all. OSError where it cannot be."""
+def _write(file: Path, key: str, plan: Plan, over: bool) -> None:
+    """Write a file that is there whole or not at all, `over` a damaged one. OSError where it cannot be."""
     arrays = [*(np.ascontiguousarray(getattr(plan, name), np.int64) for name in _INT64), plan.ends]
     about = {"format": _FORMAT, "key": key, "pieces": len(plan.sizes), "rows": plan.rows, "digest": _digest(arrays)}
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -95,10 +96,25 @@ def _write(file: Path, key: str, plan: Plan) -> None:
                 out.write(array.data)
             out.flush()
             os.fsync(out.fileno())
-        os.replace(name, file)
+        _place(Path(name), file, over)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(name)
+
+
+def _place(new: Path, file: Path, over: bool) -> None:
+    """Give a file its name. Not over one that is whole: another process may have mapped it, and NFS does not keep what
+    is replaced for those who read it.
+    """
+    try:
+        if not over:
+            os.link(new, file)
+    except FileExistsError:
+        return  # another process was first
+    except OSError:  # a file system without links
+        over = not file.exists()
+    if over:
+        os.replace(new, file)
 
 
 def _digest(arrays: list[np.ndarray]) -> str:

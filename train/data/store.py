@@ -29,7 +29,7 @@ from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.data.split import Survey, split, survey
 from zigzag_jax.train.data.token_file import TokenStore
 from zigzag_jax.train.data.tokenizer import id_count, load_tokenizer, train_tokenizer
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import UserError, refusal
 
 _ABANDONED = 3600.0  # seconds without a write after which an unfinished folder counts as a killed builder's
 _FRESH = 1.0  # seconds between two dates that a builder gives its folder
@@ -115,7 +115,8 @@ def _build(folder: Path, pairs: Pairs, found: Survey, tokenizer: Tokenizer | int
             f"built {sizes['train']} tokens to train on, {sizes['held_out']} held out, {time.monotonic() - begin:.1f} s"
         )
     except OSError as error:
-        raise UserError("ZIGZAG_CACHE", f"must be a folder with room to write in ({error.strerror})", folder) from None
+        rule = f"must be a folder with room to write in ({error.strerror})"
+        raise refusal(error, "ZIGZAG_CACHE", rule, folder) from None
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -129,7 +130,8 @@ def _work_folder(folder: Path) -> Path:
                 shutil.rmtree(old, ignore_errors=True)
         return Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
-        raise UserError("ZIGZAG_CACHE", f"must be a folder to write in ({error.strerror})", folder.parent) from None
+        rule = f"must be a folder to write in ({error.strerror})"
+        raise refusal(error, "ZIGZAG_CACHE", rule, folder.parent) from None
 
 
 def _unfinished(folder: Path) -> Iterator[Path]:

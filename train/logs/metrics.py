@@ -123,6 +123,17 @@ def _scalars(values: Mapping[str, float | Mapping[str, float]]) -> dict[str, flo
 
 
 def read(path: Path, name: str) -> dict[int, float]:
-    """{step: value} of the lines that carry `name`, the last line of a step winning."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """{step: value} of the lines that carry `name`, the last line of a step winning.
+
+    A line that is no object is passed over: a host that lost its power can leave zeros in a file.
+    """
+    lines = [line for text in path.read_text(errors="replace").splitlines() if (line := _line(text)) is not None]
     return {line["step"]: line[name] for line in lines if name in line and "step" in line}
+
+
+def _line(text: str) -> dict[str, float] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
