@@ -15,6 +15,7 @@ from zigzag_jax.models.hf.saved import copy_companions
 from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.train.checkpoint import Checkpoints, check_identity
 from zigzag_jax.train.errors import refusal
+from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.trace import profile_steps
 from zigzag_jax.train.logs.wandb_run import start_wandb
@@ -34,14 +35,15 @@ def writable(folder: Path) -> Iterator[None]:
         raise refusal(error, "out", f"must be a folder that can be written ({error.strerror})", folder) from None
 
 
-def open_checkpoints(this: Run, stack: ExitStack) -> Checkpoints:
-    """The checkpoints of the run, closed by `stack`; beside them what an export needs.
+def open_checkpoints(this: Run, stack: ExitStack, doing: Callable[[str], None]) -> Checkpoints:
+    """The checkpoints of the run, closed by `stack`; beside them what an export needs. `doing` as set_up has it.
 
     UserError where they are those of another run, or the folder cannot be written.
     """
     folder, source = this.config.folder, model_folder(this.config)
     with writable(folder):
-        checkpoints = Checkpoints(folder / "checkpoints", this.config.keep, this.say)
+        together = Together(moving=lambda: doing("reading the checkpoint"))
+        checkpoints = Checkpoints(folder / "checkpoints", this.config.keep, this.say, together=together)
     stack.callback(checkpoints.close)
     if (old := checkpoints.identity()) is not None:
         check_identity(old, this.identity)

@@ -115,7 +115,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        about = {"identity": identity, CONFIG: config, "origin": origin, "sums": sums(state)}
+        about = {"identity": identity, CONFIG: config, "origin": {**origin, "sums": True}, "sums": sums(state)}
         items = {name: ocp.args.JsonSave(values) for name, values in about.items()}
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **items)
         with self._saving():
@@ -181,6 +181,11 @@ class Checkpoints:
     def _sums(self, step: int) -> dict[str, int] | None:
         folder = self.folder / str(step) / "sums"
         if not folder.exists():
+            about = folder.parent / "origin" / "metadata"
+            if about.exists() and json.loads(about.read_text()).get(
+                "sums"
+            ):  # else it is of a time before there were any
+                raise FileNotFoundError("the sums of its numbers are missing")
             return None
         if not isinstance(found := json.loads((folder / "metadata").read_text()), dict):
             raise ValueError("the sums of its numbers are no JSON object")

@@ -86,7 +86,7 @@ def _run(
         config.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         this = set_up(config, sizes, mesh, stack, say, preparing)
-        checkpoints = open_checkpoints(this, stack)
+        checkpoints = open_checkpoints(this, stack, preparing)
         step, state = first_state(this, checkpoints, console, preparing)
         stop = last.enter_context(StopRequest(say, watchdog.link))
         watchdog.doing(step, "starting after step", PATIENT)

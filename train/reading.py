@@ -112,6 +112,7 @@ def attempt[T](
     value, fault, worst, why = None, Fault.MACHINE, Fault.MACHINE, ""
     for number, pause in enumerate((0.0, *together.pauses)):
         time.sleep(pause)
+        together.moving()
         if fault is not Fault.NONE:
             value, fault, why = _once(act)
         worst = Fault(together.highest(fault))

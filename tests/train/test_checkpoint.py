@@ -138,12 +138,15 @@ def test_numbers_that_are_wrong_for_one_of_two_processes_are_wrong_for_both(kept
         one.close()
 
 
-@pytest.mark.parametrize("text", ["[]", "{"])
-def test_sums_that_cannot_be_read_are_damage(kept: Checkpoints, said: list[str], text: str):
+@pytest.mark.parametrize("text", ["[]", "{", None])
+def test_sums_that_cannot_be_read_are_damage(kept: Checkpoints, said: list[str], text: str | None):
     for step in (4, 8):
         kept.save(step, state(step), {}, {}, {})
         kept.wait()
-    (kept.folder / "8" / "sums" / "metadata").write_text(text)
+    if text is None:
+        shutil.rmtree(kept.folder / "8" / "sums")
+    else:
+        (kept.folder / "8" / "sums" / "metadata").write_text(text)
     assert (kept.restore(abstract()) or pytest.fail("nothing restored"))[0] == 4
     assert (kept.folder / "8.corrupt").is_dir()
 
@@ -152,6 +155,7 @@ def test_a_checkpoint_without_sums_is_read_and_that_is_said(kept: Checkpoints, s
     kept.save(4, state(4), {}, {}, {})
     kept.wait()
     shutil.rmtree(kept.folder / "4" / "sums")
+    (kept.folder / "4" / "origin" / "metadata").write_text("{}")
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(4))
     assert said == ["checkpoints/4 was written before there were sums: its numbers are not compared"]
 

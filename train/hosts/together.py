@@ -32,6 +32,8 @@ class Together:
     """The lowest of what all give."""
     pauses: Sequence[float] = PAUSES
     """Seconds between tries."""
+    moving: Callable[[], None] = lambda: None
+    """Called before each try: a watchdog hears that it is no hang."""
 
     def highest(self, value: int) -> int:
         """The highest of what all processes give."""
