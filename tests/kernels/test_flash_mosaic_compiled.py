@@ -120,7 +120,7 @@ def test_forward(compiled, dim, out_dim, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "out_dim"), HOPPER)
+@pytest.mark.parametrize(("dim", "out_dim"), [(128, 128), (64, 64)])
 def test_forward_that_takes_its_items_otherwise(compiled, dim, out_dim):
     table = HOPPER[dim, out_dim].forward
     forward(compiled, dim, out_dim, "carry", None, dataclasses.replace(table, drawn=not table.drawn))
