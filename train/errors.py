@@ -48,7 +48,8 @@ class SaveError(Exception):
 
 def may_come_back(error: BaseException) -> bool:
     """Whether an error of the system is one of storage that is away and may be there again later."""
-    return isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _AWAY)
+    named = TimeoutError | ConnectionResetError | ConnectionAbortedError | ConnectionRefusedError  # with no number, too
+    return isinstance(error, named) or (isinstance(error, OSError) and error.errno in _AWAY)
 
 
 def refusal(error: Exception, field: str, rule: str, value: object) -> RunError | UserError:

@@ -20,7 +20,7 @@ from zigzag_jax.models.progress import Told, silent
 from zigzag_jax.models.registry import ModelConfig, model_of, read_config
 from zigzag_jax.models.sharding import Sharding, init_state
 from zigzag_jax.train.config import Config
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import UserError, refusal
 
 
 def model_folder(config: Config) -> Path | None:
@@ -40,7 +40,7 @@ def model_config(config: Config) -> ModelConfig:
     try:
         sizes = read_config(folder)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError("model", f"must hold a config.json that can be computed ({error})", name) from None
+        raise refusal(error, "model", f"must hold a config.json that can be computed ({error})", name) from None
     if config.random_init:
         return sizes
     if not has_weights(folder):
@@ -48,7 +48,7 @@ def model_config(config: Config) -> ModelConfig:
     try:
         check_weights(open_source(folder), sizes)
     except (OSError, ValueError) as error:
-        raise UserError("model", f"must hold the weights of its config.json ({error})", name) from None
+        raise refusal(error, "model", f"must hold the weights of its config.json ({error})", name) from None
     return sizes
 
 

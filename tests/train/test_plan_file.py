@@ -150,3 +150,17 @@ def test_a_file_system_without_links(cache: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "link", refuse)
     kept_plan(LENGTHS, 64, seed=3, say=pytest.fail)
     assert len(list(cache.iterdir())) == 1
+
+
+def test_a_plan_that_storage_does_not_give_now_is_packed_and_left_alone(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    want, said = kept_plan(LENGTHS, 64, seed=3), []
+    (file,) = cache.iterdir()
+    before = file.stat().st_ino
+
+    def away(*arguments: object) -> Plan:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(plan_file, "_read", away)
+    assert_equal(kept_plan(LENGTHS, 64, seed=3, say=said.append), want)
+    assert "Stale file handle" in said[0]
+    assert file.stat().st_ino == before

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import RunError, UserError, refusal
 
 TEXT_FIELD = "text"
 _ROWS = 256  # of parquet at once
@@ -47,7 +47,7 @@ def pieces(file: Path, most: int) -> list[Piece]:
     try:
         size = file.stat().st_size
     except OSError as error:
-        raise UserError("data", f"must be readable ({error.strerror})", file) from None
+        raise refusal(error, "data", f"must be readable ({error.strerror})", file) from None
     count = max(1, round(size / most))
     if _kind(file) is _jsonl and count > 1:
         bounds = [size * i // count for i in range(count + 1)]
@@ -72,7 +72,7 @@ def read(piece: Piece, field: str = TEXT_FIELD) -> Iterator[str]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError("data", f"must be a whole gzip file ({error})", piece.file) from None
     except OSError as error:
-        raise UserError("data", f"must be readable ({error.strerror or error})", piece.file) from None
+        raise refusal(error, "data", f"must be readable ({error.strerror or error})", piece.file) from None
 
 
 def _kind(file: Path) -> Callable[[Piece, str], Iterator[str]]:
@@ -167,5 +167,5 @@ def _open_parquet(file: Path) -> Any:
         raise _damaged(error, file) from None
 
 
-def _damaged(error: Exception, file: Path) -> UserError:
-    return UserError("data", f"must be a whole parquet file ({' '.join(str(error).split())})", file)
+def _damaged(error: Exception, file: Path) -> RunError | UserError:
+    return refusal(error, "data", f"must be a whole parquet file ({' '.join(str(error).split())})", file)

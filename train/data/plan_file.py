@@ -51,7 +51,7 @@ def kept_plan(lengths: np.ndarray, seq_len: int, *, seed: int, say: Callable[[st
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
-        damaged = True
+        damaged = not isinstance(error, OSError)  # else it may be whole, and mapped by another process
         say(f"the plan of rows {file} cannot be used ({error}): it is made again")
     plan = make_plan(lengths, seq_len, seed=seed)
     try:
