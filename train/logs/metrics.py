@@ -128,7 +128,7 @@ def read(path: Path, name: str) -> dict[int, float]:
     A line that is no object is passed over: a host that lost its power can leave zeros in a file.
     """
     lines = [line for text in path.read_text(errors="replace").splitlines() if (line := _line(text)) is not None]
-    return {line["step"]: line[name] for line in lines if name in line and "step" in line}
+    return {int(line["step"]): line[name] for line in lines if name in line and "step" in line}
 
 
 def _line(text: str) -> dict[str, float] | None:
