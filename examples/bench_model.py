@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import to_zigzag
+from zigzag_jax.models.flops import H100_FLOPS, training_flops
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of
@@ -70,6 +71,15 @@ class Slice(NamedTuple):
         }
         arrays = {name: to_zigzag(x, self.cp) for name, x in arrays.items()}
         return jax.device_put(arrays, NamedSharding(self.sharding.mesh, P(("dp", "fsdp"), "cp")))
+
+    def speed(self, length: int, ms: float, peak: float = H100_FLOPS) -> dict[str, float | None]:
+        """What a pass over `length` tokens in `ms` is worth, and the most memory that the first device has held."""
+        memory = jax.devices()[0].memory_stats()  # a CPU has none
+        rate = training_flops(self.config, length) / (ms / 1e3)
+        return {
+            "tokens/s": length / ms * 1e3, "MFU": rate / peak / self.cp,
+            "peak GiB": memory and memory["peak_bytes_in_use"] / 2**30,
+        }  # fmt: skip
 
     def gradient(self, task: Task):
         """(params, batch) -> ((objective, Losses), gradients), not yet jitted."""

@@ -30,7 +30,6 @@ from bench_picture import Chart
 from trace_hops import by_kernel, hops, steps, summary
 from trace_picture import draw
 
-from zigzag_jax.models.flops import H100_FLOPS, training_flops
 from zigzag_jax.models.sharding import init_state
 
 LAYOUTS = Chart(("fwd ms", "bwd ms"), ("layout",), stacked=True)
@@ -86,11 +85,8 @@ def tell_slices(report: Report, bench: Bench) -> None:
             training = Training(this, params, length)
             losses = jax.block_until_ready(training.once())
             ms = bench.clock._replace(repeats=1).in_turn({name: training.once})[name]
-            memory, flops = jax.devices()[0].memory_stats(), training_flops(this.config, length)
             rows.append({
-                "slice": name, "tokens": length, "step ms": ms, "tokens/s": length / ms * 1e3,
-                "MFU": flops / (ms / 1e3) / H100_FLOPS / this.cp,
-                "peak GiB": memory and memory["peak_bytes_in_use"] / 2**30, "loss": float(losses.loss),
+                "slice": name, "tokens": length, "step ms": ms, **this.speed(length, ms), "loss": float(losses.loss),
             })  # fmt: skip
             report.add("slices", rows, SLICES, "The peak is that of all that ran before.")
             del training

@@ -50,15 +50,13 @@ def peer(args: argparse.Namespace) -> list[dict]:
         return json.loads((Path(folder) / "transformers.json").read_text())["results"]["slice"]
 
 
-def row(name: str, ms: float, loss: jax.Array, args: argparse.Namespace, flops: float, beside: list[dict]) -> dict:
+def row(name: str, ms: float, loss: jax.Array, args: argparse.Namespace, this: Slice, beside: list[dict]) -> dict:
     """What is said of a pass; beside: the peer's rows."""
-    memory = jax.devices()[0].memory_stats()  # a CPU has none
-    speed = args.tokens / ms * 1e3
+    speed = this.speed(args.tokens, ms, args.peak)
     other = next((row["tokens/s"] for row in beside if row["pass"] == name), None)
     return {
-        "by": "zigzag_jax", "pass": name, "ms": ms, "tokens/s": speed, "MFU": flops / (ms / 1e3) / args.peak / args.cp,
-        "peak GiB": memory and memory["peak_bytes_in_use"] / 2**30, "loss": float(loss),
-        "tokens/s / peer": other and speed / other,
+        "by": "zigzag_jax", "pass": name, "ms": ms, **speed, "loss": float(loss),
+        "tokens/s / peer": other and speed["tokens/s"] / other,
     }  # fmt: skip
 
 
@@ -113,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         gradient, batch = jax.jit(this.gradient(this.task())), this.batch(args.tokens)
         losses = jax.block_until_ready(gradient(params, batch))[0][1]  # and no copy of all gradients for the peak
         ms = clock.in_turn({"gradient": lambda: gradient(params, batch)})["gradient"]
-        rows = [*rows, row("gradient", ms, losses.loss, args, flops, beside)]
+        rows = [*rows, row("gradient", ms, losses.loss, args, this, beside)]
         report.add("slice", rows, SPEED)
         del gradient
     if args.only != "gradient":
@@ -121,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         del params
         losses = jax.block_until_ready(training.once())
         ms = clock.in_turn({"step": training.once})["step"]
-        rows = [*rows, row("step", ms, losses.loss, args, flops, beside)]
+        rows = [*rows, row("step", ms, losses.loss, args, this, beside)]
         report.add("slice", rows, SPEED)
         if args.profile:
             with jax.profiler.trace(str(args.profile)):
