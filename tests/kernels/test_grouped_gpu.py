@@ -14,13 +14,19 @@ import oracle
 import pytest
 
 from zigzag_jax.kernels import GROUPED, grouped_implementation, grouped_matmul
-from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows
+from zigzag_jax.kernels.grouped import mosaic, mosaic_outer, mosaic_rows, triton
 from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
+from zigzag_jax.kernels.grouped.row_tiles import bounds
 
 GPU = jax.default_backend() == "gpu"
 HOPPER = GPU and jax.devices()[0].compute_capability == "9.0"
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")]
+MOSAIC = pytest.param("mosaic", marks=pytest.mark.skipif(not HOPPER, reason="no Hopper GPU"))
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(triton._missing()), reason="no jax-triton"))
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
+each_kernel = pytest.mark.parametrize("kernel", [MOSAIC, TRITON])
+hopper = pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 
 # one rounding of the result; a float32 result shows that tensor cores truncate each of up to 256 additions
 BARS = {jnp.bfloat16: 2.5e-3, jnp.float16: 3.5e-4, jnp.float32: 5e-5}
@@ -83,13 +89,14 @@ def truth(x, w, sizes, dy):
     return oracle.grouped(clean(x), w, sizes, clean(dy))
 
 
+@each_kernel
 @pytest.mark.parametrize("case", CASES)
-def test_contract(case):
+def test_contract(case, kernel):
     case = CASES[case]
     x, w, dy = draw(case)
     sizes, total = jnp.asarray(case.sizes, jnp.int32), sum(case.sizes)
     want = truth(x, w, case.sizes, dy)
-    y, dx, dw = run(x, w, sizes, dy)
+    y, dx, dw = run(x, w, sizes, dy, implementation=kernel)
     for name, got, right in zip(("y", "dx", "dw"), (y, dx, dw), want, strict=True):
         assert got.dtype == case.dtype
         oracle.check(name, got, right, BARS[case.dtype])
@@ -97,19 +104,22 @@ def test_contract(case):
     assert not np.asarray(dx[total:], np.float32).any()
     empty = np.asarray(case.sizes) == 0
     assert not np.asarray(dw, np.float32)[empty].any()
-    wide, *_ = run(x, w, sizes, dy, jnp.float32)
+    wide, *_ = run(x, w, sizes, dy, jnp.float32, kernel)
     assert wide.dtype == jnp.float32
     oracle.check("y in float32", wide, want[0], BARS[jnp.float32])
     np.testing.assert_array_equal(wide.astype(case.dtype), y)  # rounded once, at the end
-    outer = jax.jit(functools.partial(GROUPED["mosaic"].outer, out_dtype=jnp.float32))(x, dy, sizes)
+    outer = jax.jit(functools.partial(GROUPED[kernel].outer, out_dtype=jnp.float32))(x, dy, sizes)
     oracle.check("dw in float32", outer, want[2], BARS[jnp.float32])
     np.testing.assert_array_equal(outer.astype(case.dtype), dw)
-    for got, again in zip((y, dx, dw), run(x, w, sizes, dy), strict=True):  # drawn items come in any order
+    for got, again in zip(
+        (y, dx, dw), run(x, w, sizes, dy, implementation=kernel), strict=True
+    ):  # drawn items come in any order
         np.testing.assert_array_equal(got, again)
 
 
+@each_kernel
 @pytest.mark.parametrize("runs", [2, 3, 8])
-def test_runs_that_lie_as_they_arrived(runs):
+def test_runs_that_lie_as_they_arrived(runs, kernel):
     """Group sizes [R, G]: what is past the sum of each run is nan; every run has other sizes, some groups none."""
     rng, groups, length, k, n = np.random.default_rng(runs), 12, 512, 256, 320
     sizes = np.stack([rng.multinomial(length - 60 * r, rng.dirichlet(np.ones(groups) / 2)) for r in range(runs)])
@@ -117,7 +127,7 @@ def test_runs_that_lie_as_they_arrived(runs):
     x, w, dy = shape(runs * length, k), shape(groups, k, n), shape(runs * length, n)
     unused = np.concatenate([np.arange(length) >= own.sum() for own in sizes])[:, None]
     x, dy = (jnp.where(unused, jnp.nan, a) for a in (x, dy))
-    y, dx, dw = run(x, w, jnp.asarray(sizes, jnp.int32), dy)
+    y, dx, dw = run(x, w, jnp.asarray(sizes, jnp.int32), dy, implementation=kernel)
     clean = lambda a, r: np.nan_to_num(np.asarray(a[r * length : (r + 1) * length], np.float64))
     parts = [oracle.grouped(clean(x, r), w, sizes[r], clean(dy, r)) for r in range(runs)]
     want = *(np.concatenate([part[i] for part in parts]) for i in (0, 1)), sum(part[2] for part in parts)
@@ -125,6 +135,7 @@ def test_runs_that_lie_as_they_arrived(runs):
         oracle.check(name, got, right, BARS[jnp.bfloat16])
 
 
+@hopper
 @pytest.mark.parametrize("drawn", [False, True], ids=["fixed", "drawn"])
 @pytest.mark.parametrize("case", ["odd", "uneven", "rows-past-the-sum", "many-items"])
 def test_no_tuning_changes_a_bit(case, drawn):
@@ -132,39 +143,41 @@ def test_no_tuning_changes_a_bit(case, drawn):
     x, w, dy = draw(case)
     sizes = jnp.asarray(case.sizes, jnp.int32)
     tuning = GroupedTuning(drawn=drawn)
-    schedule = mosaic_rows.schedule(sizes, case.rows)
+    schedule = mosaic._row_tiles(sizes, case.rows)
     y, dx, dw = run(x, w, sizes, dy)
     product = jax.jit(functools.partial(mosaic_rows.product, out_dtype=case.dtype, tuning=tuning), static_argnums=3)
     np.testing.assert_array_equal(product(x, w, schedule, False), y)
     np.testing.assert_array_equal(product(dy, w, schedule, True), dx)
-    bounds = mosaic_rows.bounds(sizes, 0, case.rows)
-    outer = jax.jit(functools.partial(mosaic_outer.outer, out_dtype=case.dtype, tuning=tuning))(x, dy, bounds)
+    edges = bounds(sizes, 0, case.rows)
+    outer = jax.jit(functools.partial(mosaic_outer.outer, out_dtype=case.dtype, tuning=tuning))(x, dy, edges)
     np.testing.assert_array_equal(outer, dw)
 
 
+@each_kernel
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
 @pytest.mark.parametrize("sizes", [ODD, [37] * 60, [64] * 40], ids=["odd", "37", "64"])
-def test_what_is_not_finite_stays_in_its_group(sizes, bad):
+def test_what_is_not_finite_stays_in_its_group(sizes, bad, kernel):
     case = Case(sizes, 4096)
     x, w, dy = draw(case)
     total, run_sizes = sum(sizes), jnp.asarray(sizes, jnp.int32)
-    clean = run(x, w, run_sizes, dy)
+    clean = run(x, w, run_sizes, dy, implementation=kernel)
     sick = [g for g, size in enumerate(sizes) if size][1::3]
     rows = np.zeros(case.rows, bool)
     for g, own in oracle.groups(sizes):
         rows[own] = g in sick
     ill = jnp.asarray(rows)[:, None]
-    y, dx, dw = run(jnp.where(ill, bad, x), w, run_sizes, jnp.where(ill, -bad, dy))
+    y, dx, dw = run(jnp.where(ill, bad, x), w, run_sizes, jnp.where(ill, -bad, dy), implementation=kernel)
     well, healthy = ~rows & (np.arange(case.rows) < total), np.setdiff1d(np.arange(len(sizes)), sick)
     for got, want, at in zip((y, dx, dw), clean, (well, well, healthy), strict=True):
         np.testing.assert_array_equal(np.asarray(got)[at], np.asarray(want)[at])
     assert not np.isfinite(np.asarray(y, np.float32)[rows]).any()
     assert not np.isfinite(np.asarray(dw, np.float32)[sick]).any()
-    sick_w = run(x, w.at[sick[0]].set(bad), run_sizes, dy)
+    sick_w = run(x, w.at[sick[0]].set(bad), run_sizes, dy, implementation=kernel)
     np.testing.assert_array_equal(np.asarray(sick_w[0])[well], np.asarray(clean[0])[well])
 
 
-def test_scan_and_remat_do_not_change_the_gradient():
+@each_kernel
+def test_scan_and_remat_do_not_change_the_gradient(kernel):
     rng = np.random.default_rng(0)
     rows, size, inner, experts = 1536, 256, 320, 12
     sizes = jnp.asarray(uneven(experts, 1500), jnp.int32)
@@ -183,13 +196,14 @@ def test_scan_and_remat_do_not_change_the_gradient():
         loss = lambda x, w: jnp.vdot(jax.lax.scan(step, x, w)[0].astype(jnp.float32), cotangent.astype(jnp.float32))
         return jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(x, weights))
 
-    plain = gradient("mosaic", False)
-    for got, again, want in zip(plain, gradient("mosaic", True), gradient("reference", False), strict=True):
+    plain = gradient(kernel, False)
+    for got, again, want in zip(plain, gradient(kernel, True), gradient("reference", False), strict=True):
         oracle.check("against the reference", got, np.asarray(want, np.float64), 2e-2)  # three layers in bfloat16
         oracle.check("remat", again, np.asarray(got, np.float64), 4e-3)  # XLA may round silu elsewhere
 
 
-def test_offsets_past_two_to_the_31():
+@each_kernel
+def test_offsets_past_two_to_the_31(kernel):
     """2^21 rows of 2048 columns, 4.3e9 values; groups end inside a tile: the last rows are stored one by one."""
     rows, k, n, tail = 2**21, 64, 2048, 300
     rng = np.random.default_rng(0)
@@ -199,7 +213,7 @@ def test_offsets_past_two_to_the_31():
 
     @jax.jit
     def long(x, w):
-        y = grouped_matmul(jnp.zeros((rows, k), x.dtype).at[-tail:].set(x), w, sizes, implementation="mosaic")
+        y = grouped_matmul(jnp.zeros((rows, k), x.dtype).at[-tail:].set(x), w, sizes, implementation=kernel)
         return y[-tail:], jnp.abs(y[:-tail]).max()
 
     got, rest = long(x_tail, w)
@@ -208,6 +222,7 @@ def test_offsets_past_two_to_the_31():
     oracle.check("the last rows", got, want, BARS[jnp.bfloat16])
 
 
+@hopper
 def test_what_none_picks():
     x, w = jnp.zeros((8, 128), jnp.bfloat16), jnp.zeros((2, 128, 64), jnp.bfloat16)
     assert grouped_implementation(x, w) == "mosaic"

@@ -18,6 +18,7 @@ from zigzag_jax import kernels
 from zigzag_jax.kernels import GROUPED, grouped_implementation, grouped_matmul
 from zigzag_jax.kernels.grouped import mosaic, mosaic_outer, mosaic_pipeline, mosaic_rows, mosaic_tuning
 from zigzag_jax.kernels.grouped.mosaic_pipeline import STEP, TILE, GroupedTuning
+from zigzag_jax.kernels.grouped.row_tiles import RowTiles, bounds
 
 
 def draw_sizes(seed: int, rows: int, count: int) -> list[int]:
@@ -38,7 +39,7 @@ CASES = [(1024, draw_sizes(seed, 1024, 12)) for seed in range(8)] + [
 
 def row_tiles(sizes, rows: int, stride: int | None = None):
     """(group, first row of the tile, first and end of its own rows) of every row tile."""
-    schedule = mosaic_rows.schedule(jnp.asarray(sizes, jnp.int32), rows, stride)
+    schedule = mosaic._row_tiles(jnp.asarray(sizes, jnp.int32), rows, stride)
     count = int(schedule.upto[-1])
     assert count <= schedule.group.shape[0], "the table is too short"
     assert len({len(part) for part in schedule[:4]}) == 1
@@ -88,8 +89,8 @@ class Refs:
 
 @pytest.mark.parametrize(("rows", "sizes"), CASES)
 def test_items_of_rows(rows, sizes):
-    schedule = mosaic_rows.schedule(jnp.asarray(sizes, jnp.int32), rows)
-    items = mosaic_rows.Items(mosaic_rows.Schedule(*map(Refs, schedule)), 3, 5)
+    schedule = mosaic._row_tiles(jnp.asarray(sizes, jnp.int32), rows)
+    items = mosaic_rows.Items(RowTiles(*map(Refs, schedule)), 3, 5)
     assert int(items.count) == 3 * len(row_tiles(sizes, rows))
     records = [tuple(map(int, items.at(jnp.int32(i)))) for i in range(6)]
     assert [record[-1] for record in records[:3]] == [0, 1, 2]
@@ -101,7 +102,7 @@ def test_items_of_rows(rows, sizes):
 
 @pytest.mark.parametrize(("rows", "sizes"), CASES)
 def test_steps_of_the_outer_product_hold_every_row(rows, sizes):
-    items = mosaic_outer._Items(Refs(mosaic_rows.bounds(jnp.asarray(sizes, jnp.int32), 0, rows)), len(sizes), 1, 2)
+    items = mosaic_outer._Items(Refs(bounds(jnp.asarray(sizes, jnp.int32), 0, rows)), len(sizes), 1, 2)
     assert int(items.count) == 2 * len(sizes)
     for g, own in itertools.islice(oracle.groups(sizes), 20):
         group, _, column_tile, first, end = (int(x) for x in items.at(jnp.int32(2 * g + 1)))
@@ -186,7 +187,11 @@ def test_none_picks_by_device_and_shapes_and_says_so_once(preference, inputs, pi
 
 @pytest.mark.parametrize(
     ("flash", "preference"),
-    [(("mosaic", "triton"), ("mosaic", "reference")), (("triton",), ("reference",)), (("reference",), ("reference",))],
+    [
+        (("mosaic", "triton"), ("mosaic", "reference")),
+        (("triton",), ("triton", "reference")),
+        (("reference",), ("reference",)),
+    ],
 )
 def test_preference_by_device(flash, preference, monkeypatch):
     monkeypatch.setattr(kernels, "_preference", lambda: flash)

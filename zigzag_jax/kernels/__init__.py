@@ -24,6 +24,7 @@ from zigzag_jax.kernels.grouped import contract as grouped_contract
 from zigzag_jax.kernels.grouped import mosaic as grouped_mosaic
 from zigzag_jax.kernels.grouped import reference as grouped_reference
 from zigzag_jax.kernels.grouped import swiglu
+from zigzag_jax.kernels.grouped import triton as grouped_triton
 from zigzag_jax.ranges import KeyRange
 
 FLASH: dict[str, flash_contract.Implementation] = {
@@ -34,6 +35,7 @@ FLASH: dict[str, flash_contract.Implementation] = {
 }
 GROUPED: dict[str, grouped_contract.Implementation] = {
     "mosaic": grouped_mosaic.IMPLEMENTATION,
+    "triton": grouped_triton.IMPLEMENTATION,
     "reference": grouped_reference.IMPLEMENTATION,
 }
 FUSED: dict[str, swiglu.Parts] = {"mosaic": grouped_mosaic.SWIGLU}
@@ -59,7 +61,9 @@ def _preference() -> tuple[str, ...]:
 @functools.cache
 def _grouped_preference() -> tuple[str, ...]:
     """Grouped implementations for the default device, best first; plain XLA on a GPU is slow, and said to be."""
-    return _GROUPED_ON_HOPPER if "mosaic" in _preference() else ("reference",)
+    if "mosaic" in _preference():
+        return _GROUPED_ON_HOPPER
+    return ("triton", "reference") if "triton" in _preference() else ("reference",)
 
 
 def _candidates(name: str | None, on_hopper: tuple[str, ...], preference: Callable) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows, mosaic_swiglu, mosaic_tuning
 from zigzag_jax.kernels.grouped.contract import Implementation
+from zigzag_jax.kernels.grouped.mosaic_pipeline import TILE
+from zigzag_jax.kernels.grouped.row_tiles import bounds, row_tiles
 from zigzag_jax.kernels.grouped.swiglu import Parts
 
 ROWS = 8  # TMA reads them by eights
@@ -30,13 +32,16 @@ def limits(x, w) -> str | None:
     return None
 
 
+_row_tiles = functools.partial(row_tiles, tile=TILE, align=ROWS)
+
+
 # under jit, so that calls outside of any, as in a notebook, compile a kernel once
 @functools.partial(jax.jit, static_argnames=("transposed", "out_dtype"), inline=True)
 def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
     """See contract.Product."""
     padded = _pad(rows)
     stride = rows.shape[0] // jnp.atleast_2d(group_sizes).shape[0]
-    schedule = mosaic_rows.schedule(group_sizes, padded.shape[0], stride)
+    schedule = _row_tiles(group_sizes, padded.shape[0], stride)
     tuning = mosaic_tuning.rows(rows.shape[1])
     return mosaic_rows.product(padded, matrices, schedule, transposed, out_dtype, tuning)[: rows.shape[0]]
 
@@ -49,7 +54,7 @@ def outer(left, right, group_sizes, *, out_dtype):
     left, right, tuning = _pad(left), _pad(right), mosaic_tuning.OUTER
     # a kernel a run, added up by XLA: the kernel does not add in place
     parts = (
-        mosaic_outer.outer(left, right, mosaic_rows.bounds(runs[r], r * stride, (r + 1) * stride), dtype, tuning)
+        mosaic_outer.outer(left, right, bounds(runs[r], r * stride, (r + 1) * stride), dtype, tuning)
         for r in range(len(runs))
     )
     return functools.reduce(jnp.add, parts).astype(out_dtype)
@@ -77,8 +82,8 @@ def _with_schedule(rows, scale, group_sizes):
     """Rows by eights, their scale with room for a row tile after the last, and the row tiles."""
     padded = _pad(rows)
     stride = rows.shape[0] // jnp.atleast_2d(group_sizes).shape[0]
-    scale = jnp.pad(scale, (0, len(padded) - len(rows) + mosaic_rows.TILE))
-    return padded, scale, mosaic_rows.schedule(group_sizes, len(padded), stride)
+    scale = jnp.pad(scale, (0, len(padded) - len(rows) + TILE))
+    return padded, scale, _row_tiles(group_sizes, len(padded), stride)
 
 
 def _pad(x):

@@ -1,7 +1,7 @@
 """Rows times their group's matrix on Hopper: the forward, and with transposed matrices dx.
 
-A *row tile* is up to 128 rows of one group; an item is a row tile and 256 columns. A group may begin at any row, and
-TMA reads rows by eights, so a group's first tile begins at its first row **rounded down to 8**:
+A *row tile* is up to 128 rows of one group (row_tiles.py); an item is a row tile and 256 columns. A group may begin at
+any row, and TMA reads rows by eights, so a group's first tile begins at its first row **rounded down to 8**:
 
     rows      ...  8   13               136      144   151              two groups: rows 13 to 150, and 151 on
     first          |    [13 ........ 135][136 ........ 150]             loads take whole tiles from 8, 136 | 144,
@@ -24,7 +24,6 @@ core's 989 TF/s. docs/benchmarks.md has what was reached.
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -42,68 +41,11 @@ from zigzag_jax.kernels.grouped.mosaic_pipeline import (
     run,
     send,
 )
+from zigzag_jax.kernels.grouped.row_tiles import RowTiles
 from zigzag_jax.kernels.hopper import ACC, i32, store_rows
 
 
-class Schedule(NamedTuple):
-    """The row tiles of a call; int32, T at most of them."""
-
-    group: jax.Array
-    """[T], -1: rows of no group."""
-
-    eighth: jax.Array
-    """[T]: the first row / 8."""
-
-    first: jax.Array
-    """[T]: the first of its rows that is the group's, as a row of all."""
-
-    end: jax.Array
-    """[T]: the row after the last one that is."""
-
-    upto: jax.Array
-    """[R (G + 1)]: running sum of the groups' tiles. The last is how many of the T there are."""
-
-
-def schedule(group_sizes, rows: int, stride: int | None = None) -> Schedule:
-    """Row tiles for groups of these sizes, [G] or one row for each run of `stride` rows.
-
-    What is left of the rows of a run is one more group, of none. Sizes that sum to more than there is (the contract
-    forbids it, and nobody can see it under jit) are cut: nothing is written past the result.
-
-    Plain XLA (masked sums, for its cumsum is several kernels), and the same for every matmul over the same groups: XLA
-    merges the copies inside one jit.
-    """
-    runs = jnp.atleast_2d(group_sizes)
-    count, groups = runs.shape
-    stops = [r * (stride or 0) for r in range(1, count)] + [rows]
-    each = [bounds(runs[r], r * (stride or 0), stop) for r, stop in enumerate(stops)]
-    begin = jnp.concatenate(each)  # [R (G + 1)]
-    end = jnp.concatenate([part for b, stop in zip(each, stops, strict=True) for part in (b[1:], i32(stop)[None])])
-    owner = jnp.tile(jnp.append(jnp.arange(groups, dtype=jnp.int32), i32(-1)), count)
-    origin = begin // 8 * 8
-    tiles = jnp.where(end > begin, -(-(end - origin) // TILE), 0)
-    upto = running_sum(tiles)
-    # a group has at most 7 rows before it and one less than a tile after it
-    t = jnp.arange((rows + len(begin) * (7 + TILE - 1)) // TILE, dtype=jnp.int32)
-    mine = (upto[None] > t[:, None]) & ((upto - tiles)[None] <= t[:, None])  # [T, R (G + 1)]
-    pick = lambda of_group: jnp.where(mine, of_group[None], 0).sum(1, dtype=jnp.int32)
-    row = pick(origin - TILE * (upto - tiles)) + TILE * t
-    group = pick(owner)
-    return Schedule(group, row // 8, jnp.maximum(row, pick(begin)), jnp.minimum(row + TILE, pick(end)), upto)
-
-
-def bounds(group_sizes, start: int, stop: int):
-    """Where each group [G] begins if the first begins at `start`, and where the last ends, `stop` at most: [G + 1]."""
-    return jnp.minimum(start + running_sum(jnp.pad(group_sizes, (1, 0))), stop)
-
-
-def running_sum(x):
-    """Inclusive running sums of a short int32 vector."""
-    at = jnp.arange(x.shape[0])
-    return jnp.where(at[:, None] >= at[None], x[None], 0).sum(1, dtype=jnp.int32)
-
-
-def product(rows, matrices, schedule: Schedule, transposed: bool, out_dtype, tuning: GroupedTuning) -> jax.Array:
+def product(rows, matrices, schedule: RowTiles, transposed: bool, out_dtype, tuning: GroupedTuning) -> jax.Array:
     """contract.Product where M is a multiple of 8, a and b of 64."""
     count, contraction = rows.shape
     columns = matrices.shape[1 if transposed else 2]
@@ -116,9 +58,9 @@ def product(rows, matrices, schedule: Schedule, transposed: bool, out_dtype, tun
 
 
 class Items:
-    """Row tiles times column tiles, the latter the faster. A record: a row of `Schedule`, and the column tile."""
+    """Row tiles times column tiles, the latter the faster. A record: a row of `RowTiles`, and the column tile."""
 
-    def __init__(self, schedule: Schedule, column_tiles: int, steps: int) -> None:
+    def __init__(self, schedule: RowTiles, column_tiles: int, steps: int) -> None:
         self.tiles, self.column_tiles, self.all_steps = schedule[:4], column_tiles, steps
         self.count = schedule.upto[schedule.upto.shape[0] - 1] * column_tiles
 
@@ -136,7 +78,7 @@ def _kernel(
     transposed: bool, tuning: GroupedTuning, steps: int, rows_ref, matrices_ref, *refs,
     rows_smem, matrix_smem, out_smem, full, records=None,
 ):  # fmt: skip
-    schedule, (*counter, out_ref) = Schedule(*refs[:5]), refs[5:]
+    schedule, (*counter, out_ref) = RowTiles(*refs[:5]), refs[5:]
     wg, width, dt = lax.axis_index("wg"), tuning.columns, out_ref.dtype
     items = Items(schedule, -(-out_ref.shape[1] // width), steps)
     pipeline = Pipeline(tuning, items, full, counter[0] if counter else None, records)

@@ -1,6 +1,6 @@
 """SwiGLU on a grouped matmul's way out, on Hopper: the two `Parts` of swiglu.py.
 
-**Inward**, x to inner. An item is a row tile (mosaic_rows.py) and 128 columns *of gate and the same of up*: a step
+**Inward**, x to inner. An item is a row tile (row_tiles.py) and 128 columns *of gate and the same of up*: a step
 loads a tile of x and two of the matrix, [64, 128] at column c and at f + c, and each consumer has two wgmma of 128
 columns in flight where a plain matmul has one of 256. So both halves of every value are in the same thread, and SwiGLU
 is arithmetic on registers. The weights stay side by side: interleaved ones would need a layout of their own in the
@@ -45,13 +45,14 @@ from zigzag_jax.kernels.grouped.mosaic_pipeline import (
     run,
     send_piece,
 )
-from zigzag_jax.kernels.grouped.mosaic_rows import Items, Schedule
+from zigzag_jax.kernels.grouped.mosaic_rows import Items
+from zigzag_jax.kernels.grouped.row_tiles import RowTiles
 from zigzag_jax.kernels.hopper import ACC, ROW, across, i32, store_row_values, store_rows
 
 PIECE = 64  # columns of a 128 byte row of 2 byte values
 
 
-def inward(x, gate_up, scale, schedule: Schedule, keep: bool, tuning: GroupedTuning) -> list[jax.Array]:
+def inward(x, gate_up, scale, schedule: RowTiles, keep: bool, tuning: GroupedTuning) -> list[jax.Array]:
     """[inner], with `keep` [inner, hidden], where M is a multiple of 8, d and f of 64; scale float32 [M + TILE].
 
     scale has room for a row tile past the last row: unlike TMA, plain loads must not reach past an array's end.
@@ -67,7 +68,7 @@ def inward(x, gate_up, scale, schedule: Schedule, keep: bool, tuning: GroupedTun
     )  # fmt: skip
 
 
-def outward(dy, down, hidden, scale, schedule: Schedule, tuning: GroupedTuning) -> tuple[jax.Array, jax.Array]:
+def outward(dy, down, hidden, scale, schedule: RowTiles, tuning: GroupedTuning) -> tuple[jax.Array, jax.Array]:
     """(dhidden, parts of dscale float32 [column tiles, M]); sizes as for `inward`."""
     rows, tiles = dy.shape[0], -(-down.shape[1] // tuning.columns)
     return run(
@@ -125,7 +126,7 @@ def _inward(
     tuning: GroupedTuning, steps: int, keep: bool, x_ref, gate_up_ref, scale_ref, *refs,
     rows_smem, matrix_smem, out_smem, full, records=None,
 ):  # fmt: skip
-    schedule, counter, (inner_ref, *kept) = Schedule(*refs[:5]), refs[5 : -1 - keep], refs[-1 - keep :]
+    schedule, counter, (inner_ref, *kept) = RowTiles(*refs[:5]), refs[5 : -1 - keep], refs[-1 - keep :]
     wg, width, dt = lax.axis_index("wg"), tuning.columns // 2, x_ref.dtype
     inner = inner_ref.shape[1]
     items = Items(schedule, -(-inner // width), steps)
@@ -190,7 +191,7 @@ def _outward(
     tuning: GroupedTuning, steps: int, dy_ref, down_ref, hidden_ref, scale_ref, *refs,
     rows_smem, matrix_smem, out_smem, sums_smem, full, records=None,
 ):  # fmt: skip
-    schedule, (*counter, dhidden_ref, dscale_ref) = Schedule(*refs[:5]), refs[5:]
+    schedule, (*counter, dhidden_ref, dscale_ref) = RowTiles(*refs[:5]), refs[5:]
     wg, width, dt = lax.axis_index("wg"), tuning.columns, dy_ref.dtype
     inner, pieces = hidden_ref.shape[1] // 2, tuning.columns // PIECE
     items = Items(schedule, -(-inner // width), steps + pieces)

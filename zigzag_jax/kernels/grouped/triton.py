@@ -1,0 +1,93 @@
+"""The grouped contract through jax-triton, for NVIDIA GPUs that are not Hopper: which tiles, and what it cannot take.
+
+    product    triton_kernels.rows_kernel: forward, and with transposed matrices dx
+    outer      triton_kernels.outer_kernel: dw, one sum over all runs
+
+jax-triton and triton are the extra `triton`; triton_kernels.py, which needs both, is imported by the first call.
+"""
+
+import functools
+import importlib.util
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zigzag_jax.kernels.grouped.contract import Implementation
+from zigzag_jax.kernels.grouped.row_tiles import bounds, row_tiles
+
+COLUMNS = 64
+"""k and n are multiples of this: loads and stores of whole vectors, and no tile is cut along the contraction."""
+
+
+class Tile(NamedTuple):
+    """What a block of threads computes, and how."""
+
+    rows: int
+    """Of the result."""
+    columns: int
+    """Of the result."""
+    step: int
+    """Of the contraction, at a time."""
+    warps: int
+    """Warps a block."""
+    stages: int
+    """Steps in shared memory: (rows + columns) * step * 2 bytes each."""
+
+
+WIDE = Tile(128, 256, 64, 8, 4)
+"""192 KiB: Hopper and data-center Blackwell have 227."""
+NARROW = Tile(128, 128, 32, 4, 4)
+"""64 KiB: Ada and consumer Blackwell have 99, Ampere 99 or 163."""
+_WIDE = ("9.0", "10.0", "10.3")  # compute capabilities
+
+
+def tile() -> Tile:
+    """The tile for the default device."""
+    return WIDE if getattr(jax.devices()[0], "compute_capability", None) in _WIDE else NARROW
+
+
+@functools.cache
+def _missing() -> str | None:
+    if all(importlib.util.find_spec(name) for name in ("jax_triton", "triton")):
+        return None
+    return "jax-triton and triton (pip install 'zigzag_jax[triton]')"
+
+
+def limits(x, w) -> str | None:
+    """See contract.Limits."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return "bfloat16 or float16"
+    if 0 in (*x.shape, *w.shape):
+        return "arrays that are not empty"
+    if w.shape[1] % COLUMNS or w.shape[2] % COLUMNS:
+        return f"k and n that are multiples of {COLUMNS}"
+    return _missing()
+
+
+def _stride(rows: int, group_sizes) -> int:
+    return rows // jnp.atleast_2d(group_sizes).shape[0]
+
+
+# under jit, so that calls outside of any, as in a notebook, compile a kernel once
+@functools.partial(jax.jit, static_argnames=("transposed", "out_dtype"), inline=True)
+def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
+    """See contract.Product."""
+    from zigzag_jax.kernels.grouped import triton_kernels
+
+    size = tile()
+    tiles = row_tiles(group_sizes, len(rows), _stride(len(rows), group_sizes), tile=size.rows, align=1)
+    return triton_kernels.product(rows, matrices, tiles, transposed, out_dtype, size)
+
+
+@functools.partial(jax.jit, static_argnames="out_dtype", inline=True)
+def outer(left, right, group_sizes, *, out_dtype):
+    """See contract.OuterProduct."""
+    from zigzag_jax.kernels.grouped import triton_kernels
+
+    runs, stride = jnp.atleast_2d(group_sizes), _stride(len(left), group_sizes)
+    edges = jnp.stack([bounds(own, r * stride, (r + 1) * stride) for r, own in enumerate(runs)])
+    return triton_kernels.outer(left, right, edges, out_dtype, tile())
+
+
+IMPLEMENTATION = Implementation(product, outer, limits)
