@@ -131,11 +131,13 @@ def test_row_bounds_are_those_of_the_rows_that_see_something(seed):
                 assert first[b, i] > end[b, i]
 
 
-@pytest.mark.parametrize("key_tile", [1, 4, 5, 32])
-def test_tile_rows_hold_every_row_that_sees_the_tile(key_tile):
+@pytest.mark.parametrize(
+    ("key_tile", "queries", "length"), [(1, 30, 18), (4, 30, 18), (5, 30, 18), (32, 30, 18), (128, 300, 520)]
+)
+def test_tile_rows_hold_every_row_that_sees_the_tile(key_tile, queries, length):
     rng = np.random.default_rng(key_tile)
     for _ in range(5):
-        keys, length = random_ranges(rng, 2, 30, 18), 18
+        keys = random_ranges(rng, 2, queries, length)
         first, end, whole_first, whole_end = (np.asarray(x) for x in tile_rows(keys, key_tile, length))
         assert first.shape == end.shape == (2, -(-length // key_tile))
         mask = dense(keys, length)

@@ -97,15 +97,32 @@ class TileRows(NamedTuple):
 def tile_rows(keys: KeyRange, key_tile: int, key_length: int) -> TileRows:
     """The kernels' key side: which query rows visit each of the ceil(Sk / key_tile) tiles of keys.
 
-    start and stop never decrease, so the rows that end before a tile come first and those that start after it last, and
-    counting replaces searching. One reduction makes all four counts: on a GPU it is one small kernel.
+    start and stop never decrease, so the rows that end before a tile come first and those that start after it last.
     """
     k0 = jnp.arange(0, key_length, key_tile, dtype=jnp.int32)
     last = k0 + (key_tile - 1)
-    bounds = jnp.stack([k0, jnp.minimum(last, key_length - 1), k0, last]).reshape(2, 2, 1, -1, 1)
-    counts = jnp.sum(jnp.stack(keys)[:, None, :, None, :] <= bounds, axis=-1, dtype=jnp.int32)
-    (starts_by_first, starts_by_last), (stops_by_first, stops_by_last) = counts
+    bounds = jnp.stack([k0, jnp.minimum(last, key_length - 1), k0, last]).reshape(2, 1, -1)
+    counts = _count(jnp.stack(keys), bounds)
+    (starts_by_first, starts_by_last), (stops_by_first, stops_by_last) = (jnp.split(x, 2, axis=-1) for x in counts)
     return TileRows(stops_by_first, starts_by_last, stops_by_last, starts_by_first)
+
+
+def _count(ascending, bounds) -> jax.Array:
+    """How many values of ascending [..., S] are <= each bound [..., n]: int32 [..., n].
+
+    In two levels, whole blocks and then inside of one: on a GPU two small kernels, where comparing every value with
+    every bound took 1% of a backward, and a search by halves would be ten.
+    """
+    block = 128
+    missing = -ascending.shape[-1] % block
+    pad = [(0, 0)] * (ascending.ndim - 1) + [(0, missing)]
+    x = jnp.pad(ascending, pad, constant_values=jnp.iinfo(jnp.int32).max)
+    x = x.reshape(*x.shape[:-1], -1, block)
+    whole = jnp.sum(x[..., None, :, -1] <= bounds[..., None], axis=-1, dtype=jnp.int32)
+    following = jnp.minimum(whole, x.shape[-2] - 1)  # the block that is counted in part, if there is one
+    part = jnp.take_along_axis(x, following[..., None], axis=-2, mode="promise_in_bounds") <= bounds[..., None]
+    inside = jnp.sum(part, axis=-1, dtype=jnp.int32)
+    return whole * block + jnp.where(whole == following, inside, 0)
 
 
 def clip_keys(keys: KeyRange, key_length: int) -> KeyRange:

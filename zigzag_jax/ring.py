@@ -137,13 +137,15 @@ def _ring_fwd(plan: Plan, params, q, payload, lo, hi, sink):
     # The barrier keeps XLA from running the last kernel twice, or from fusing its in-place result into a stack of
     # residuals.
     out, lse = lax.optimization_barrier(forward(plan, params, q, payload, lo, hi, sink))
-    out, lse = checkpoint_name(out, OUT_NAME), checkpoint_name(lse, LSE_NAME)
-    return (out, lse), (params, q, payload, lo, hi, sink, out, lse)
+    # kept flat: of a stack [layers, B, length, H, E] XLA would move the heads outwards and back, a copy each
+    flat, lse = checkpoint_name(out.reshape(*out.shape[:2], -1), OUT_NAME), checkpoint_name(lse, LSE_NAME)
+    return (flat.reshape(out.shape), lse), (params, q, payload, lo, hi, sink, flat, lse)
 
 
 def _ring_bwd(plan: Plan, residuals, cotangents):
-    params, q, payload, lo, hi, sink, out, lse = residuals
+    params, q, payload, lo, hi, sink, flat, lse = residuals
     dout, dlse = cotangents
+    out = flat.reshape(dout.shape)
     backward = _gathered_backward if plan.strategy == "allgather" else _ring_backward
     dq, dparams, dpayload, delta = backward(plan, params, q, payload, lo, hi, out, lse, dout, dlse)
     if sink is not None:
