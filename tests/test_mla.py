@@ -126,7 +126,8 @@ def test_errors(shapes, options, message):
 def test_expansion_is_the_formula():
     rng = np.random.default_rng(0)
     latent, k_pe, kv_b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((1, 3, 5), (1, 3, 2), (5, 2, 7)))
-    k, v = Latent(4).fwd(kv_b, (latent, k_pe))
-    assert (k.shape, v.shape) == ((1, 3, 2, 6), (1, 3, 2, 3))
-    np.testing.assert_allclose(k[0, 1, 1, :4], latent[0, 1] @ kv_b[:, 1, :4], rtol=1e-5)
-    np.testing.assert_array_equal(k[0, :, 0, 4:], k_pe[0])
+    (own, shared), v = Latent(4).fwd(kv_b, (latent, k_pe))
+    assert (own.shape, v.shape) == ((1, 3, 2, 4), (1, 3, 2, 3))
+    np.testing.assert_allclose(own[0, 1, 1], latent[0, 1] @ kv_b[:, 1, :4], rtol=1e-5)
+    np.testing.assert_allclose(v[0, 1, 1], latent[0, 1] @ kv_b[:, 1, 4:], rtol=1e-5)
+    assert shared is k_pe

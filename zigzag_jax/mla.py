@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 
 from zigzag_jax.attention import attention_bounds, attention_plan
 from zigzag_jax.cost import LatentSizes, Payload, choose_payload
+from zigzag_jax.kernels import SplitKeys
 from zigzag_jax.layout import CHUNKS
 from zigzag_jax.ring import ring
 
@@ -47,16 +48,15 @@ class Latent:
         times = lambda x, w: _einsum("bsr,rhc->bshc", x, w.astype(x.dtype)).astype(x.dtype)
         nope = times(latent, params[..., : self.nope])
         v = times(jax.lax.optimization_barrier(latent), params[..., self.nope :])
-        shared = jnp.broadcast_to(k_pe[:, :, None, :], (*nope.shape[:3], k_pe.shape[-1]))
-        return jnp.concatenate([nope, shared], -1), v
+        return SplitKeys(nope, k_pe), v
 
     def bwd(self, params, payload, dk, dv):
         """See ring.Expand."""
         latent, _ = payload
-        dkv = jnp.concatenate([dk[..., : self.nope], dv], -1).astype(latent.dtype)
+        dkv = jnp.concatenate([dk.own, dv], -1).astype(latent.dtype)  # the cast needs a pass, and this is in it
         dparams = _einsum("bsr,bshc->rhc", latent, dkv)
         dlatent = _einsum("bshc,rhc->bsr", dkv, params.astype(latent.dtype))
-        return dparams, (dlatent, jnp.sum(dk[..., self.nope :], axis=2))
+        return dparams, (dlatent, dk.shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,7 +67,7 @@ def expand(latent: Latent, params, payload):
 
 def _expand_bwd(latent: Latent, residuals, cotangents):
     params, payload = residuals
-    dparams, dpayload = latent.bwd(params, payload, *(x.astype(jnp.float32) for x in cotangents))
+    dparams, dpayload = latent.bwd(params, payload, *jax.tree.map(lambda x: x.astype(jnp.float32), cotangents))
     return dparams.astype(params.dtype), jax.tree.map(lambda g, x: g.astype(x.dtype), dpayload, payload)
 
 

@@ -40,7 +40,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from zigzag_jax.hops import Hop, backward_hops, forward_hops
-from zigzag_jax.kernels import flash_bwd, flash_fwd
+from zigzag_jax.kernels import SplitKeys, flash_bwd, flash_fwd
 from zigzag_jax.layout import Layout, zigzag_chunks
 from zigzag_jax.ranges import KeyRange, key_range
 
@@ -56,12 +56,12 @@ class Expand(Protocol):
     hop.
     """
 
-    def fwd(self, params, payload) -> tuple[jax.Array, jax.Array]:
-        """K [B, S, K, D] and v [B, S, K, E] of one rank's payload."""
+    def fwd(self, params, payload) -> tuple[jax.Array | SplitKeys, jax.Array]:
+        """K [B, S, K, D], an array or SplitKeys, and v [B, S, K, E] of one rank's payload."""
         ...
 
     def bwd(self, params, payload, dk, dv) -> tuple[Any, Any]:
-        """(dparams, dpayload), float32, of float32 dk and dv; dparams is None where there are no params."""
+        """(dparams, dpayload), float32, of float32 dk, in k's form, and dv; dparams is None where there are none."""
         ...
 
 

@@ -8,14 +8,14 @@ where STACK says so. The waits for wgmma are counted in the PTX: those that the 
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import pytest
 from h100 import h100s, on
 
 from zigzag_jax.kernels.flash import mosaic
-from zigzag_jax.kernels.flash.contract import Carry, Settings
+from zigzag_jax.kernels.flash.contract import Carry, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
 from zigzag_jax.ranges import KeyRange
 
@@ -38,15 +38,19 @@ FORMS = {  # carry, result, a range for each of two batch rows
     "carry-batch": (True, F32, True),
     "last": (True, jnp.bfloat16, False),
 }
-# bytes of stack that are left: some addresses of the widest heads and of a softcap's carry at D = 128 (six values, each
-# stored and loaded once), and the slope of MLA's softcap, which no model has
+# bytes of stack that are left: some addresses of the widest heads, of keys in two parts and of a softcap's carry at
+# D = 128 (six values, each stored and loaded once), and the slope of MLA's softcap, which no model has
 STACK = {
     ("forward", 128, "softcap"): 24,
     ("forward", 192, ""): 16,
+    ("forward", 192, "split"): 24,
     ("forward", 192, "softcap"): 32,
+    ("forward", 192, "split softcap"): 24,
     ("forward", 256, ""): 40,
     ("forward", 256, "softcap"): 40,
     ("backward", 192, "softcap"): 64,
+    ("backward", 192, "split softcap"): 88,
+    ("backward", 192, "split batch"): 16,
 }
 # "warpgroup.arrive is injected": it says how dS in registers gets to dK's wgmma
 HARMLESS = {"C7519"}
@@ -74,19 +78,19 @@ def compiled(compiler_says):
     return run
 
 
-def array(*shape, dtype=jnp.bfloat16):
+def array(*shape, dtype=jnp.bfloat16) -> Any:
     return on(h100s(1), shape, dtype)
 
 
-def check(report: Report, kernel: str, dim: int, softcap, waits: int) -> None:
+def check(report: Report, kernel: str, dim: int, kind: str, waits: int) -> None:
     assert not report.warnings
-    assert report.stack <= STACK.get((kernel, dim, "softcap" if softcap else ""), 0)
+    assert report.stack <= STACK.get((kernel, dim, kind), 0)
     assert report.waits == waits
 
 
 def cases(*others):
     """Head dims with each of the other parameters; those of the models' own runs are quick, the rest slow."""
-    quick = {((128, 128), "plain"), ((128, 128), "carry"), ((192, 128), "carry"), ((128, 128), ""), ((192, 128), "")}
+    quick = {((128, 128), "plain"), ((128, 128), "carry"), ((128, 128), "")}
     return [
         pytest.param(
             *dims, other, id=f"D{dims[0]}-E{dims[1]}-{other}", marks=() if (dims, other) in quick else pytest.mark.slow
@@ -96,11 +100,28 @@ def cases(*others):
     ]
 
 
-def forward(compiled, dim, out_dim, form, softcap, tuning=None) -> None:
+def split_cases(quick: str, *others: str):
+    """Head dims whose kernels read keys in two parts, with MLA's own form, which is quick, and others, slow."""
+    return [
+        pytest.param(*dims, form, id=f"D{dims[0]}-E{dims[1]}-{form}", marks=() if form == quick else pytest.mark.slow)
+        for dims, tuning in HOPPER.items()
+        if tuning.shared
+        for form in (quick, *others)
+    ]
+
+
+def keys_of(batch: int, rows: int, dim: int, out_dim: int, split: bool):
+    kv_heads, shared = HEADS[dim, out_dim][1], HOPPER[dim, out_dim].shared
+    if not split:
+        return array(batch, rows, kv_heads, dim)
+    return SplitKeys(array(batch, rows, kv_heads, dim - shared), array(batch, rows, shared))
+
+
+def forward(compiled, dim, out_dim, form, softcap, tuning=None, split=False) -> None:
     has_carry, out_dtype, batch_ranges = FORMS[form]
     (heads, kv_heads), batch = HEADS[dim, out_dim], 2 if batch_ranges else 1
     q = array(batch, SEQUENCE, heads, dim)
-    k, v = (array(batch, SEQUENCE, kv_heads, d) for d in (dim, out_dim))
+    k, v = keys_of(batch, SEQUENCE, dim, out_dim, split), array(batch, SEQUENCE, kv_heads, out_dim)
     bounds = array(batch, SEQUENCE, dtype=jnp.int32)
     carry = (array(batch, SEQUENCE, heads, out_dim, dtype=F32), array(batch, heads, SEQUENCE, dtype=F32))
 
@@ -111,12 +132,20 @@ def forward(compiled, dim, out_dim, form, softcap, tuning=None) -> None:
 
     report = compiled(run, q, k, v, bounds, bounds, *(carry if has_carry else ()))
     # S of the first tile; S, then PV, in the masked and in the inner loop; PV of the last tile
-    check(report, "forward", dim, softcap, waits=6)
+    check(report, "forward", dim, " ".join(["split"] * split + ["softcap"] * bool(softcap)), waits=6)
 
 
 @pytest.mark.parametrize(("dim", "out_dim", "form"), cases(*FORMS))
 def test_forward(compiled, dim, out_dim, form):
     forward(compiled, dim, out_dim, form, None)
+
+
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "form"), split_cases("carry", *(f for f in FORMS if f != "carry"), "softcap")
+)
+def test_forward_with_split_keys(compiled, dim, out_dim, form):
+    softcap = form == "softcap"
+    forward(compiled, dim, out_dim, "carry" if softcap else form, 30.0 if softcap else None, split=True)
 
 
 @pytest.mark.slow
@@ -132,14 +161,14 @@ def test_forward_with_softcap(compiled, dim, out_dim):
     forward(compiled, dim, out_dim, "carry", 30.0)
 
 
-@pytest.mark.parametrize(
-    ("dim", "out_dim", "form"), cases("", "deterministic", "softcap", "batch-deterministic", "few-blocks")
-)
-def test_backward(compiled, dim, out_dim, form):
+BACKWARD_FORMS = ("", "deterministic", "softcap", "batch-deterministic", "few-blocks")
+
+
+def backward(compiled, dim, out_dim, form, split=False) -> None:
     heads, kv_heads = HEADS[dim, out_dim]
     batch, rows = 2 if "batch" in form else 1, 512 if form == "few-blocks" else SEQUENCE
     q, dout = (array(batch, rows, heads, d) for d in (dim, out_dim))
-    k, v = (array(batch, rows, kv_heads, d) for d in (dim, out_dim))
+    k, v = keys_of(batch, rows, dim, out_dim, split), array(batch, rows, kv_heads, out_dim)
     stats, bounds = array(batch, heads, rows, dtype=F32), array(batch, rows, dtype=jnp.int32)
     softcap = 30.0 if form == "softcap" else None
 
@@ -149,8 +178,19 @@ def test_backward(compiled, dim, out_dim, form):
 
     dq = array(batch, rows, heads, dim, dtype=F32)
     report = compiled(run, q, k, v, stats, stats, dout, bounds, bounds, dq)
-    # S, dP, then dV, dQ and dK (or dV, dQ, dK and one more); dK and dV at the end
-    check(report, "backward", dim, softcap, waits=7)
+    # S, dP, then dV, dQ and dK (or dV, dQ, dK and one more); dK and dV at the end. dQ of two parts is read in two.
+    kind = " ".join(["split"] * split + [name for name in ("softcap", "batch") if name in form and (split or softcap)])
+    check(report, "backward", dim, kind, waits=8 if split else 7)
+
+
+@pytest.mark.parametrize(("dim", "out_dim", "form"), cases(*BACKWARD_FORMS))
+def test_backward(compiled, dim, out_dim, form):
+    backward(compiled, dim, out_dim, form)
+
+
+@pytest.mark.parametrize(("dim", "out_dim", "form"), split_cases(*BACKWARD_FORMS))
+def test_backward_with_split_keys(compiled, dim, out_dim, form):
+    backward(compiled, dim, out_dim, form, split=True)
 
 
 def test_every_head_of_the_table_is_compiled():
