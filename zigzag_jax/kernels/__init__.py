@@ -132,7 +132,7 @@ def grouped_implementation(x, w, name: str | None = None) -> str:
 
 
 def _readable(name: str, q, k, v):
-    """The keys as the implementation reads them: made whole, a copy, where it does not take the two parts of a split k."""
+    """The keys as the implementation reads them: a SplitKeys whole, a copy, where it does not take the two parts."""
     return k.whole() if isinstance(k, SplitKeys) and not FLASH[name].takes_split(q, k, v) else k
 
 
