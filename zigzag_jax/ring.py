@@ -173,9 +173,18 @@ def _delta(out, dout, dlse):
 
 # ------------------------------------------------------------------------------------------------------------ rotation
 def _rotate(plan: Plan, tree, by: int):
-    """Every array of `tree` sent `by` ranks on."""
+    """Every array of `tree` sent `by` ranks on: the two largest as p2p, for two such trees may fly at once, and any
+    smaller ones as an ordinary collective, which XLA merges with the other tree's and flies beside the four.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    partners = [(rank, (rank + by) % plan.cp) for rank in range(plan.cp)]
+    largest = sorted(range(len(leaves)), key=lambda n: -leaves[n].nbytes)[:2]
     with set_xla_metadata(_xla_gpu_collective_stream="p2p"):
-        return lax.ppermute(tree, plan.axis_name, [(rank, (rank + by) % plan.cp) for rank in range(plan.cp)])
+        sent = {n: lax.ppermute(leaves[n], plan.axis_name, partners) for n in largest}
+    for n, x in enumerate(leaves):
+        if n not in sent:
+            sent[n] = lax.ppermute(x, plan.axis_name, partners)
+    return structure.unflatten([sent[n] for n in range(len(leaves))])
 
 
 def _run(hop: Callable, hops: Iterable[Hop], x):
