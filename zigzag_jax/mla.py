@@ -5,10 +5,14 @@ Keys and values of all heads are made of one small vector a token and one rotary
     latent [B, S, R], k_pe [B, S, P]        kv = latent @ kv_b [R, H, N + E]
     k = [kv[..., :N], k_pe of every head]   v = kv[..., N:]                       D = N + P
 
-For DeepSeek-V2-Lite that is 512 + 64 = 576 values instead of 16 x (192 + 128) = 5120: a hop of a ninth of the bytes,
-for one more matmul a hop, which runs under the next hop's flight like the kernel does. `payload="latent"` sends the
-small form and expands it at every hop; `payload="expanded"` expands once and sends k and v. Both are one attention; the
-gradient of kv_b is summed over hops in float32 in the one, and is one matmul in the other.
+The rotary key is not copied into the heads: k is SplitKeys(kv[..., :N], k_pe), whose parts a kernel reads where they
+are (kernels/flash/contract.py).
+
+For DeepSeek-V2-Lite the latent and the rotary key are 512 + 64 = 576 values instead of 16 x (128 + 128) + 64 = 4160: a
+hop of a seventh of the bytes, for one more matmul a hop, which runs under the next hop's flight like the kernel does.
+`payload="latent"` sends the small form and expands it at every hop; `payload="expanded"` expands once and sends k and
+v. Both are one attention; the gradient of kv_b is summed over hops in float32 in the one, and is one matmul in the
+other.
 """
 
 import functools

@@ -18,6 +18,10 @@ Shared memory bandwidth is the limit (82% busy): S, dP and dQ read both operands
 reads none. More wgmma in flight lose (docs/kernels.md). So does another order of statements: ptxas allocates registers
 on a knife's edge, and the deviceless compile test holds every configuration to no spill and no serialised wgmma.
 
+Keys in two parts (SplitKeys; MLA) are two tiles: S is two wgmma on one accumulator, and a warpgroup computes half of
+each part's columns of dQ. The shared part's gradient is written head by head, and XLA sums it: adding it in global
+memory would save a read of a fifth of what is written for dK and dV, and its sums would come in any order.
+
 `deterministic` makes the blocks that add to a tile of dQ take turns in the order of their keys; two warps then add
 alternately, each waiting for its own tile's turn. Blocks start in that order too, so each waits for running ones only.
 """
@@ -134,7 +138,6 @@ def flash_bwd(
     total = (lambda x: x[0]) if blocks.splits == 1 else (lambda x: x.sum(0))
     dk, dv = [total(x) for x in dk], total(dv)
     if isinstance(k, SplitKeys):
-        # over heads by XLA: an adding store would save a read of what is a fifth of dK and dV, for sums in any order
         return jax.freeze(dq_ref), SplitKeys(dk[0], dk[1].sum(2)), dv
     return jax.freeze(dq_ref), *dk, dv
 
@@ -352,7 +355,7 @@ def _kernel(
             def gradients(*dq_accs):
                 add_dq(dq_accs, at, z)
                 plgpu.wgmma(dk_acc, ds, q_smem.at[s, :, columns(dim_part)])
-                plgpu.wgmma_wait(2)
+                plgpu.wgmma_wait(1 + len(dq_accs))
                 do_free.arrive(s)
                 put_dq([_keep(plgpu.wgmma_accumulator_load(acc, wait_n=1)) for acc in dq_accs], i, z)
                 plgpu.wgmma_wait(0)

@@ -10,6 +10,8 @@ keep an online softmax (FlashAttention-2; the overlap is FlashAttention-3's, Sha
 
 While the tensor core multiplies P of tile i-1 by V, the other units turn the scores of tile i into P.
 
+Keys in two parts (SplitKeys; MLA) come as two tiles on one signal, and QK is two wgmma on one accumulator.
+
 Ranges are data. A row of tiles is visited in the order: those cut by the right edge (causal diagonal, end of the
 chunk), those cut by the left edge (document, window), then the inside, from right to left and without a mask. Tiles
 that no row sees are not loaded, an item that sees nothing costs one comparison.
