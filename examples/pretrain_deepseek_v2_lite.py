@@ -9,7 +9,7 @@ of `python -m zigzag_jax.train` may be given too. srun starts one task a GPU, ea
 host (docs/hosts.md).
 
 What to expect: 3.9 GiB of float32 weights and 7.7 GiB of AdamW's moments a device. A hop is 36 MiB of latent (expanded
-keys and values would be 320). A token is 42 GFLOPs of training at this length: at an MFU of 0.4 a step of 32,768 tokens
+keys and values would be 260). A token is 42 GFLOPs of training at this length: at an MFU of 0.4 a step of 32,768 tokens
 a device takes about 3.5 s. What has been measured is one H100 (docs/benchmarks.md); 16 devices have not.
 """
 

@@ -5,6 +5,7 @@ By relative L2: a gradient of kv_b that forgets a hop still points almost the ri
 
 import functools
 
+import hops
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import from_zigzag, to_zigzag
-from zigzag_jax.mla import Latent, latent_attention
+from zigzag_jax.cost import LatentSizes
+from zigzag_jax.mla import PAYLOADS, Latent, latent_attention
 
 B, S, H, R, N, ROPE, E = 2, 48, 4, 12, 8, 4, 6
 SCALE = 0.2
@@ -81,6 +83,19 @@ def test_values_and_gradients(cp, payload, strategy, packed):
         assert grad.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("cp", [1, 4, 8])
+def test_hop_bytes(cp, payload):
+    x = {name: jnp.asarray(v, jnp.bfloat16) for name, v in draw().items()}
+    run = functools.partial(latent_attention, mesh=mesh(cp), spec=SPEC, payload=payload)
+    arguments = x["q"], x["latent"], x["k_pe"], x["kv_b"].astype(jnp.float32)
+    both = lambda *arguments: jax.vjp(run, *arguments)[1](x["dout"])
+    values = (cp - 1) * B * (S // cp) * LatentSizes(R, ROPE, H, N + ROPE, E).payloads[payload]
+    sent = lambda f: hops.sent(hops.collectives(f, *arguments))
+    assert sent(run) == ({"bfloat16": 2 * values} if values else {})
+    assert sent(both) == ({"bfloat16": 2 * 2 * values, "float32": 4 * values} if values else {})
+
+
 def test_bfloat16_error_does_not_grow_with_cp():
     want, want_grads, _ = wanted(False)
     errors = {}
@@ -126,7 +141,8 @@ def test_errors(shapes, options, message):
 def test_expansion_is_the_formula():
     rng = np.random.default_rng(0)
     latent, k_pe, kv_b = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((1, 3, 5), (1, 3, 2), (5, 2, 7)))
-    k, v = Latent(4).fwd(kv_b, (latent, k_pe))
-    assert (k.shape, v.shape) == ((1, 3, 2, 6), (1, 3, 2, 3))
-    np.testing.assert_allclose(k[0, 1, 1, :4], latent[0, 1] @ kv_b[:, 1, :4], rtol=1e-5)
-    np.testing.assert_array_equal(k[0, :, 0, 4:], k_pe[0])
+    (own, shared), v = Latent(4).fwd(kv_b, (latent, k_pe))
+    assert (own.shape, v.shape) == ((1, 3, 2, 4), (1, 3, 2, 3))
+    np.testing.assert_allclose(own[0, 1, 1], latent[0, 1] @ kv_b[:, 1, :4], rtol=1e-5)
+    np.testing.assert_allclose(v[0, 1, 1], latent[0, 1] @ kv_b[:, 1, 4:], rtol=1e-5)
+    assert shared is k_pe

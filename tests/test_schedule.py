@@ -6,12 +6,19 @@ property to test, not to believe; the rules are in overlap.py. A model's layers:
 
 import contextlib
 
+import jax
+import jax.numpy as jnp
 import pytest
+from h100 import h100s, on
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from overlap import check, copied, flown
 from read_schedule import attention
 
 import zigzag_jax.ring
+from zigzag_jax.cost import LatentSizes
+from zigzag_jax.hlo import Program
+from zigzag_jax.mla import latent_attention
 
 pytestmark = pytest.mark.aot
 
@@ -32,6 +39,25 @@ def test_every_hop_has_a_kernel_above_it(cp: int, length: int):
     check(program, cp, length, VALUES)
     assert copied(program, length, 4 * 128, 32 * 128) == {}
     assert [times for _, times in program.launched() if times > 1] == ([] if cp < 6 else [3, 2])
+
+
+@pytest.mark.slow
+def test_three_arrays_and_their_gradients_fly_above_one_kernel():
+    """DeepSeek-V2-Lite's expanded keys: k in two parts, and v. Nothing lays k out whole."""
+    cp, length = 4, 8192
+    mesh, spec, row, rows = h100s(cp), P(None, "cp", None, None), P(None, "cp", None), (1, length * cp)
+    array = lambda place, *sizes, dtype=jnp.bfloat16: on(mesh, sizes, dtype, place)
+
+    def loss(q, latent, k_pe, kv_b, w):
+        y = latent_attention(q, latent, k_pe, kv_b, mesh=mesh, spec=spec, payload="expanded", implementation="mosaic")
+        return jnp.sum(jnp.square((y.reshape(*rows, -1) @ w).astype(jnp.float32)))
+
+    args = [array(spec, *rows, 16, 192), array(row, *rows, 512), array(row, *rows, 64)]
+    args += [array(P(), 512, 16, 256, dtype=jnp.float32), array(P(), 16 * 128, 2048)]
+    program = Program(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text() or "")
+    sizes = LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
+    check(program, cp, length, sizes.payloads["expanded"])
+    assert copied(program, length, 64, 16 * 64, 16 * 128, 16 * 192) == {}
 
 
 # ------------------------------------------------------------------------------------------- what XLA needs to be told

@@ -68,9 +68,10 @@ class LatentSizes(NamedTuple):
         """Values a token that a forward hop carries, in each form.
 
         >>> LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128).payloads
-        {'latent': 576, 'expanded': 5120}
+        {'latent': 576, 'expanded': 4160}
         """
-        return {"latent": self.latent + self.rope, "expanded": self.heads * (self.dim + self.out_dim)}
+        own = self.heads * (self.dim - self.rope + self.out_dim)
+        return {"latent": self.latent + self.rope, "expanded": own + self.rope}
 
 
 class Layer(NamedTuple):
@@ -173,16 +174,14 @@ def _hop_seconds(layer: Layer, tokens: int, machine: Machine) -> tuple[float, fl
 
 
 def _expansion(layer: Layer, tokens: int, machine: Machine) -> float:
-    """Seconds in which k and v are made of one rank's latent: two matmuls, one of which makes v; what the other made
-    is read and written once more when the rotary key is put beside it. Its gradient takes three times as long: made
-    again, and two matmuls.
+    """Seconds in which k and v are made of one rank's latent: two matmuls, whose results are written. Its gradient
+    takes three times as long: made again, and two matmuls.
     """
     if not layer.rank:
         return 0.0
-    each, rope = tokens * layer.heads, layer.payload - layer.rank
-    nope = layer.dim - rope
-    moved = nope + layer.out_dim + nope + layer.dim
-    return each * (2 * layer.rank * (nope + layer.out_dim) / machine.matmul + layer.itemsize * moved / machine.memory)
+    rope = layer.payload - layer.rank
+    made = tokens * layer.heads * (layer.dim - rope + layer.out_dim)
+    return made * (2 * layer.rank / machine.matmul + layer.itemsize / machine.memory)
 
 
 # ------------------------------------------------------------------------------------------------------------- choices

@@ -5,10 +5,14 @@ Keys and values of all heads are made of one small vector a token and one rotary
     latent [B, S, R], k_pe [B, S, P]        kv = latent @ kv_b [R, H, N + E]
     k = [kv[..., :N], k_pe of every head]   v = kv[..., N:]                       D = N + P
 
-For DeepSeek-V2-Lite that is 512 + 64 = 576 values instead of 16 x (192 + 128) = 5120: a hop of a ninth of the bytes,
-for one more matmul a hop, which runs under the next hop's flight like the kernel does. `payload="latent"` sends the
-small form and expands it at every hop; `payload="expanded"` expands once and sends k and v. Both are one attention; the
-gradient of kv_b is summed over hops in float32 in the one, and is one matmul in the other.
+The rotary key is not copied into the heads: k is SplitKeys(kv[..., :N], k_pe), whose parts a kernel reads where they
+are (kernels/flash/contract.py).
+
+For DeepSeek-V2-Lite the latent and the rotary key are 512 + 64 = 576 values instead of 16 x (128 + 128) + 64 = 4160: a
+hop of a seventh of the bytes, for one more matmul a hop, which runs under the next hop's flight like the kernel does.
+`payload="latent"` sends the small form and expands it at every hop; `payload="expanded"` expands once and sends k and
+v. Both are one attention; the gradient of kv_b is summed over hops in float32 in the one, and is one matmul in the
+other.
 """
 
 import functools
@@ -21,6 +25,7 @@ from jax.sharding import PartitionSpec
 
 from zigzag_jax.attention import attention_bounds, attention_plan
 from zigzag_jax.cost import LatentSizes, Payload, choose_payload
+from zigzag_jax.kernels import SplitKeys
 from zigzag_jax.layout import CHUNKS
 from zigzag_jax.ring import ring
 
@@ -47,16 +52,15 @@ class Latent:
         times = lambda x, w: _einsum("bsr,rhc->bshc", x, w.astype(x.dtype)).astype(x.dtype)
         nope = times(latent, params[..., : self.nope])
         v = times(jax.lax.optimization_barrier(latent), params[..., self.nope :])
-        shared = jnp.broadcast_to(k_pe[:, :, None, :], (*nope.shape[:3], k_pe.shape[-1]))
-        return jnp.concatenate([nope, shared], -1), v
+        return SplitKeys(nope, k_pe), v
 
     def bwd(self, params, payload, dk, dv):
         """See ring.Expand."""
         latent, _ = payload
-        dkv = jnp.concatenate([dk[..., : self.nope], dv], -1).astype(latent.dtype)
+        dkv = jnp.concatenate([dk.own, dv], -1).astype(latent.dtype)  # the cast needs a pass, and this is in it
         dparams = _einsum("bsr,bshc->rhc", latent, dkv)
         dlatent = _einsum("bshc,rhc->bsr", dkv, params.astype(latent.dtype))
-        return dparams, (dlatent, jnp.sum(dk[..., self.nope :], axis=2))
+        return dparams, (dlatent, dk.shared)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,7 +71,7 @@ def expand(latent: Latent, params, payload):
 
 def _expand_bwd(latent: Latent, residuals, cotangents):
     params, payload = residuals
-    dparams, dpayload = latent.bwd(params, payload, *(x.astype(jnp.float32) for x in cotangents))
+    dparams, dpayload = latent.bwd(params, payload, *jax.tree.map(lambda x: x.astype(jnp.float32), cotangents))
     return dparams.astype(params.dtype), jax.tree.map(lambda g, x: g.astype(x.dtype), dpayload, payload)
 
 

@@ -15,8 +15,9 @@ forward, cp - 1 payload and cp - 1 gradient hops backward. A static window leave
 skipped, the payload taking the gap in one permute.
 
 The one hard thing is to have XLA run the hops *under* the kernels:
-- each permute carries `_xla_gpu_collective_stream="p2p"`, a scheduler resource of its own that lets four fly at a time.
-  It is a hint that XLA may drop one day: a test of the compiled schedule guards it;
+- each permute carries `_xla_gpu_collective_stream="p2p"`, a scheduler resource of its own that lets four fly at a time,
+  beside an ordinary one for small arrays. It is a hint that XLA may drop one day: a test of the compiled schedule
+  guards it;
 - the next hop is posted before this step's kernel, and each hop ends in an `optimization_barrier` right behind the
   kernel;
 - the loop runs two hops an iteration (one would copy the payload), and straight-line code takes the place of a loop
@@ -40,7 +41,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from zigzag_jax.hops import Hop, backward_hops, forward_hops
-from zigzag_jax.kernels import flash_bwd, flash_fwd
+from zigzag_jax.kernels import SplitKeys, flash_bwd, flash_fwd
 from zigzag_jax.layout import Layout, zigzag_chunks
 from zigzag_jax.ranges import KeyRange, key_range
 
@@ -56,12 +57,12 @@ class Expand(Protocol):
     hop.
     """
 
-    def fwd(self, params, payload) -> tuple[jax.Array, jax.Array]:
-        """K [B, S, K, D] and v [B, S, K, E] of one rank's payload."""
+    def fwd(self, params, payload) -> tuple[jax.Array | SplitKeys, jax.Array]:
+        """K [B, S, K, D], an array or SplitKeys, and v [B, S, K, E] of one rank's payload."""
         ...
 
     def bwd(self, params, payload, dk, dv) -> tuple[Any, Any]:
-        """(dparams, dpayload), float32, of float32 dk and dv; dparams is None where there are no params."""
+        """(dparams, dpayload), float32, of float32 dk, in k's form, and dv; dparams is None where there are none."""
         ...
 
 
@@ -175,9 +176,18 @@ def _delta(out, dout, dlse):
 
 # ------------------------------------------------------------------------------------------------------------ rotation
 def _rotate(plan: Plan, tree, by: int):
-    """Every array of `tree` sent `by` ranks on."""
+    """Every array of `tree` sent `by` ranks on: the two largest as p2p, for two such trees may fly at once, and any
+    smaller ones as an ordinary collective, which XLA merges with the other tree's and flies beside the four.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    partners = [(rank, (rank + by) % plan.cp) for rank in range(plan.cp)]
+    largest = sorted(range(len(leaves)), key=lambda n: -leaves[n].nbytes)[:2]
     with set_xla_metadata(_xla_gpu_collective_stream="p2p"):
-        return lax.ppermute(tree, plan.axis_name, [(rank, (rank + by) % plan.cp) for rank in range(plan.cp)])
+        sent = {n: lax.ppermute(leaves[n], plan.axis_name, partners) for n in largest}
+    for n, x in enumerate(leaves):
+        if n not in sent:
+            sent[n] = lax.ppermute(x, plan.axis_name, partners)
+    return structure.unflatten([sent[n] for n in range(len(leaves))])
 
 
 def _run(hop: Callable, hops: Iterable[Hop], x):

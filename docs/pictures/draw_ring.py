@@ -66,7 +66,7 @@ def latent_hop() -> Canvas:
     sent = {form: 8192 * values * 2 for form, values in sizes.payloads.items()}
     canvas = Canvas(820, 290, "A hop of DeepSeek-V2-Lite's ring: the latent, or the keys and values made of it")
     canvas.text(20, 22, "Bytes of a hop: DeepSeek-V2-Lite, 8192 tokens a rank, bfloat16", size=15, bold=True)
-    words = {"latent": "latent 512 + rotary key 64", "expanded": "16 heads x (192 + 128)"}
+    words = {"latent": "latent 512 + rotary key 64", "expanded": "16 heads x (128 + 128) + rotary key 64"}
     for n, (form, count) in enumerate(sent.items()):
         y = 54 + 30 * n
         canvas.text(20, y, form)

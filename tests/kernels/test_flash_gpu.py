@@ -7,7 +7,7 @@ model wraps around them; arrays of more than 2**31 elements.
 import dataclasses
 import functools
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,10 @@ from jax.sharding import PartitionSpec as P
 from oracle import Heads
 
 from zigzag_jax import zigzag_attention
-from zigzag_jax.kernels import flash_bwd, flash_fwd, flash_implementation
+from zigzag_jax.kernels import SplitKeys, flash_bwd, flash_fwd, flash_implementation
 from zigzag_jax.kernels.flash import mosaic, mosaic_tuning
 from zigzag_jax.kernels.flash.contract import Carry, Settings
+from zigzag_jax.mla import latent_attention
 from zigzag_jax.ranges import KeyRange
 
 GPU = jax.default_backend() == "gpu"
@@ -48,6 +49,8 @@ class Case(NamedTuple):
     dtype: type = jnp.bfloat16
     softcap: float | None = None
     causal: bool = False
+    shared: int = 0
+    """Columns of k that all heads share: it is given as SplitKeys."""
 
 
 CASES = {
@@ -64,11 +67,33 @@ CASES = {
     "mla-model": Case(Heads(16, 16, 192, 128), 1536, 1600),
     "mla": Case(Heads(4, 4, 192, 128), 384),
     "mla-softcap": Case(Heads(2, 2, 192, 128), softcap=3.0),
+    "mla-shared-model": Case(Heads(16, 16, 192, 128), 1536, 1600, shared=64),
+    "mla-shared-causal": Case(Heads(16, 16, 192, 128), 2560, 2560, causal=True, shared=64),
+    "mla-shared": Case(Heads(4, 4, 192, 128), 384, 517, batch=2, shared=64),
+    "mla-shared-float16": Case(Heads(4, 4, 192, 128), dtype=jnp.float16, shared=64),
+    "mla-shared-softcap": Case(Heads(2, 2, 192, 128), softcap=3.0, shared=64),
+    "mla-shared-groups": Case(Heads(8, 2, 192, 128), 320, 640, shared=64),
+    "shared-32": Case(Heads(4, 4, 192, 128), shared=32),  # no kernel reads these two parts: made whole
     "D64": Case(Heads(6, 6, 64, 64), 640, 384, batch=2),
     "D96": Case(Heads(6, 3, 96, 96)),
     "D96-E64": Case(Heads(6, 3, 96, 64)),
     "D256": Case(Heads(4, 2, 256, 256), 256, 512),
 }
+
+
+def draw(rng, case: Case):
+    """(q, k, v, dout) in the case's dtype, k whole; and k as the case gives it."""
+    q, k, v, dout = (jnp.asarray(x, case.dtype) for x in case.heads.draw(rng, case.batch, case.rows, case.keys))
+    if not case.shared:
+        return (q, k, v, dout), k
+    own, shared = k[..., : -case.shared], k[:, :, 0, -case.shared :]
+    return (q, SplitKeys(own, shared).whole(), v, dout), SplitKeys(own, shared)
+
+
+def named(given, dk) -> dict:
+    """The gradient of k, whole or split, by the names of its parts."""
+    dk = given.split(dk) if isinstance(given, SplitKeys) and not isinstance(dk, SplitKeys) else dk
+    return {"dk": dk.own, "dk shared": dk.shared} if isinstance(given, SplitKeys) else {"dk": dk}
 
 
 def truth(q, k, v, keys, mask, *, scale, dout, dlse, softcap):
@@ -97,16 +122,18 @@ def implementation(request):
 
 @pytest.mark.parametrize("case", CASES)
 def test_contract(implementation, case):
-    heads, rows, key_rows, batch, dtype, softcap, causal = CASES[case]
+    heads, rows, key_rows, batch, dtype, softcap, causal, _ = CASES[case]
     rng = np.random.default_rng(rows + key_rows)
     keys = KeyRange(*map(jnp.asarray, oracle.random_bounds(rng, batch, rows, key_rows)))
     if causal:
         keys = KeyRange(0 * keys.start, jnp.arange(1, rows + 1, dtype=jnp.int32)[None])
     mask = oracle.seen(*keys, key_rows)
-    q, k, v, dout = (jnp.asarray(x, dtype) for x in heads.draw(rng, batch, rows, key_rows))
+    (q, whole_k, v, dout), k = draw(rng, CASES[case])
     dlse = jnp.asarray(rng.standard_normal((batch, heads.heads, rows)) * mask.any(-1)[:, None], jnp.float32)
     scale = heads.dim**-0.5
-    want = truth(q, k, v, keys, mask, scale=scale, dout=dout, dlse=dlse, softcap=softcap)
+    want = truth(q, whole_k, v, keys, mask, scale=scale, dout=dout, dlse=dlse, softcap=softcap)
+    want = dict(out=want.out, lse=want.lse, dq=want.dq, dv=want.dv, **named(k, want.dk))
+    bars = BARS[dtype] | {"dk shared": BARS[dtype]["dk"]}
     dq0 = jnp.asarray(rng.standard_normal(q.shape), jnp.float32)
     options = dict(scale=scale, softcap=softcap, implementation=implementation)
 
@@ -124,22 +151,22 @@ def test_contract(implementation, case):
     def backward(q, k, v, out, lse, dout, dlse, keys, dq0, deterministic=False):
         delta = jnp.einsum("bqhe,bqhe->bhq", dout, out, preferred_element_type=jnp.float32) - dlse
         dq, dk, dv = flash_bwd(q, k, v, lse, delta, dout, keys, dq=dq0, deterministic=deterministic, **options)
-        return dict(dq=dq - dq0, dk=dk, dv=dv)
+        return dict(dq=dq - dq0, dv=dv, **named(k, dk))
 
     (out, lse), second, last, narrow = forward(q, k, v, keys)
     args = q, k, v, out, lse, dout, dlse, keys, dq0
     for name, x in dict(out=out, lse=lse, **backward(*args)).items():
         assert x.dtype == jnp.float32
-        oracle.check(name, x, getattr(want, name), BARS[dtype][name])
-    oracle.check("out in two calls", second[0], want.out, BARS[dtype]["out"])
-    oracle.check("lse in two calls", second[1], want.lse, 1e-6)
+        oracle.check(name, x, want[name], bars[name])
+    oracle.check("out in two calls", second[0], want["out"], bars["out"])
+    oracle.check("lse in two calls", second[1], want["lse"], 1e-6)
     np.testing.assert_array_equal(narrow, out.astype(dtype))  # rounded once, at the end
     np.testing.assert_array_equal(last[0], second[0].astype(dtype))
     np.testing.assert_array_equal(last[1], second[1])
     one, two = (backward(*args, deterministic=True) for _ in range(2))
     for name, x in one.items():
         np.testing.assert_array_equal(x, two[name])
-        oracle.check(f"{name} deterministic", x, getattr(want, name), BARS[dtype][name])
+        oracle.check(f"{name} deterministic", x, want[name], bars[name])
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -176,6 +203,37 @@ def test_scan_and_remat_do_not_change_the_gradient(implementation, deterministic
                 np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_latent_attention_in_scanned_and_recomputed_layers(implementation, deterministic):
+    """The kernels with a shared rotary key, on a ring of one, as a model wraps them."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, 512, 4, 192)), jnp.bfloat16)
+    w = jnp.asarray(rng.standard_normal((3, 128, 192)) / 12, jnp.bfloat16)
+    kv_b = jnp.asarray(rng.standard_normal((3, 128, 4, 256)) / 12, jnp.float32)
+    cotangent = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("cp",))
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def gradient(implementation, remat):
+        def layer(x, weights):
+            w, kv_b = weights
+            options: dict[str, Any] = dict(mesh=mesh, spec=P(None, "cp", None, None), payload="latent")
+            options |= dict(implementation=implementation, deterministic=deterministic)
+            return x + latent_attention(x, x[:, :, 0, :128], x[:, :, 1, 128:], kv_b, **options) @ w, None
+
+        step = jax.checkpoint(layer) if remat else layer
+        loss = lambda x, *weights: jnp.vdot(jax.lax.scan(step, x, weights)[0].astype(jnp.float32), cotangent)
+        return jax.grad(loss, argnums=(0, 1, 2))(x, w, kv_b)
+
+    want, plain, again = (gradient(*call) for call in (("reference", 0), (implementation, 0), (implementation, 1)))
+    for name, w, p, r in zip(("x", "w", "kv_b"), want, plain, again, strict=True):
+        oracle.check(name, p, np.asarray(w, np.float64), 2e-2)  # three layers in bfloat16
+        oracle.check(f"{name} recomputed", r, np.asarray(p, np.float64), 4e-3)
+    if deterministic:
+        for first, second in zip(again, gradient(implementation, 1), strict=True):
+            np.testing.assert_array_equal(first, second)
+
+
 def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing(implementation):
     rng = np.random.default_rng(0)
     q, out = (jnp.asarray(rng.standard_normal((1, 256, 4, 128)), dtype) for dtype in (jnp.bfloat16, jnp.float32))
@@ -193,13 +251,14 @@ def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing(implementation):
 @pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
 @pytest.mark.parametrize("case", CASES)
 def test_drawn_items_change_no_bit(case):
-    heads, rows, key_rows, batch, dtype, softcap, causal = CASES[case]
+    heads, rows, key_rows, batch, dtype, softcap, causal, shared = CASES[case]
     rng = np.random.default_rng(rows + key_rows)
     # random ranges leave rows that see nothing, and items
     start, stop = (jnp.asarray(x).at[:, : rows // 2].set(0) for x in oracle.random_bounds(rng, batch, rows, key_rows))
     keys = KeyRange(0 * start, jnp.arange(1, rows + 1, dtype=jnp.int32)[None]) if causal else KeyRange(start, stop)
-    q, k, v, _ = (jnp.asarray(x, dtype) for x in heads.draw(rng, batch, rows, key_rows))
-    table = mosaic_tuning.HOPPER[heads.dim, heads.out_dim].forward
+    (q, whole_k, v, _), k = draw(rng, CASES[case])
+    table = mosaic_tuning.HOPPER[heads.dim, heads.out_dim]
+    k = k if shared == table.shared else whole_k
 
     @functools.partial(jax.jit, static_argnums=0)
     def forward(tuning, q, k, v, keys):
@@ -208,7 +267,7 @@ def test_drawn_items_change_no_bit(case):
         carry = Carry(*first)
         return first, call(carry, jnp.dtype(jnp.float32)), call(carry, jnp.dtype(dtype)), call(None, jnp.dtype(dtype))
 
-    tunings = [dataclasses.replace(table, drawn=drawn) for drawn in (False, True, True)]
+    tunings = [dataclasses.replace(table.forward, drawn=drawn) for drawn in (False, True, True)]
     results = [jax.tree.leaves(forward(tuning, q, k, v, keys)) for tuning in tunings]
     for fixed, drawn, again in zip(*results, strict=True):
         np.testing.assert_array_equal(drawn, fixed)

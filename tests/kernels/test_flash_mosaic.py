@@ -12,7 +12,7 @@ import oracle
 import pytest
 
 from zigzag_jax import kernels
-from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd, flash_implementation, hopper
+from zigzag_jax.kernels import FLASH, SplitKeys, flash_bwd, flash_fwd, flash_implementation, hopper
 from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_fwd
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
@@ -205,6 +205,26 @@ def test_every_row_of_the_table_is_within_the_limits():
     for dims in HOPPER:
         assert mosaic.limits(*qkv(*dims), PLAIN) is None
         assert mosaic.limits(*qkv(*dims, dtype=jnp.float16), PLAIN) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "dims", "shared", "apart"),
+    [
+        ("mosaic", (192, 128), 64, True),
+        ("mosaic", (192, 128), 32, False),
+        ("mosaic", (128, 128), 64, False),
+        ("triton", (192, 128), 64, False),
+        ("cudnn", (192, 128), 64, False),
+        ("reference", (192, 128), 64, False),
+    ],
+)
+def test_keys_in_two_parts_are_made_whole_where_no_kernel_reads_them(name, dims, shared, apart):
+    q, k, v = qkv(*dims)
+    split = SplitKeys(k[..., shared:], k[:, :, 0, :shared])
+    assert flash_implementation(q, split, v, PLAIN, name) == name
+    given = kernels._readable(name, q, split, v)
+    assert (given is split) == apart
+    assert given.shape == k.shape
 
 
 def test_an_implementation_that_cannot_says_which_can():

@@ -8,14 +8,14 @@ where STACK says so. The waits for wgmma are counted in the PTX: those that the 
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import pytest
 from h100 import h100s, on
 
 from zigzag_jax.kernels.flash import mosaic
-from zigzag_jax.kernels.flash.contract import Carry, Settings
+from zigzag_jax.kernels.flash.contract import Carry, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
 from zigzag_jax.ranges import KeyRange
 
@@ -38,16 +38,22 @@ FORMS = {  # carry, result, a range for each of two batch rows
     "carry-batch": (True, F32, True),
     "last": (True, jnp.bfloat16, False),
 }
-# bytes of stack that are left: some addresses of the widest heads and of a softcap's carry at D = 128 (six values, each
-# stored and loaded once), and the slope of MLA's softcap, which no model has
+# bytes of stack that are left: some addresses of the widest heads, of keys in two parts and of a softcap's carry at
+# D = 128 (six values, each stored and loaded once), and the slope of MLA's softcap, which no model has
 STACK = {
     ("forward", 128, "softcap"): 24,
     ("forward", 192, ""): 16,
     ("forward", 192, "softcap"): 32,
+    ("forward", 192, "split"): 24,
     ("forward", 256, ""): 40,
     ("forward", 256, "softcap"): 40,
     ("backward", 192, "softcap"): 64,
+    ("backward", 192, "split batch-deterministic"): 16,
 }
+# heads whose keys come in two parts are given whole ones by few: these forms do
+WHOLE = ("plain", "carry", "", "deterministic", "softcap")
+# the models' own runs
+QUICK = {(128, 128, 0, "plain"), (128, 128, 0, "carry"), (128, 128, 0, ""), (192, 128, 64, "carry"), (192, 128, 64, "")}
 # "warpgroup.arrive is injected": it says how dS in registers gets to dK's wgmma
 HARMLESS = {"C7519"}
 
@@ -74,33 +80,40 @@ def compiled(compiler_says):
     return run
 
 
-def array(*shape, dtype=jnp.bfloat16):
+def array(*shape, dtype=jnp.bfloat16) -> Any:
     return on(h100s(1), shape, dtype)
 
 
-def check(report: Report, kernel: str, dim: int, softcap, waits: int) -> None:
+def check(report: Report, kernel: str, dim: int, kind: str, waits: int) -> None:
     assert not report.warnings
-    assert report.stack <= STACK.get((kernel, dim, "softcap" if softcap else ""), 0)
+    assert report.stack <= STACK.get((kernel, dim, kind), 0)
     assert report.waits == waits
 
 
-def cases(*others):
-    """Head dims with each of the other parameters; those of the models' own runs are quick, the rest slow."""
-    quick = {((128, 128), "plain"), ((128, 128), "carry"), ((192, 128), "carry"), ((128, 128), ""), ((192, 128), "")}
-    return [
-        pytest.param(
-            *dims, other, id=f"D{dims[0]}-E{dims[1]}-{other}", marks=() if (dims, other) in quick else pytest.mark.slow
-        )
-        for dims in HOPPER
-        for other in others
-    ]
+def cases(*forms: str):
+    """Head dims, columns of the shared part of k, form."""
+    found = []
+    for dims, tuning in HOPPER.items():
+        for shared in sorted({0, tuning.shared}):
+            for form in forms:
+                if not tuning.shared or (form != "softcap" if shared else form in WHOLE):
+                    name = "-".join([f"D{dims[0]}-E{dims[1]}", *["split"] * bool(shared), form])
+                    marks = () if (*dims, shared, form) in QUICK else pytest.mark.slow
+                    found.append(pytest.param(*dims, shared, form, id=name, marks=marks))
+    return found
 
 
-def forward(compiled, dim, out_dim, form, softcap, tuning=None) -> None:
+def keys_of(batch: int, rows: int, dims: tuple[int, int], shared: int):
+    heads, columns = HEADS[dims][1], dims[0] - shared
+    own = array(batch, rows, heads, columns)
+    return SplitKeys(own, array(batch, rows, shared)) if shared else own
+
+
+def forward(compiled, dim, out_dim, form, softcap, tuning=None, shared=0) -> None:
     has_carry, out_dtype, batch_ranges = FORMS[form]
     (heads, kv_heads), batch = HEADS[dim, out_dim], 2 if batch_ranges else 1
     q = array(batch, SEQUENCE, heads, dim)
-    k, v = (array(batch, SEQUENCE, kv_heads, d) for d in (dim, out_dim))
+    k, v = keys_of(batch, SEQUENCE, (dim, out_dim), shared), array(batch, SEQUENCE, kv_heads, out_dim)
     bounds = array(batch, SEQUENCE, dtype=jnp.int32)
     carry = (array(batch, SEQUENCE, heads, out_dim, dtype=F32), array(batch, heads, SEQUENCE, dtype=F32))
 
@@ -111,12 +124,12 @@ def forward(compiled, dim, out_dim, form, softcap, tuning=None) -> None:
 
     report = compiled(run, q, k, v, bounds, bounds, *(carry if has_carry else ()))
     # S of the first tile; S, then PV, in the masked and in the inner loop; PV of the last tile
-    check(report, "forward", dim, softcap, waits=6)
+    check(report, "forward", dim, "softcap" if softcap else "split" if shared else "", waits=6)
 
 
-@pytest.mark.parametrize(("dim", "out_dim", "form"), cases(*FORMS))
-def test_forward(compiled, dim, out_dim, form):
-    forward(compiled, dim, out_dim, form, None)
+@pytest.mark.parametrize(("dim", "out_dim", "shared", "form"), cases(*FORMS))
+def test_forward(compiled, dim, out_dim, shared, form):
+    forward(compiled, dim, out_dim, form, None, shared=shared)
 
 
 @pytest.mark.slow
@@ -133,13 +146,13 @@ def test_forward_with_softcap(compiled, dim, out_dim):
 
 
 @pytest.mark.parametrize(
-    ("dim", "out_dim", "form"), cases("", "deterministic", "softcap", "batch-deterministic", "few-blocks")
+    ("dim", "out_dim", "shared", "form"), cases("", "deterministic", "softcap", "batch-deterministic", "few-blocks")
 )
-def test_backward(compiled, dim, out_dim, form):
+def test_backward(compiled, dim, out_dim, shared, form):
     heads, kv_heads = HEADS[dim, out_dim]
     batch, rows = 2 if "batch" in form else 1, 512 if form == "few-blocks" else SEQUENCE
     q, dout = (array(batch, rows, heads, d) for d in (dim, out_dim))
-    k, v = (array(batch, rows, kv_heads, d) for d in (dim, out_dim))
+    k, v = keys_of(batch, rows, (dim, out_dim), shared), array(batch, rows, kv_heads, out_dim)
     stats, bounds = array(batch, heads, rows, dtype=F32), array(batch, rows, dtype=jnp.int32)
     softcap = 30.0 if form == "softcap" else None
 
@@ -149,8 +162,9 @@ def test_backward(compiled, dim, out_dim, form):
 
     dq = array(batch, rows, heads, dim, dtype=F32)
     report = compiled(run, q, k, v, stats, stats, dout, bounds, bounds, dq)
-    # S, dP, then dV, dQ and dK (or dV, dQ, dK and one more); dK and dV at the end
-    check(report, "backward", dim, softcap, waits=7)
+    # S, dP, then dV, dQ and dK (or dV, dQ, dK and one more); dK and dV at the end. dQ in two parts is read by two.
+    kind = f"split {form}" if shared else "softcap" if softcap else ""
+    check(report, "backward", dim, kind, waits=8 if shared else 7)
 
 
 def test_every_head_of_the_table_is_compiled():

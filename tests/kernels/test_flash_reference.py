@@ -11,7 +11,7 @@ import oracle
 import pytest
 from oracle import Heads
 
-from zigzag_jax.kernels import FLASH, check_implementation, flash_bwd, flash_fwd
+from zigzag_jax.kernels import FLASH, SplitKeys, check_implementation, flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import reference
 from zigzag_jax.ranges import KeyRange
 
@@ -118,6 +118,25 @@ def test_two_calls_with_a_carry_are_one_and_dq_is_added_to():
         return out, lse, dq, *(jnp.concatenate(x, axis=1) for x in zip(one, two, strict=True))
 
     oracle.check_all(two_steps(q, k, v, k2, v2, dout, dlse), want)
+
+
+def test_keys_in_two_parts_are_those_laid_side_by_side():
+    rng = np.random.default_rng(8)
+    q, k, v, dout, dlse = draw(rng, GQA, 2, 40, 60)
+    split = SplitKeys(k[..., :10], k[:, :, 0, 10:])
+    carry, dq0 = (single(rng.standard_normal(shape))[0] for shape in ((2, 40, 4, 24), (2, 40, 4, 16)))
+    keys, lse0 = ranges(rng, "random", 2, 40, 60), jnp.full((2, 4, 40), 0.7, jnp.float32)
+    got = both(q, split, v, dout, dlse, keys, (carry, lse0), dq0, scale=0.25)
+    out, lse, dq, dk, dv = both(q, split.whole(), v, dout, dlse, keys, (carry, lse0), dq0, scale=0.25)
+    summed = SplitKeys(dk[..., :10], dk[..., 10:].sum(2))
+    for name, a, b in zip(("out", "lse", "dq", "own", "shared", "dv"), jax.tree.leaves(got),
+                          jax.tree.leaves((out, lse, dq, summed, dv)), strict=True):  # fmt: skip
+        oracle.check(name, a, np.asarray(b, np.float64))
+        assert a.dtype == jnp.float32
+    # what each part is, by arithmetic of its own: the shared columns are one key head that all query heads read
+    wide = np.concatenate([split.own, np.repeat(np.asarray(split.shared)[:, :, None], 2, 2)], axis=3)
+    np.testing.assert_array_equal(split.whole(), wide)
+    assert (split.shape, split.ndim, split.dtype) == ((2, 60, 2, 16), 4, jnp.float32)
 
 
 def test_a_carry_stays_bit_for_bit_where_a_row_sees_nothing():
@@ -268,6 +287,26 @@ INPUTS: dict[str, tuple[dict[str, Any], str]] = {
     "no-kv-heads": (
         {"k": zeros(2, 7, 0, 8), "v": zeros(2, 7, 0, 6)},
         "q heads must be a multiple of kv heads, got 4 and 0",
+    ),
+    "own-rank": (
+        {"k": SplitKeys(zeros(2, 7, 5), zeros(2, 7, 3))},
+        "k.own must be [batch, sequence, heads, columns], got shape [2, 7, 5]",
+    ),
+    "shared-length": (
+        {"k": SplitKeys(zeros(2, 7, 2, 5), zeros(2, 6, 3))},
+        "k.shared must be [B, Sk, P] with B, Sk = [2, 7], got [2, 6, 3]",
+    ),
+    "shared-heads": (
+        {"k": SplitKeys(zeros(2, 7, 2, 5), zeros(2, 7, 2, 3))},
+        "k.shared must be [B, Sk, P] with B, Sk = [2, 7], got [2, 7, 2, 3]",
+    ),
+    "shared-dtype": (
+        {"k": SplitKeys(zeros(2, 7, 2, 5), zeros(2, 7, 3, dtype=jnp.bfloat16))},
+        "k.shared must be float32, got bfloat16",
+    ),
+    "shared-columns": (
+        {"k": SplitKeys(zeros(2, 7, 2, 5), zeros(2, 7, 4))},
+        "q and k must have one head_dim, got 8 and 9",
     ),
     "start-dtype": ({"keys": KeyRange(zeros(2, 5), BOUND)}, "keys.start must be int32, got float32"),
     "stop-rows": (

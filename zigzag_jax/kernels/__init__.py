@@ -13,6 +13,7 @@ slower one.
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from zigzag_jax.kernels.flash import contract as flash_contract
 from zigzag_jax.kernels.flash import cudnn, mosaic, triton
 from zigzag_jax.kernels.flash import reference as flash_reference
+from zigzag_jax.kernels.flash.contract import SplitKeys
 from zigzag_jax.kernels.grouped import contract as grouped_contract
 from zigzag_jax.kernels.grouped import mosaic as grouped_mosaic
 from zigzag_jax.kernels.grouped import reference as grouped_reference
@@ -133,6 +135,11 @@ def grouped_implementation(x, w, name: str | None = None) -> str:
     raise NotImplementedError(f"{why}; got {shapes}; implementation={' or '.join(able)} can")
 
 
+def _readable(name: str, q, k, v):
+    """The keys as the implementation reads them: a SplitKeys whole, a copy, where it does not take the two parts."""
+    return k.whole() if isinstance(k, SplitKeys) and not FLASH[name].takes_split(q, k, v) else k
+
+
 def flash_fwd(
     q, k, v, keys: KeyRange, *, scale: float, carry=None, softcap=None, out_dtype=jnp.float32, implementation=None
 ) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +147,7 @@ def flash_fwd(
 
     Args:
       q: [B, Sq, H, D] bfloat16, float16 or float32; k [B, Sk, K, D] and v [B, Sk, K, E] of the same dtype, H % K == 0.
-      k: see q.
+      k: see q; or SplitKeys(own [B, Sk, K, N], shared [B, Sk, P]), N + P = D: each head's columns, then those of all.
       v: see q.
       keys: KeyRange, int32 [B or 1, Sq]: row i sees keys start[i] <= j < stop[i]; neither may decrease along Sq.
       scale: static number that multiplies q.k.
@@ -161,13 +168,13 @@ def flash_fwd(
     settings = flash_contract.check_settings(scale, softcap)
     carry = None if carry is None else flash_contract.check_carry(carry, q, v)
     name = flash_implementation(q, k, v, settings, implementation)
-    return FLASH[name].fwd(q, k, v, keys, settings, carry, jnp.dtype(out_dtype))
+    return FLASH[name].fwd(q, _readable(name, q, k, v), v, keys, settings, carry, jnp.dtype(out_dtype))
 
 
 def flash_bwd(
     q, k, v, lse, delta, dout, keys: KeyRange, *, scale: float, dq=None, softcap=None, deterministic=False,
     implementation=None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+) -> tuple[jax.Array, Any, jax.Array]:  # fmt: skip
     """These keys' share of the gradient of a softmax whose global lse is known; see flash/contract.py.
 
     Args:
@@ -185,7 +192,8 @@ def flash_bwd(
       implementation: see q.
 
     Returns:
-      dq [B, Sq, H, D], dk [B, Sk, K, D], dv [B, Sk, K, E], all float32.
+      dq [B, Sq, H, D], dk [B, Sk, K, D], dv [B, Sk, K, E], all float32. dk of a SplitKeys is one too, its shared part
+      summed over heads.
 
     Raises:
       ValueError: the arguments break the contract. NotImplementedError: this implementation cannot do it.
@@ -195,7 +203,9 @@ def flash_bwd(
     flash_contract.check_backward(q, v, lse, delta, dout, dq)
     settings = flash_contract.check_settings(scale, softcap)
     name = flash_implementation(q, k, v, settings, implementation)
-    return FLASH[name].bwd(q, k, v, lse, delta, dout, keys, settings, dq, bool(deterministic))
+    read = _readable(name, q, k, v)
+    dq, dk, dv = FLASH[name].bwd(q, read, v, lse, delta, dout, keys, settings, dq, bool(deterministic))
+    return dq, dk if read is k else k.split(dk), dv
 
 
 def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) -> jax.Array:
@@ -247,6 +257,6 @@ def grouped_swiglu(x, gate_up, down, scale, group_sizes, *, fused=False, impleme
 
 
 __all__ = [
-    "FLASH", "FUSED", "GROUPED", "KeyRange", "flash_bwd", "flash_fwd", "flash_implementation", "grouped_implementation",
-    "grouped_matmul", "grouped_swiglu",
+    "FLASH", "FUSED", "GROUPED", "KeyRange", "SplitKeys", "flash_bwd", "flash_fwd", "flash_implementation",
+    "grouped_implementation", "grouped_matmul", "grouped_swiglu",
 ]  # fmt: skip

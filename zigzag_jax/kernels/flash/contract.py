@@ -5,6 +5,10 @@
                                                           that exist; **neither may decrease along Sq**
     out [B, Sq, H, E], lse [B, H, Sq]                     sums in float32
 
+k may come in two parts, SplitKeys(own [B, Sk, K, N], shared [B, Sk, P]) with N + P = D: every head's key is its own
+part, then the shared one (the rotary key of multi-head latent attention). Its gradient is a SplitKeys too, the shared
+part's summed over heads.
+
 D may differ from E. Query head h reads key head h // (H // K) (GQA; K == 1 is MQA). LSE is the **natural** logarithm of
 the softmax denominator, float32, -inf for a row that saw nothing; that row's out is 0. Scores are softcap * tanh(scale
 * q.k / softcap) where softcap is given.
@@ -24,7 +28,7 @@ An implementation raises NotImplementedError for what it cannot do; ValueError m
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +47,43 @@ class Carry(NamedTuple):
     lse: jax.Array
 
 
+class SplitKeys(NamedTuple):
+    """Keys of which a part is the same for all heads, in the place of a k that has it in every head.
+
+    The two have one dtype, or are the two parts of a gradient.
+    """
+
+    own: jax.Array
+    """[B, Sk, K, N]: the first columns of each head."""
+    shared: jax.Array
+    """[B, Sk, P]: the last columns of every head."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B, Sk, K, N + P], that of `whole`."""
+        return (*self.own.shape[:3], self.own.shape[3] + self.shared.shape[2])
+
+    @property
+    def ndim(self) -> int:
+        """Axes of `whole`."""
+        return self.own.ndim
+
+    @property
+    def dtype(self):
+        """Of both parts."""
+        return self.own.dtype
+
+    def whole(self) -> jax.Array:
+        """K [B, Sk, K, N + P]: a copy, with the shared part in every head."""
+        shape = (*self.own.shape[:3], self.shared.shape[2])
+        return jnp.concatenate([self.own, jnp.broadcast_to(self.shared[:, :, None], shape)], axis=3)
+
+    def split(self, dk) -> "SplitKeys":
+        """The gradient of the two parts from that of `whole`, the shared part's summed over heads in dk's dtype."""
+        columns = self.own.shape[3]
+        return SplitKeys(dk[..., :columns], jnp.sum(dk[..., columns:], axis=2))
+
+
 class Settings(NamedTuple):
     """What is static in a call and the same in its forward and backward."""
 
@@ -51,7 +92,10 @@ class Settings(NamedTuple):
 
 
 class Forward(Protocol):
-    """One implementation's forward: arguments already checked; returns (out in out_dtype, lse)."""
+    """One implementation's forward: arguments already checked; returns (out in out_dtype, lse).
+
+    k is a SplitKeys only where the implementation says that it takes it.
+    """
 
     def __call__(
         self, q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype
@@ -59,11 +103,17 @@ class Forward(Protocol):
 
 
 class Backward(Protocol):
-    """One implementation's backward: arguments already checked; returns float32 (dq, dk, dv)."""
+    """One implementation's backward: arguments already checked; returns float32 (dq, dk, dv), dk in k's form."""
 
     def __call__(
         self, q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq, deterministic: bool
-    ) -> tuple[jax.Array, jax.Array, jax.Array]: ...
+    ) -> tuple[jax.Array, Any, jax.Array]: ...
+
+
+class TakesSplit(Protocol):
+    """Whether an implementation reads the two parts of a SplitKeys where they are (shapes and dtypes only)."""
+
+    def __call__(self, q, k: SplitKeys, v) -> bool: ...
 
 
 class Limits(Protocol):
@@ -77,6 +127,11 @@ def no_limits(q, k, v, settings: Settings) -> str | None:
     return None
 
 
+def never_split(q, k: SplitKeys, v) -> bool:
+    """Of an implementation that is always given whole keys."""
+    return False
+
+
 class Implementation(NamedTuple):
     """A value of the table in kernels/__init__.py.
 
@@ -86,6 +141,7 @@ class Implementation(NamedTuple):
     fwd: Forward
     bwd: Backward
     limits: Limits = no_limits
+    takes_split: TakesSplit = never_split
 
 
 def _check_shape(name: str, x, shape: tuple[int, ...], letters: str) -> None:
@@ -112,7 +168,9 @@ def check_static_number(name: str, value, rule: Callable[[float], bool], words: 
 
 
 def check_qkv(q, k, v) -> None:
-    """ValueError unless q, k, v fit the contract."""
+    """ValueError unless q, k, v fit the contract; k is an array or a SplitKeys."""
+    if isinstance(k, SplitKeys):
+        _check_split(k)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ValueError(f"{name} must be [batch, sequence, heads, head_dim], got shape {list(x.shape)}")
@@ -128,6 +186,15 @@ def check_qkv(q, k, v) -> None:
         raise ValueError(f"q and k must have one head_dim, got {q.shape[3]} and {k.shape[3]}")
     if not k.shape[2] or q.shape[2] % k.shape[2]:
         raise ValueError(f"q heads must be a multiple of kv heads, got {q.shape[2]} and {k.shape[2]}")
+
+
+def _check_split(k: SplitKeys) -> None:
+    own, shared = k
+    if own.ndim != 4:
+        raise ValueError(f"k.own must be [batch, sequence, heads, columns], got shape {list(own.shape)}")
+    if shared.ndim != 3 or shared.shape[:2] != own.shape[:2] or not shared.shape[2]:
+        raise ValueError(f"k.shared must be [B, Sk, P] with B, Sk = {list(own.shape[:2])}, got {list(shared.shape)}")
+    _check_dtype("k.shared", shared, own.dtype)
 
 
 def check_settings(scale, softcap) -> Settings:

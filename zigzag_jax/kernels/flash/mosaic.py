@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
-from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings
+from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
 from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows
 
@@ -28,6 +28,11 @@ def limits(q, k, v, settings: Settings) -> str | None:
     return None
 
 
+def takes_split(q, k: SplitKeys, v) -> bool:
+    """See contract.TakesSplit."""
+    return k.shared.shape[2] == HOPPER[q.shape[3], v.shape[3]].shared
+
+
 # under jit, so that calls outside of any, as in a notebook, compile a kernel once
 @functools.partial(jax.jit, static_argnames=("settings", "out_dtype", "tuning"), inline=True)
 def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype, *, tuning=None):
@@ -37,7 +42,7 @@ def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, 
     keys = pad_rows(clip_keys(keys, key_rows), tile)
     if carry is not None:
         carry = Carry(_pad(carry.out, 1, tile), _pad(carry.lse, 2, tile))
-    k, v = (_pad(x, 1, tuning.key_tile) for x in (k, v))
+    k, v = jax.tree.map(lambda x: _pad(x, 1, tuning.key_tile), (k, v))
     out, lse = mosaic_fwd.flash_fwd(_pad(q, 1, tile), k, v, keys, settings, carry, out_dtype, tuning)
     return out[:, :rows], lse[:, :, :rows]
 
@@ -52,9 +57,10 @@ def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq,
         dq = jnp.zeros(q.shape, jnp.float32)
     q, dout, dq = (_pad(x, 1, tile) for x in (q, dout, dq))
     lse, delta = (_pad(x, 2, tile) for x in (lse, delta))
-    k, v = (_pad(x, 1, mosaic_bwd.KEY_TILE) for x in (k, v))
+    k, v = jax.tree.map(lambda x: _pad(x, 1, mosaic_bwd.KEY_TILE), (k, v))
     dq, dk, dv = mosaic_bwd.flash_bwd(q, k, v, lse, delta, dout, keys, settings, dq, deterministic, tuning)
-    return dq[:, :rows], dk[:, :key_rows], dv[:, :key_rows]
+    dk, dv = jax.tree.map(lambda x: x[:, :key_rows], (dk, dv))
+    return dq[:, :rows], dk, dv
 
 
 def _pad(x, axis: int, tile: int):
@@ -63,4 +69,4 @@ def _pad(x, axis: int, tile: int):
     return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
 
 
-IMPLEMENTATION = Implementation(flash_fwd, flash_bwd, limits)
+IMPLEMENTATION = Implementation(flash_fwd, flash_bwd, limits, takes_split)

@@ -10,6 +10,8 @@ keep an online softmax (FlashAttention-2; the overlap is FlashAttention-3's, Sha
 
 While the tensor core multiplies P of tile i-1 by V, the other units turn the scores of tile i into P.
 
+Keys in two parts (SplitKeys; MLA) come as two tiles on one signal, and QK is two wgmma on one accumulator.
+
 Ranges are data. A row of tiles is visited in the order: those cut by the right edge (causal diagonal, end of the
 chunk), those cut by the left edge (document, window), then the inside, from right to left and without a mask. Tiles
 that no row sees are not loaded, an item that sees nothing costs one comparison.
@@ -98,13 +100,15 @@ def flash_fwd(
     """The contract's forward where Sq is a multiple of QUERY_TILE and Sk of tuning.key_tile."""
     batch, rows, heads, dim = q.shape
     out_dim, dt = v.shape[3], q.dtype
+    k_parts = jax.tree.leaves(k)  # one, or a head's own columns and those of all heads
+    columns = [x.shape[-1] for x in k_parts]
     scratch = {
-        "q_smem": smem((CONSUMERS, ROWS, dim), dt),
-        "k_smem": smem((tuning.stages, tuning.key_tile, dim), dt),
+        "q_smem": smem((CONSUMERS, ROWS, dim), dt, math.gcd(*columns)),
+        "k_smem": [smem((tuning.stages, tuning.key_tile, n), dt, math.gcd(*columns)) for n in columns],
         "v_smem": smem((tuning.stages, tuning.key_tile, out_dim), dt),
         "lse_smem": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_arrivals=CONSUMERS),
-        "k_full": plgpu.Barrier(num_barriers=tuning.stages),
+        "k_full": plgpu.Barrier(num_arrivals=len(k_parts), num_barriers=tuning.stages),
         "v_full": plgpu.Barrier(num_barriers=tuning.stages),
     }
     if tuning.stage_out:
@@ -116,7 +120,7 @@ def flash_fwd(
         scratch |= mosaic_drawn.SCRATCH
 
     def run(use: CarryUse, *refs, out_type=()):
-        arrays = (q, k, v, *keys)
+        arrays = (q, k_parts, v, *keys)
         arrays = with_counter(*arrays) if tuning.drawn else arrays
         items = _Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
         return launch(
@@ -200,7 +204,7 @@ def _edges(start_ref, stop_ref, bs, q0):
 
 def _kernel(
     settings: Settings, tuning: ForwardTuning, items: _Items, use: CarryUse,
-    q_ref, k_ref, v_ref, start_ref, stop_ref, *refs,
+    q_ref, k_refs, v_ref, start_ref, stop_ref, *refs,
     q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
     records=None, record_full=None,
 ):  # fmt: skip
@@ -229,6 +233,8 @@ def _kernel(
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
     slot = lambda i: lax.rem(i, i32(stages))
+    widths = [ref.shape[-1] for ref in k_refs]
+    k_columns = [slice(None)] if len(widths) == 1 else [slice(0, widths[0]), slice(widths[0], sum(widths))]
 
     def edges_of(j):
         b, _, q0 = items.at(sm, j)
@@ -240,6 +246,11 @@ def _kernel(
         bs = 0 if shared_ranges else b
         my_rows = pl.ds(q0 + wg * ROWS, ROWS)
         tiles = _Tiles(edges, tile)
+
+        def add_scores(s_acc, at):
+            """Start what makes the scores of the tile in slot `at`."""
+            for columns, part in zip(k_columns, k_smem, strict=True):
+                plgpu.wgmma(s_acc, q_smem.at[wg, :, columns], part.at[at].T)
 
         def row_bounds():
             """First and end key of each of this warpgroup's rows."""
@@ -274,7 +285,7 @@ def _kernel(
             plgpu.barrier_wait(k_full.at[first])
 
             def first_scores(s_acc):
-                plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[first].T)
+                add_scores(s_acc, first)
                 return s_acc[...]
 
             s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, tile), jnp.float32))
@@ -297,7 +308,7 @@ def _kernel(
                     acc_ref, p_ref, m_ref, l_ref, weight_ref = refs
 
                     def with_scores(s_acc):
-                        plgpu.wgmma(s_acc, q_smem.at[wg], k_smem.at[ks].T)
+                        add_scores(s_acc, ks)
                         plgpu.wgmma(acc_ref, p16, v_smem.at[vs])
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         k_free.arrive(ks)
@@ -430,13 +441,15 @@ def _kernel(
         tiles = _Tiles(edges or edges_of(j), tile)
         half = lax.div(tiles.count + 1, i32(2)) if edges else tiles.count
 
-        def load(ref, full, free, to, i):
-            s = slot(before + i)
+        def load(refs, full, free, to, i):
+            s, rows = slot(before + i), pl.ds(tiles.at(i) * tile, tile)
             free.sync(s)
-            plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(tiles.at(i) * tile, tile), kh, :], to.at[s], full.at[s])
+            for ref, part in zip(refs, to, strict=True):
+                at = (b, rows, kh) if len(ref.shape) == 4 else (b, rows)
+                plgpu.copy_gmem_to_smem(ref.at[*at, :], part.at[s], full.at[s])
 
-        load_k = functools.partial(load, k_ref, k_full, k_free, k_smem)
-        load_v = functools.partial(load, v_ref, v_full, v_free, v_smem)
+        load_k = functools.partial(load, k_refs, k_full, k_free, k_smem)
+        load_v = functools.partial(load, [v_ref], v_full, v_free, [v_smem])
 
         def load_kv(i):  # K of the next tile before V of this one: the order in which they are consumed
             pl.when(i + 1 < tiles.count)(lambda: load_k(i + 1))

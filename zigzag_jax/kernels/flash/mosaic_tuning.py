@@ -20,6 +20,8 @@ class Tuning(NamedTuple):
 
     forward: ForwardTuning = ForwardTuning()
     backward: BackwardTuning = BackwardTuning()
+    shared: int = 0
+    """Columns of a SplitKeys' shared part with which the kernels read the two parts where they are; 0: never."""
 
 
 HOPPER: dict[tuple[int, int], Tuning] = {
@@ -30,6 +32,7 @@ HOPPER: dict[tuple[int, int], Tuning] = {
     (192, 128): Tuning(
         ForwardTuning(query_group=2, stage_out=False, drawn=True),
         BackwardTuning(overlap=False, ds_buffers=1, heads_together=4),
+        shared=64,
     ),
     (256, 256): Tuning(
         ForwardTuning(key_tile=64, stage_out=False), BackwardTuning(column_parts=2, stages=1, staging=1, ds_buffers=1)

@@ -52,7 +52,7 @@ def limits(q, k, v, settings: Settings) -> str | None:
     """See contract.py."""
     if max(q.shape[3], v.shape[3]) > MAX_HEAD_DIM:
         return f"head_dim <= {MAX_HEAD_DIM}"
-    if not (q.size and k.size and v.size):
+    if 0 in (*q.shape, *k.shape, *v.shape):
         return "at least one row, head and column"
     return None
 
