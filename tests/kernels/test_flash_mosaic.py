@@ -167,13 +167,17 @@ def test_a_walk_visits_every_pair_once(lo, hi, group, index, by_head):
     assert sorted(seen) == list(itertools.product(range(group), range(lo, hi)))
 
 
-@pytest.mark.parametrize("tuning", [BackwardTuning(), BackwardTuning(column_parts=2), BackwardTuning(heads_together=2)])
-@pytest.mark.parametrize(("batch", "kv_heads", "group", "key_tiles"), [(1, 1, 16, 4), (2, 4, 8, 3), (1, 8, 1, 20)])
-def test_every_key_tile_and_head_has_one_block(batch, kv_heads, group, key_tiles, tuning):
+@pytest.mark.parametrize("tuning", [BackwardTuning(), BackwardTuning(column_parts=2)])
+@pytest.mark.parametrize(
+    ("batch", "kv_heads", "group", "key_tiles", "together"),
+    [(1, 1, 16, 4, 1), (2, 4, 8, 3, 8), (1, 8, 1, 20, 8), (1, 6, 1, 100, 3), (1, 4, 2, 256, 1)],
+)
+def test_every_key_tile_and_head_has_one_block(batch, kv_heads, group, key_tiles, together, tuning):
     blocks = mosaic_bwd._Blocks(batch, kv_heads, group, key_tiles, tuning)
+    assert blocks.together == together  # heads whose 256 key tiles or more run side by side
     seen = []
-    for index in range(blocks.count):
-        b, kv_head, place, part, _, head = (int(x) for x in blocks.at(jnp.int32(index)))
+    at = jax.jit(jax.vmap(blocks.at))(jnp.arange(blocks.count, dtype=jnp.int32))
+    for b, kv_head, place, part, _, head in zip(*(np.asarray(x).tolist() for x in at), strict=True):
         for h in range(head, head + blocks.group):
             assert h // group == kv_head
             seen.append((b, place, part, h))

@@ -61,6 +61,7 @@ from zigzag_jax.kernels.hopper import (
 from zigzag_jax.ranges import KeyRange, tile_rows
 
 QUERY_TILE, KEY_TILE = 64, 128
+TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: Q, dO and dQ stay in L2
 CONSUMERS = 2
 KEYS = KEY_TILE // CONSUMERS  # of a warpgroup: the M of its wgmmas
 
@@ -85,9 +86,6 @@ class BackwardTuning:
 
     ds_buffers: int = 2
     """Buffers of dS."""
-
-    heads_together: int = 0
-    """kv heads (of all batch rows) whose blocks run side by side, 0 for all: few keep Q, dO and dQ in L2."""
 
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
@@ -178,13 +176,15 @@ def _first_visitor(visits, query_tiles: int):
 class _Blocks:
     """The grid: which keys, kv head and share of its group each block has.
 
-    `heads_together` kv heads side by side; `order` says which key tile is behind the number given here.
+    The tiles of some kv heads side by side (see TOGETHER); `order` says which key tile is behind the number given here.
     """
 
     def __init__(self, batch: int, kv_heads: int, group: int, key_tiles: int, tuning: BackwardTuning) -> None:
         self.kv_heads, self.key_tiles, self.parts = kv_heads, key_tiles, tuning.column_parts
         every = batch * kv_heads
-        self.together = math.gcd(tuning.heads_together, every)  # gcd(0, n) is n
+        self.together = next(
+            n for n in range(1, every + 1) if every % n == 0 and n * key_tiles >= min(TOGETHER, every * key_tiles)
+        )
         fill = [n for n in range(1, group + 1) if group % n == 0 and every * key_tiles * self.parts * n >= sm_count()]
         self.splits = fill[0] if fill else group  # blocks that share a group's heads: as few as fill the card
         self.group = group // self.splits

@@ -31,7 +31,7 @@ HOPPER: dict[tuple[int, int], Tuning] = {
     (128, 128): Tuning(ForwardTuning(drawn=True)),
     (192, 128): Tuning(
         ForwardTuning(query_group=2, stage_out=False, drawn=True),
-        BackwardTuning(overlap=False, ds_buffers=1, heads_together=4),
+        BackwardTuning(overlap=False, ds_buffers=1),
         shared=64,
     ),
     (256, 256): Tuning(
