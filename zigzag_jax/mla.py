@@ -5,8 +5,8 @@ Keys and values of all heads are made of one small vector a token and one rotary
     latent [B, S, R], k_pe [B, S, P]        kv = latent @ kv_b [R, H, N + E]
     k = [kv[..., :N], k_pe of every head]   v = kv[..., N:]                       D = N + P
 
-The rotary key is not copied into the heads: k is SplitKeys(kv[..., :N], k_pe), whose parts a kernel reads where they
-are (kernels/flash/contract.py).
+The rotary key is not copied into the heads here: k is SplitKeys(kv[..., :N], k_pe), whose parts a forward kernel reads
+where they are (kernels/flash/contract.py).
 
 For DeepSeek-V2-Lite the latent and the rotary key are 512 + 64 = 576 values instead of 16 x (128 + 128) + 64 = 4160: a
 hop of a seventh of the bytes, for one more matmul a hop, which runs under the next hop's flight like the kernel does.

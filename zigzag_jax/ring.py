@@ -258,7 +258,7 @@ def _ring_backward(plan: Plan, params, q, payload, lo, hi, out, lse, dout, dlse)
         # hops end here: before expand's backward and before the sum, so that their wait is for a kernel and not for
         # small matmuls
         (dq, dk, dv), following, arrived = lax.optimization_barrier((grads, following, arrived))
-        share, traveller = plan.expand.bwd(params, payload, dk, dv)
+        share, traveller = plan.expand.bwd(params, payload, _like(k, dk), dv)
         if arrived is not None:
             traveller = jax.tree.map(lambda own, others: own + others.astype(jnp.float32), traveller, arrived)
         dparams = share if dparams is None else jax.tree.map(jnp.add, dparams, share)
@@ -271,6 +271,11 @@ def _ring_backward(plan: Plan, params, q, payload, lo, hi, out, lse, dout, dlse)
     dq, dparams, traveller, _ = x
     dq, dparams, home, _ = hop(diagonal, (dq, dparams, traveller, payload))
     return dq, dparams, home, delta
+
+
+def _like(k, dk):
+    """The gradient of the whole keys in k's form."""
+    return k.split(dk) if isinstance(k, SplitKeys) else dk
 
 
 def _narrow(plan: Plan, tree):
@@ -324,7 +329,7 @@ def _gathered_backward(plan: Plan, params, q, payload, lo, hi, out, lse, dout, d
         q, k, v, lse, delta, dout.astype(q.dtype), _natural_keys(lo, hi), scale=plan.scale, softcap=plan.softcap,
         deterministic=plan.deterministic, implementation=plan.implementation,
     )  # fmt: skip
-    dparams, dfull = plan.expand.bwd(params, full, dk, dv)
+    dparams, dfull = plan.expand.bwd(params, full, _like(k, dk), dv)
     return dq, dparams, _scatter(plan, dfull), delta
 
 

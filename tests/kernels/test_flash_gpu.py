@@ -92,8 +92,10 @@ def draw(rng, case: Case):
 
 def named(given, dk) -> dict:
     """The gradient of k, whole or split, by the names of its parts."""
-    dk = given.split(dk) if isinstance(given, SplitKeys) and not isinstance(dk, SplitKeys) else dk
-    return {"dk": dk.own, "dk shared": dk.shared} if isinstance(given, SplitKeys) else {"dk": dk}
+    if not isinstance(given, SplitKeys):
+        return {"dk": dk}
+    dk = given.split(dk)
+    return {"dk": dk.own, "dk shared": dk.shared}
 
 
 def truth(q, k, v, keys, mask, *, scale, dout, dlse, softcap):

@@ -222,13 +222,22 @@ def test_every_row_of_the_table_is_within_the_limits():
         ("reference", (192, 128), 64, False),
     ],
 )
-def test_keys_in_two_parts_are_made_whole_where_no_kernel_reads_them(name, dims, shared, apart):
+def test_keys_in_two_parts_are_made_whole_where_no_kernel_reads_them(name, dims, shared, apart, monkeypatch):
     q, k, v = qkv(*dims)
     split = SplitKeys(k[..., shared:], k[:, :, 0, :shared])
     assert flash_implementation(q, split, v, PLAIN, name) == name
-    given = kernels._readable(name, q, split, v)
-    assert (given is split) == apart
-    assert given.shape == k.shape
+    given = {}
+    forward = lambda q, k, *_: given.update(forward=k) or (q, q)
+    backward = lambda q, k, *_: given.update(backward=k) or (q, k, q)
+    monkeypatch.setitem(FLASH, name, FLASH[name]._replace(fwd=forward, bwd=backward))
+    keys, stats = KeyRange(*jnp.zeros((2, 1, q.shape[1]), jnp.int32)), jnp.zeros((*q.shape[:1], q.shape[2], q.shape[1]))
+    flash_fwd(q, split, v, keys, scale=1.0, implementation=name)
+    _, dk, _ = flash_bwd(
+        q, split, v, stats, stats, jnp.zeros((*q.shape[:3], v.shape[3]), q.dtype), keys, scale=1.0, implementation=name
+    )
+    assert (given["forward"] is split) == apart
+    assert given["forward"].shape == given["backward"].shape == k.shape
+    assert jax.tree.map(jnp.shape, split.split(dk)) == jax.tree.map(jnp.shape, split)
 
 
 def test_an_implementation_that_cannot_says_which_can():

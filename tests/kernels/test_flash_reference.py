@@ -127,12 +127,13 @@ def test_keys_in_two_parts_are_those_laid_side_by_side():
     carry, dq0 = (single(rng.standard_normal(shape))[0] for shape in ((2, 40, 4, 24), (2, 40, 4, 16)))
     keys, lse0 = ranges(rng, "random", 2, 40, 60), jnp.full((2, 4, 40), 0.7, jnp.float32)
     got = both(q, split, v, dout, dlse, keys, (carry, lse0), dq0, scale=0.25)
-    out, lse, dq, dk, dv = both(q, split.whole(), v, dout, dlse, keys, (carry, lse0), dq0, scale=0.25)
-    summed = SplitKeys(dk[..., :10], dk[..., 10:].sum(2))
-    for name, a, b in zip(("out", "lse", "dq", "own", "shared", "dv"), jax.tree.leaves(got),
-                          jax.tree.leaves((out, lse, dq, summed, dv)), strict=True):  # fmt: skip
+    want = both(q, split.whole(), v, dout, dlse, keys, (carry, lse0), dq0, scale=0.25)
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
         oracle.check(name, a, np.asarray(b, np.float64))
         assert a.dtype == jnp.float32
+    own, shared = split.split(want[3])
+    np.testing.assert_array_equal(own, want[3][..., :10])
+    oracle.check("shared", shared, np.asarray(want[3], np.float64)[..., 10:].sum(2))
     # what each part is, by arithmetic of its own: the shared columns are one key head that all query heads read
     wide = np.concatenate([split.own, np.repeat(np.asarray(split.shared)[:, :, None], 2, 2)], axis=3)
     np.testing.assert_array_equal(split.whole(), wide)

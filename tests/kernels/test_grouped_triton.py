@@ -14,8 +14,8 @@ from zigzag_jax.kernels import grouped_implementation
 from zigzag_jax.kernels.grouped import triton
 
 
-def arrays(k=128, n=64, dtype=jnp.bfloat16):
-    return jnp.zeros((16, k), dtype), jnp.zeros((2, k, n), dtype)
+def arrays(rows=16, k=128, n=64, dtype=jnp.bfloat16):
+    return jnp.zeros((rows, k), dtype), jnp.zeros((2, k, n), dtype)
 
 
 @pytest.mark.parametrize(
@@ -24,14 +24,16 @@ def arrays(k=128, n=64, dtype=jnp.bfloat16):
         (arrays(dtype=jnp.float32), "bfloat16 or float16"),
         (arrays(k=96), "k and n that are multiples of 64"),
         (arrays(n=32), "k and n that are multiples of 64"),
-        ((jnp.zeros((0, 64), jnp.bfloat16), jnp.zeros((2, 64, 64), jnp.bfloat16)), "arrays that are not empty"),
+        (arrays(rows=0), "arrays that are not empty"),
     ],
 )
 def test_limits(inputs, rule, monkeypatch):
     monkeypatch.setattr(triton, "_missing", lambda: None)
+    x, w = inputs
     with pytest.raises(NotImplementedError, match=re.escape(f"'triton' needs {rule}")):
-        grouped_implementation(*inputs, "triton")
-    assert grouped_implementation(*arrays(), "triton") == "triton"
+        grouped_implementation(x, w, "triton")
+    x, w = arrays()
+    assert grouped_implementation(x, w, "triton") == "triton"
 
 
 def test_without_the_extra_it_is_said_how_to_get_it(monkeypatch, caplog):

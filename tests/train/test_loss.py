@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh
 
-from zigzag_jax.train.loss import cross_entropy, cross_entropy_sum, predicted
+from zigzag_jax.train.loss import _lse_in_one_pass, cross_entropy, cross_entropy_sum, predicted
 
 B, S, D, V = 4, 24, 16, 50
 FACTOR = 0.37  # cotangent of the objective: a gradient that forgets it is another
@@ -35,6 +35,23 @@ def oracle(hidden, head, labels, z_loss):
     loss, z = -np.log(own[real]).sum(), (lse[real] ** 2).sum()
     dlogits = (p * (1 + 2 * z_loss * lse[..., None]) - np.eye(V)[np.maximum(labels, 0)]) * real[..., None]
     return loss + z_loss * z, loss, z, dlogits @ head.T, np.einsum("bsd,bsv->dv", hidden, dlogits)
+
+
+def test_the_denominator_in_one_pass():
+    """As GPUs take it: large, small, equal and absent logits; what is not finite stays in its row."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((8, 1000)).astype(np.float32) * np.float32(10)
+    logits[1] += 1e4
+    logits[2] -= 1e4
+    logits[3] = 5
+    logits[4, ::2] = -np.inf
+    logits[5, 7] = np.nan
+    got = np.asarray(_lse_in_one_pass(jnp.asarray(logits)))
+    finite = np.delete(logits, 5, 0).astype(np.float64)
+    top = finite.max(1)
+    want = top + np.log(np.exp(finite - top[:, None]).sum(1))
+    np.testing.assert_allclose(np.delete(got, 5), want, rtol=1e-6)
+    assert np.isnan(got[5])
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.1], ids=["z0", "z0.1"])

@@ -55,7 +55,7 @@ def test_qwen3_moe():
     check(program, 4, LENGTH, sizes.hop_values["k, v"], LAYERS)
     assert copied(program, LENGTH, 4 * 128, 32 * 128) == {
         "bf16[8192,512]": 2 * LAYERS,  # v is cut out of one matmul with q and k, forward and recomputed
-        "bf16[1,1,8192,32,128]": 2 * LAYERS,  # attention's result: into the stack of what is kept, and back
+        "bf16[1,1,8192,4096]": 2 * LAYERS,  # attention's result: into the stack of what is kept, and back
     }
 
 
@@ -63,12 +63,12 @@ def test_deepseek_v2_with_its_latent_on_the_ring():
     sizes = dataclasses.replace(PRESETS["deepseek-v2-lite"], **LESS, n_routed_experts=16, first_k_dense_replace=0)
     program = step_schedule(sizes, 8, KernelOptions(implementation="mosaic", payload="latent"))
     check(program, 8, LENGTH, sizes.hop_values["latent"], LAYERS)
-    # no step lays k out of latent @ kv_b and the rotary key, or cuts its gradient
+    # no step of a forward lays k out of latent @ kv_b and the rotary key, and none cuts its gradient
     assert copied(program, LENGTH, 512, 16 * 64, 16 * 128, 16 * 192, 16 * 256) == {
         # the latent, every other step of the backward's loop: its share of kv_b's gradient waits for the next to come
         "bf16[1,8192,512]": 2 * LAYERS,
-        "bf16[1,1,8192,16,128]": 2 * LAYERS,  # attention's result, as above
-        # a layer's input, which has v's size: carried on, and into the stack
+        "bf16[1,8192,16,192]": LAYERS * 8,  # the backward's
+        # a layer's input, which has v's size: carried on, and into the stack; and attention's result, as above
         "bf16[1,8192,2048]": LAYERS,
-        "bf16[1,1,8192,2048]": LAYERS,
+        "bf16[1,1,8192,2048]": LAYERS + 2 * LAYERS,
     }

@@ -135,11 +135,6 @@ def grouped_implementation(x, w, name: str | None = None) -> str:
     raise NotImplementedError(f"{why}; got {shapes}; implementation={' or '.join(able)} can")
 
 
-def _readable(name: str, q, k, v):
-    """The keys as the implementation reads them: a SplitKeys whole, a copy, where it does not take the two parts."""
-    return k.whole() if isinstance(k, SplitKeys) and not FLASH[name].takes_split(q, k, v) else k
-
-
 def flash_fwd(
     q, k, v, keys: KeyRange, *, scale: float, carry=None, softcap=None, out_dtype=jnp.float32, implementation=None
 ) -> tuple[jax.Array, jax.Array]:
@@ -168,7 +163,9 @@ def flash_fwd(
     settings = flash_contract.check_settings(scale, softcap)
     carry = None if carry is None else flash_contract.check_carry(carry, q, v)
     name = flash_implementation(q, k, v, settings, implementation)
-    return FLASH[name].fwd(q, _readable(name, q, k, v), v, keys, settings, carry, jnp.dtype(out_dtype))
+    if isinstance(k, SplitKeys) and not FLASH[name].takes_split(q, k, v):
+        k = k.whole()
+    return FLASH[name].fwd(q, k, v, keys, settings, carry, jnp.dtype(out_dtype))
 
 
 def flash_bwd(
@@ -192,8 +189,8 @@ def flash_bwd(
       implementation: see q.
 
     Returns:
-      dq [B, Sq, H, D], dk [B, Sk, K, D], dv [B, Sk, K, E], all float32. dk of a SplitKeys is one too, its shared part
-      summed over heads.
+      dq [B, Sq, H, D], dk [B, Sk, K, D], dv [B, Sk, K, E], all float32. dk of a SplitKeys is that of its whole keys:
+      its `split` makes the parts' gradients of it.
 
     Raises:
       ValueError: the arguments break the contract. NotImplementedError: this implementation cannot do it.
@@ -203,9 +200,8 @@ def flash_bwd(
     flash_contract.check_backward(q, v, lse, delta, dout, dq)
     settings = flash_contract.check_settings(scale, softcap)
     name = flash_implementation(q, k, v, settings, implementation)
-    read = _readable(name, q, k, v)
-    dq, dk, dv = FLASH[name].bwd(q, read, v, lse, delta, dout, keys, settings, dq, bool(deterministic))
-    return dq, dk if read is k else k.split(dk), dv
+    k = k.whole() if isinstance(k, SplitKeys) else k
+    return FLASH[name].bwd(q, k, v, lse, delta, dout, keys, settings, dq, bool(deterministic))
 
 
 def grouped_matmul(x, w, group_sizes, *, out_dtype=None, implementation=None) -> jax.Array:

@@ -57,10 +57,9 @@ def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq,
         dq = jnp.zeros(q.shape, jnp.float32)
     q, dout, dq = (_pad(x, 1, tile) for x in (q, dout, dq))
     lse, delta = (_pad(x, 2, tile) for x in (lse, delta))
-    k, v = jax.tree.map(lambda x: _pad(x, 1, mosaic_bwd.KEY_TILE), (k, v))
+    k, v = (_pad(x, 1, mosaic_bwd.KEY_TILE) for x in (k, v))
     dq, dk, dv = mosaic_bwd.flash_bwd(q, k, v, lse, delta, dout, keys, settings, dq, deterministic, tuning)
-    dk, dv = jax.tree.map(lambda x: x[:, :key_rows], (dk, dv))
-    return dq[:, :rows], dk, dv
+    return dq[:, :rows], dk[:, :key_rows], dv[:, :key_rows]
 
 
 def _pad(x, axis: int, tile: int):

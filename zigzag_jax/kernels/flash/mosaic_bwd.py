@@ -18,10 +18,6 @@ Shared memory bandwidth is the limit (82% busy): S, dP and dQ read both operands
 reads none. More wgmma in flight lose (docs/kernels.md). So does another order of statements: ptxas allocates registers
 on a knife's edge, and the deviceless compile test holds every configuration to no spill and no serialised wgmma.
 
-Keys in two parts (SplitKeys; MLA) are two tiles: S is two wgmma on one accumulator, and a warpgroup computes half of
-each part's columns of dQ. The shared part's gradient is written head by head, and XLA sums it: adding it in global
-memory would save a read of a fifth of what is written for dK and dV, and its sums would come in any order.
-
 `deterministic` makes the blocks that add to a tile of dQ take turns in the order of their keys; two warps then add
 alternately, each waiting for its own tile's turn. Blocks start in that order too, so each waits for running ones only.
 """
@@ -41,7 +37,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.flash.contract import LOG2E, Settings, SplitKeys
+from zigzag_jax.kernels.flash.contract import LOG2E, Settings
 from zigzag_jax.kernels.hopper import (
     ACC,
     COLUMN,
@@ -100,9 +96,7 @@ def flash_bwd(
     """The contract's backward where Sq is a multiple of QUERY_TILE, Sk of KEY_TILE; dq is there to be added to."""
     batch, rows, heads, dim = q.shape
     key_rows, kv_heads, out_dim = v.shape[1:]
-    k_parts, dt = jax.tree.leaves(k), q.dtype  # one, or a head's own columns and those of all heads
-    narrow = [x.shape[-1] // tuning.column_parts // CONSUMERS for x in k_parts]  # columns of dQ that a warpgroup makes
-    least = math.gcd(*narrow)
+    dt, narrow = q.dtype, dim // tuning.column_parts // CONSUMERS  # columns of dQ that a warpgroup computes
     # -inf, the lse of a row that saw nothing, would give inf - inf
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * (-1 / settings.scale if settings.softcap is None else -LOG2E)
     visits = _visits(keys, key_rows)
@@ -114,30 +108,27 @@ def flash_bwd(
         counters = jnp.zeros(batch * heads * tiles * tuning.column_parts, jnp.int32)
         turns = (_first_visitor(visits, tiles), jax.new_ref(counters))
     scratch = {
-        "q_smem": smem((tuning.stages, QUERY_TILE, dim), dt, least),
+        "q_smem": smem((tuning.stages, QUERY_TILE, dim), dt, narrow),
         "do_smem": smem((tuning.stages, QUERY_TILE, out_dim), dt),
-        "k_smem": [smem((KEY_TILE, x.shape[-1]), dt, least) for x in k_parts],
+        "k_smem": smem((KEY_TILE, dim), dt, narrow),
         "v_smem": smem((KEY_TILE, out_dim), dt),
-        "ds_smem": smem((tuning.ds_buffers, KEY_TILE, QUERY_TILE), dt, math.gcd(least, QUERY_TILE)),
-        "dq_smem": [smem((tuning.staging, QUERY_TILE, n), jnp.float32) for n in narrow],
+        "ds_smem": smem((tuning.ds_buffers, KEY_TILE, QUERY_TILE), dt, math.gcd(narrow, QUERY_TILE)),
+        "dq_smem": smem((tuning.staging, QUERY_TILE, narrow), jnp.float32),
         "lse_smem": plgpu.SMEM((tuning.stages, QUERY_TILE), jnp.float32),
         "delta_smem": plgpu.SMEM((tuning.stages, QUERY_TILE), jnp.float32),
-        "kv_full": plgpu.Barrier(num_arrivals=len(k_parts) + 1),
+        "kv_full": plgpu.Barrier(num_arrivals=2),
         "q_full": plgpu.Barrier(num_arrivals=3, num_barriers=tuning.stages),
         "do_full": plgpu.Barrier(num_barriers=tuning.stages),
     }
     gradient = lambda columns: jax.ShapeDtypeStruct((blocks.splits, batch, key_rows, kv_heads, columns), jnp.float32)
     dk, dv = launch(
         functools.partial(_kernel, settings, tuning, blocks, deterministic),
-        q, k_parts, v, dout, lse, -delta, *keys, visits, order, dq_ref, *turns,
-        out_type=([gradient(x.shape[-1]) for x in k_parts], gradient(out_dim)), scratch_types=scratch,
+        q, k, v, dout, lse, -delta, *keys, visits, order, dq_ref, *turns,
+        out_type=(gradient(dim), gradient(out_dim)), scratch_types=scratch,
         grid=(blocks.count,), grid_names=("block",), warpgroups=CONSUMERS + 1, name="flash_bwd",
     )  # fmt: skip
     total = (lambda x: x[0]) if blocks.splits == 1 else (lambda x: x.sum(0))
-    dk, dv = [total(x) for x in dk], total(dv)
-    if isinstance(k, SplitKeys):
-        return jax.freeze(dq_ref), SplitKeys(dk[0], dk[1].sum(2)), dv
-    return jax.freeze(dq_ref), *dk, dv
+    return jax.freeze(dq_ref), total(dk), total(dv)
 
 
 def _visits(keys: KeyRange, key_rows: int):
@@ -234,15 +225,14 @@ class _Walk:
 
 def _kernel(
     settings: Settings, tuning: BackwardTuning, blocks: _Blocks, deterministic: bool,
-    q_ref, k_refs, v_ref, do_ref, lse_ref, delta_ref, start_ref, stop_ref, visits_ref, order_ref, dq_ref, *refs,
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, start_ref, stop_ref, visits_ref, order_ref, dq_ref, *refs,
     q_smem, k_smem, v_smem, do_smem, ds_smem, dq_smem, lse_smem, delta_smem, kv_full, q_full, do_full,
 ):  # fmt: skip
-    *turns, dk_refs, dv_ref = refs
+    *turns, dk_ref, dv_ref = refs
     _, rows, heads, dim = q_ref.shape
     out_dim, dt, parts = v_ref.shape[3], q_ref.dtype, tuning.column_parts
     dim_part, out_part = dim // parts, out_dim // parts
-    widths = [ref.shape[-1] // parts for ref in k_refs]
-    starts, narrow = [0, *widths[:-1]], [n // CONSUMERS for n in widths]
+    narrow = dim_part // CONSUMERS
     scale, cap = settings.scale, settings.softcap
     to_log2 = scale * LOG2E
 
@@ -285,16 +275,7 @@ def _kernel(
         down_rows = lambda x: down(x, QUERY_TILE)
         load = lambda ref: plgpu.load(ref, layout=COLUMN)
         my_rows = lambda z: pl.ds(pl.multiple_of((wg + z) * KEYS, KEYS), KEYS)
-        my_columns = lambda z, n: columns(2 * n, (wg + z) * n, n)
-
-        def add_scores(s_acc, s, z):
-            for part, start, width in zip(k_smem, starts, widths, strict=True):
-                at = slice(None) if len(k_smem) == 1 else columns(dim, start + z * width, width)
-                plgpu.wgmma(s_acc, part.at[my_rows(z)], q_smem.at[s, :, at].T)
-
-        def add_dq(dq_accs, at, z):
-            for acc, part, n in zip(dq_accs, k_smem, narrow, strict=True):
-                plgpu.wgmma(acc, ds_smem.at[at].T, part.at[:, my_columns(z, n)])
+        my_columns = lambda z: columns(dim_part, (wg + z) * narrow, narrow)
 
         def masked(x, qi, fill):
             """What `x()` [keys, queries] is where the query sees the key, else fill.
@@ -319,10 +300,9 @@ def _kernel(
             return at
 
         def put_dq(dq, i, z):
-            dq = [x * scale for x in dq]
+            dq = dq * scale
             dq_free.sync(wg)
-            for buffer, x in zip(dq_smem, dq, strict=True):
-                buffer[wg + z if tuning.staging == CONSUMERS else z] = x
+            dq_smem[wg + z if tuning.staging == CONSUMERS else z] = dq
             fence_smem()
             dq_full.arrive(wg if adders == 1 else lax.rem(i, i32(2)) * 2 + wg)
 
@@ -337,7 +317,7 @@ def _kernel(
                 dp0 = down_rows(load(delta_smem.at[s]))
                 s_acc[...] = s0  # both before any wgmma is in flight
                 dp_acc[...] = dp0
-                add_scores(s_acc, s, z)
+                plgpu.wgmma(s_acc, k_smem.at[my_rows(z)], q_smem.at[s].T)
                 plgpu.barrier_wait(do_full.at[s])
                 plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[s].T)
                 p = jnp.exp2(_keep(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)) * to_log2).astype(dt)
@@ -352,16 +332,16 @@ def _kernel(
 
             ds, at = pl.run_scoped(scores, acc(KEYS, QUERY_TILE), acc(KEYS, QUERY_TILE))
 
-            def gradients(*dq_accs):
-                add_dq(dq_accs, at, z)
+            def gradients(dq_acc):
+                plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z)])
                 plgpu.wgmma(dk_acc, ds, q_smem.at[s, :, columns(dim_part)])
-                plgpu.wgmma_wait(1 + len(dq_accs))
+                plgpu.wgmma_wait(2)
                 do_free.arrive(s)
-                put_dq([_keep(plgpu.wgmma_accumulator_load(acc, wait_n=1)) for acc in dq_accs], i, z)
+                put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
                 plgpu.wgmma_wait(0)
                 q_free.arrive(s)
 
-            pl.run_scoped(gradients, *(acc(QUERY_TILE, n) for n in narrow))
+            pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
             return walk.next(g, qi)
 
         def serial(dk_acc, dv_acc, i, state):
@@ -374,7 +354,7 @@ def _kernel(
             def probabilities(s_acc):
                 if cap is None:
                     s_acc[...] = lse
-                add_scores(s_acc, s, z)
+                plgpu.wgmma(s_acc, k_smem.at[my_rows(z)], q_smem.at[s].T)
                 scores = plgpu.wgmma_accumulator_load(s_acc)
                 if cap is None:
                     return jnp.exp2(scores * to_log2).astype(dt), None
@@ -401,19 +381,18 @@ def _kernel(
             fence_smem()
             ds_full.sync()
 
-            def gradients(*dq_accs):
-                add_dq(dq_accs, at, z)
+            def gradients(dq_acc):
+                plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z)])
                 plgpu.wgmma(dk_acc, ds_smem.at[at, my_rows(z)], q_smem.at[s, :, columns(dim_part)])
-                put_dq([plgpu.wgmma_accumulator_load(acc, wait_n=1) for acc in dq_accs], i, z)
+                put_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), i, z)
                 plgpu.wgmma_wait(0)
                 q_free.arrive(s)
 
-            pl.run_scoped(gradients, *(acc(QUERY_TILE, n) for n in narrow))
+            pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
             return walk.next(g, qi)
 
         def store(dk, dv):
-            for ref, start, n in zip(dk_refs, starts, widths, strict=True):
-                ref.at[split, b, keys, kv_head, pl.ds(part * n, n)][...] = dk[:, start : start + n]
+            dk_ref.at[split, b, keys, kv_head, pl.ds(part * dim_part, dim_part)][...] = dk
             dv_ref.at[split, b, keys, kv_head, pl.ds(part * out_part, out_part)][...] = dv
 
         def run(dk_acc, dv_acc):
@@ -435,9 +414,7 @@ def _kernel(
         pl.when(walk.count == 0)(nothing)
 
     def load_tiles():
-        for ref, tile in zip(k_refs, k_smem, strict=True):
-            at = (b, pl.ds(first_key, KEY_TILE), kv_head)[: len(ref.shape) - 1]
-            plgpu.copy_gmem_to_smem(ref.at[*at, :], tile, kv_full)
+        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(first_key, KEY_TILE), kv_head, :], k_smem, kv_full)
         plgpu.copy_gmem_to_smem(v_ref.at[b, pl.ds(first_key, KEY_TILE), kv_head, :], v_smem, kv_full)
 
         def step(i, state):
@@ -462,9 +439,8 @@ def _kernel(
 
         def add(w, g, qi):
             dq_full.sync(adder * 2 + w)
-            for buffer, start, n in zip(dq_smem, starts, narrow, strict=True):
-                at = pl.ds(qi * QUERY_TILE, QUERY_TILE), first_head + g, pl.ds(part * dim_part + start + w * n, n)
-                plgpu.copy_smem_to_gmem(buffer.at[0 if shared else w], dq_ref.at[b, *at], reduction_op="add")
+            at = pl.ds(qi * QUERY_TILE, QUERY_TILE), first_head + g, pl.ds(part * dim_part + w * narrow, narrow)
+            plgpu.copy_smem_to_gmem(dq_smem.at[0 if shared else w], dq_ref.at[b, *at], reduction_op="add")
 
         def tile(g, qi):
             if deterministic:
@@ -480,7 +456,7 @@ def _kernel(
                 for w in range(CONSUMERS):
                     add(w, g, qi)
                 for w in range(CONSUMERS):
-                    plgpu.wait_smem_to_gmem((1 - w) * len(dq_smem), wait_read_only=True)
+                    plgpu.wait_smem_to_gmem(1 - w, wait_read_only=True)
                     dq_free.arrive(w)
             if deterministic:
                 plgpu.wait_smem_to_gmem(0)

@@ -21,7 +21,7 @@ class Tuning(NamedTuple):
     forward: ForwardTuning = ForwardTuning()
     backward: BackwardTuning = BackwardTuning()
     shared: int = 0
-    """Columns of a SplitKeys' shared part with which the kernels read the two parts where they are; 0: never."""
+    """Columns of a SplitKeys' shared part with which the forward reads the two parts where they are; 0: never."""
 
 
 HOPPER: dict[tuple[int, int], Tuning] = {
