@@ -13,7 +13,7 @@ from rich.console import Console
 
 from zigzag_jax.models.hf.saved import copy_companions
 from zigzag_jax.models.progress import ByteBar
-from zigzag_jax.train.checkpoint import Checkpoints, check_identity
+from zigzag_jax.train.checkpoint import Checkpoints
 from zigzag_jax.train.errors import refusal
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.logs.metrics import MetricsLog
@@ -45,9 +45,8 @@ def open_checkpoints(this: Run, stack: ExitStack, doing: Callable[[str], None]) 
         together = Together(moving=lambda: doing("reading the checkpoint"))
         checkpoints = Checkpoints(folder / "checkpoints", this.config.keep, this.say, together=together)
     stack.callback(checkpoints.close)
-    if (old := checkpoints.identity()) is not None:
-        check_identity(old, this.identity)
-    if jax.process_index() == 0:
+    checkpoints.check_identity(this.identity)
+    if jax.process_index() == 0:  # now that all agree that the folder is this run's
         checkpoints.remove_parts()
         with writable(folder):
             if source is not None:

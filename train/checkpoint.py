@@ -24,7 +24,7 @@ from zigzag_jax.models.hf.run_folder import CONFIG, STATE
 from zigzag_jax.train.errors import MachineError, RunError, SaveError, UserError, may_come_back, refusal
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.quiet import say_errors_once
-from zigzag_jax.train.reading import Fault, attempt, fault_of, read_newest, reason, steps_in
+from zigzag_jax.train.reading import Fault, attempt, fault_of, newest_of, read_newest, reason, steps_in
 from zigzag_jax.train.sums import differing, sums
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
@@ -61,13 +61,28 @@ class Checkpoints:
     def newest_said(self) -> str:
         """Which checkpoint a run would go on from, as words."""
         try:
-            whole = max(steps_in(self.folder), default=None)
+            steps = steps_in(self.folder)
         except OSError as error:
             return f"the folder of checkpoints cannot be looked into ({error.strerror})"
-        text = "there is no checkpoint yet" if whole is None else f"the newest checkpoint, of step {whole}, is whole"
-        if self._manager.is_saving_in_progress() and self.latest() != whole:
+        text = newest_of(steps)
+        if self._manager.is_saving_in_progress() and self.latest() not in steps:
             text += f", that of step {self.latest()} is still being written"
         return text
+
+    def check_identity(self, new: dict[str, Any]) -> None:
+        """UserError, in all processes, where these are the checkpoints of another run than `new`. What `identity`
+        raises.
+        """
+        old, wrong = self.identity(), None
+        try:
+            check_identity(old or {}, new)
+        except UserError as error:
+            wrong = error
+        who = self._together.first(wrong is not None)
+        if wrong is None and who is not None:  # this host does not show what the other one read
+            wrong = UserError("out", f"must hold the checkpoints of this run (process {who} says why not)", self.folder)
+        if wrong is not None:
+            raise wrong
 
     def identity(self) -> dict[str, Any] | None:
         """What the run that wrote the newest readable identity was, or None where there is no checkpoint; says which
@@ -75,10 +90,19 @@ class Checkpoints:
 
         UserError where there are checkpoints and none says it, MachineError where the machine cannot read one.
         """
-        found, _, why = attempt(self._identities, self._together, self._tell, "what run this is, in checkpoints")
-        if found is None:
-            raise MachineError(f"{self.folder} cannot be read, tried for {self._together.patience} ({why})")
-        identity, unread = found
+        identity: dict[str, Any] | None = None
+        unread: dict[int, str] = {}
+        for number, pause in enumerate((0.0, *self._together.pauses)):  # a host may show the files of a new folder late
+            time.sleep(pause)
+            found, _, why = attempt(self._identities, self._together, self._tell, "what run this is, in checkpoints")
+            if found is None:
+                raise MachineError(f"{self.folder} cannot be read, tried for {self._together.patience} ({why})")
+            identity, unread = found
+            told = self._together.first(identity is not None) is not None
+            if told or self._together.first(bool(unread)) is None:
+                break
+            if number == 0:
+                self._tell(f"no checkpoint says what run it is of; looked at again for {self._together.patience}")
         for step, cause in unread.items():
             self._tell(f"checkpoints/{step} does not say what run it is of ({cause}); an older one is asked")
         # one that sees it compares it for all, and none ends alone because its host does not show a new file yet

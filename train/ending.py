@@ -32,6 +32,6 @@ def report(this: Run, step: int, state: TrainState, log: MetricsLog, part: Calla
         say(f"\n--- given:\n{decode(prompt)}\n--- the model goes on:\n{decode(text)}")
     picture, numbers = config.folder / "loss.png", config.folder / metrics.FILE
     if jax.process_index() == 0:
-        draw_loss(numbers, (unigram, bigram), picture)
+        draw_loss(numbers, (unigram, bigram), picture, say)
     say(f"\nloss curve {picture}, numbers {numbers}, TensorBoard events {config.folder / 'tensorboard'}")
     say(f"To go on, give the same command with a larger --steps: it resumes from step {step}.")

@@ -32,7 +32,7 @@ from zigzag_jax.train.data.dataset import Dataset
 from zigzag_jax.train.data.open_data import open_data
 from zigzag_jax.train.data.plan_file import kept_plan
 from zigzag_jax.train.data.token_file import Tokens
-from zigzag_jax.train.errors import DONE, USER_ERROR, UserError
+from zigzag_jax.train.errors import DONE, RunError, UserError, exit_code, refusal
 from zigzag_jax.train.mesh import make_mesh, make_sharding, start_devices
 from zigzag_jax.train.task import Task
 
@@ -73,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     use_cpu_without_gpu()
     try:
         evaluate(config, lambda text: print(text, flush=True))  # noqa: T201
-    except UserError as error:
+    except (UserError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+        return exit_code(error)
     return DONE
 
 
@@ -120,7 +120,7 @@ def _open(folder: Path) -> tuple[Source, ModelConfig]:
         source = open_source(folder)
         return source, read_config(source.config)
     except (OSError, ValueError, NotImplementedError) as error:
-        raise UserError("folder", f"must be a model with its weights ({error})", folder) from None
+        raise refusal(error, "folder", f"must be a model with its weights ({error})", folder) from None
 
 
 def _losses(
@@ -152,7 +152,7 @@ def _write(file: Path, arrays: Block) -> None:
     try:
         np.savez(file, **arrays)
     except OSError as error:
-        raise UserError("out", f"must be a file that can be written ({error.strerror})", file) from None
+        raise refusal(error, "out", f"must be a file that can be written ({error.strerror})", file) from None
 
 
 def _table(whole: Block, say: Callable[[str], None]) -> float:

@@ -1,6 +1,7 @@
 """A run from its Config to its exit code; the same Config again resumes.
 
     check, join        what is wrong without any device is found first; several processes find each other
+    sole_run           no other run has the folder                                              lock.py
     set_up             data, model and program                                                  setup.py
     begin              the folder, the newest checkpoint or first weights                       begin.py
     train              the loop over the steps                                                  steps.py
@@ -27,7 +28,9 @@ from zigzag_jax.train.errors import DONE, PREEMPTED, UserError
 from zigzag_jax.train.hosts.agree import call_roll, check_devices, facts
 from zigzag_jax.train.hosts.discover import find_hosts
 from zigzag_jax.train.hosts.link import Link
+from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.hosts.watchdog import PATIENT, Watchdog
+from zigzag_jax.train.lock import sole_run
 from zigzag_jax.train.logs.display import Display
 from zigzag_jax.train.logs.trace import Profile, profile_steps
 from zigzag_jax.train.logs.wandb_run import check_wandb
@@ -85,6 +88,9 @@ def _run(
     with writable(config.folder):
         config.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        with writable(config.folder):
+            waiting = Together(moving=lambda: preparing("waiting for the folder"))
+            stack.enter_context(sole_run(config.folder, waiting, say))
         this = set_up(config, sizes, mesh, stack, say, preparing)
         checkpoints = open_checkpoints(this, stack, preparing)
         step, state = first_state(this, checkpoints, console, preparing)

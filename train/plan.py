@@ -21,7 +21,7 @@ from rich.console import Console
 from zigzag_jax.kernels import HOPPER
 from zigzag_jax.models.stack import REMAT
 from zigzag_jax.train.config import Config, check
-from zigzag_jax.train.errors import DONE, FAILED, USER_ERROR, UserError
+from zigzag_jax.train.errors import DONE, FAILED, RunError, UserError, exit_code
 from zigzag_jax.train.flags import command_line
 from zigzag_jax.train.memory import traffic
 from zigzag_jax.train.memory.footprint import Footprint, known_parts, measure
@@ -186,9 +186,9 @@ def main(arguments: list[str] | None = None) -> int:
     config = tyro.cli(PlanConfig, args=arguments, prog="python -m zigzag_jax.train.plan")
     try:
         return plan(config, Console(soft_wrap=True, highlight=False, markup=False).print)
-    except UserError as error:
+    except (UserError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+        return exit_code(error)
 
 
 if __name__ == "__main__":

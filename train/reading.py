@@ -101,6 +101,11 @@ def steps_in(folder: Path) -> set[int]:
     return {int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()}
 
 
+def newest_of(steps: set[int]) -> str:
+    """Which of the checkpoints that are whole a run would go on from, as words."""
+    return f"the newest checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
+
+
 def attempt[T](
     act: Callable[[], T], together: Together, tell: Callable[[str], None], what: str, place: Path | None = None
 ) -> tuple[T | None, Fault, str]:

@@ -33,7 +33,7 @@ from zigzag_jax.train.data.shards import SHARD, Shard, ShardWriter, Stats, chang
 from zigzag_jax.train.data.split import ends_held_out, parts, survey
 from zigzag_jax.train.data.tokenizer import id_count, load_tokenizer, same_ids, train_tokenizer
 from zigzag_jax.train.data.workers import run_tasks
-from zigzag_jax.train.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, RunError, UserError
+from zigzag_jax.train.errors import DONE, INTERRUPTED, RunError, UserError, exit_code, may_come_back, refusal
 from zigzag_jax.train.logs.display import TokenDisplay
 
 _PLAN = "plan.json"
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         return DONE
     except (UserError, RunError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR if isinstance(error, UserError) else FAILED
+        return exit_code(error)
     except KeyboardInterrupt:
         sys.stderr.write(f"interrupted; {_GOES_ON}\n")
         return INTERRUPTED
@@ -108,7 +108,7 @@ def tokenize(config: TokenizeConfig, console: Console) -> None:
             shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         rule = f"must be a folder with room to write in ({error.strerror or error}); then {_GOES_ON}"
-        raise UserError("out", rule, out) from None
+        raise refusal(error, "out", rule, out) from None
     say(f"{out}: {meta['tokens']['train']:,} tokens to train on, {meta['tokens']['held_out']:,} held out")
 
 
@@ -144,9 +144,12 @@ def _is_made(out: Path, source: str) -> bool:
     """Whether `out` is there and what was asked for. UserError where it is something else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    with contextlib.suppress(OSError, ValueError):
+    try:
         if read_meta(out).get("source") == source:
             return True
+    except (OSError, ValueError) as error:
+        if may_come_back(error):
+            raise refusal(error, "out", "must be a folder that can be read", out) from None
     what = f"which holds the tokens of another request or of data that has changed since ({META})"
     raise UserError("out", "must be a new folder", f"{out}, {what if is_dataset(out) else 'which is not empty'}")
 

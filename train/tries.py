@@ -17,7 +17,7 @@ import tyro
 
 from zigzag_jax.train.errors import DONE, MachineError, UserError, exit_code, may_come_back
 from zigzag_jax.train.hosts.together import PAUSES
-from zigzag_jax.train.reading import steps_in
+from zigzag_jax.train.reading import newest_of, steps_in
 
 FILE = "starts.jsonl"
 
@@ -55,10 +55,10 @@ def check_start(config: TriesConfig, pauses: Sequence[float] = PAUSES) -> str:
 
 
 def _check_start(config: TriesConfig) -> str:
-    step = max(steps_in(config.out / "checkpoints"), default=0)
+    steps = steps_in(config.out / "checkpoints")
+    step, where = max(steps, default=0), newest_of(steps)
     before = _starts(config.out / FILE) if config.restart else []
     idle = next((n for n, found in enumerate(reversed(before)) if found < step), len(before))
-    where = f"the newest checkpoint is of step {step}" if step else "there is no checkpoint yet"
     if idle >= config.most:
         rule = f"must hold a newer checkpoint after {idle} starts ({where}): mend what ends them, then start by hand"
         raise UserError("out", rule, config.out)

@@ -174,7 +174,30 @@ def test_where_no_checkpoint_says_what_run_it_is_of_it_is_not_taken_for_this_one
     file.unlink() if text is None else file.write_text(text)
     with pytest.raises(UserError, match=rf"^out: must hold a checkpoint that says what run it is of \({why}.*/4$"):
         kept.identity()
-    assert said[0].startswith(f"checkpoints/4 does not say what run it is of ({why}")
+    assert said[0] == "no checkpoint says what run it is of; looked at again for 0 s"
+    assert said[1].startswith(f"checkpoints/4 does not say what run it is of ({why}")
+
+
+def test_an_identity_that_is_seen_late_is_waited_for(kept: Checkpoints, said: list[str]):
+    found = [(None, {4: "No such file or directory"})] * 2 + [({"model": "a"}, {})]
+    kept._identities = lambda: found.pop(0)
+    assert kept.identity() == {"model": "a"}
+    assert (found, len(said)) == ([], 1)
+
+
+def test_a_run_that_one_of_two_processes_refuses_is_refused_by_both(kept: Checkpoints):
+    kept.save(4, state(4), {"model": "a"}, {}, {})
+    kept.wait()
+    votes = Votes()
+    both = [Checkpoints(kept.folder, 2, print, together=votes.of(i)) for i in (0, 1)]
+    both[0]._identities = lambda: (None, {})  # its host does not show the checkpoint yet
+    check = lambda model: [str(x) for x in votes.all(lambda one: both[one.process].check_identity({"model": model}))]
+    assert check("a") == ["None", "None"]
+    blind, seeing = check("b")
+    assert blind == f"out: must hold the checkpoints of this run (process 1 says why not), got {kept.folder}"
+    assert seeing == "model: must stay what the run was begun with, a (or give another --out), got b"
+    for one in both:
+        one.close()
 
 
 def test_an_identity_that_one_host_does_not_show_yet_is_compared_by_the_others(kept: Checkpoints, said: list[str]):
@@ -295,10 +318,10 @@ def test_what_is_still_being_written_is_not_called_whole(kept: Checkpoints, monk
     assert kept.newest_said() == "there is no checkpoint yet"
     kept.save(4, state(4), {}, {}, {})
     kept.wait()
-    assert kept.newest_said() == "the newest checkpoint, of step 4, is whole"
+    assert kept.newest_said() == "the newest checkpoint is of step 4"
     monkeypatch.setattr(kept, "latest", lambda: 8)
     monkeypatch.setattr(kept._manager, "is_saving_in_progress", lambda: True)
-    assert kept.newest_said() == "the newest checkpoint, of step 4, is whole, that of step 8 is still being written"
+    assert kept.newest_said() == "the newest checkpoint is of step 4, that of step 8 is still being written"
 
 
 def test_a_refused_save_is_an_error(kept: Checkpoints):

@@ -15,6 +15,8 @@ import pytest
 from zigzag_jax.models.hf.files import Folder
 from zigzag_jax.models.hf.run_folder import Parameters
 from zigzag_jax.models.hf.saved import export_model
+from zigzag_jax.train.hosts.together import Together
+from zigzag_jax.train.lock import sole_run
 
 FLAGS = ["--dtype", "float32", "--seq-len", "64", "--batch", "4", "--save-every", "3", "--seed", "7", "--steps", "9"]
 FLAGS += ["--mesh.cp", "2", "--mesh.dp", "2"]
@@ -159,6 +161,13 @@ def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str
     assert "64" in other.stderr
     assert "got 32" in other.stderr
     assert "Traceback" not in other.stderr
+    dates = lambda: {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with sole_run(out, Together(), print):  # as a run that is at it
+        before, second, after = dates(), run(out, corpus), dates()
+    assert second.returncode == 2
+    said = f"error: out: must be the folder of one run at a time (it is in use by process {os.getpid()} of "
+    assert second.stderr.strip().splitlines()[-1].startswith(said)
+    assert after == before
     kept = (out / "tokenizer.json").read_bytes()
     (tmp_path / "other.json").write_bytes(kept.replace(b'"end_of_word_suffix": null', b'"end_of_word_suffix": "x"'))
     assert (tmp_path / "other.json").read_bytes() != kept

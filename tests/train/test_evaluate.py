@@ -1,5 +1,6 @@
 """Perplexity: every token's loss, in natural order, is what one device makes of the row."""
 
+import errno
 import functools
 import json
 import shutil
@@ -21,7 +22,7 @@ from zigzag_jax.models.tokenizer import read_tokenizer
 from zigzag_jax.train import evaluate
 from zigzag_jax.train.config import Config, MeshConfig
 from zigzag_jax.train.data.tokenizer import train_tokenizer
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import MachineError, UserError
 from zigzag_jax.train.models import fit_vocabulary, maker
 
 TEXT = [f"Line {n}: a ring comes home after {n % 7} hops.\n" * (n % 5 + 1) for n in range(60)]
@@ -136,6 +137,20 @@ def test_what_is_found_out_late(model, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "x.npz").mkdir()
     with pytest.raises(UserError, match=r"^out: must be a file that can be written \(Is a directory\), got .*x\.npz$"):
         evaluate._write(tmp_path / "x.npz", nothing)
+
+
+def test_storage_that_is_away_is_no_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def away(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(evaluate, "open_source", away)
+    assert evaluate.main([str(tmp_path)]) == 70
+    assert capsys.readouterr().err == f"error: {tmp_path}: storage does not answer (Stale file handle)\n"
+    monkeypatch.setattr(np, "savez", away)
+    with pytest.raises(MachineError, match="storage does not answer"):
+        evaluate._write(tmp_path / "x.npz", {})
 
 
 def test_generate_prints_the_prompt_and_what_follows(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

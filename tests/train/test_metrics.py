@@ -8,6 +8,7 @@ from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttribut
 
 from zigzag_jax.train.logs import metrics
 from zigzag_jax.train.logs.metrics import MetricsLog
+from zigzag_jax.train.logs.report import draw_loss
 
 
 def test_lines_are_on_disk_at_once_and_exact(tmp_path: Path):
@@ -29,6 +30,16 @@ def test_a_half_line_of_a_killed_run_is_cut_off(tmp_path: Path):
     log.step(2, loss=1.0)
     log.close()
     assert metrics.read(tmp_path / metrics.FILE, "loss") == {1: 2.0, 2: 1.0}
+
+
+def test_lines_that_are_none_are_counted(tmp_path: Path):
+    said: list[str] = []
+    file = tmp_path / metrics.FILE
+    file.write_text('{"step": 1, "loss": 2.0}\n\0\0\0\n[]\n{"step": 2, "loss": 1.0}\n')
+    assert metrics.read(file, "loss", said.append) == {1: 2.0, 2: 1.0}
+    assert said == [f"{file}: 2 of 4 lines cannot be read and are passed over"]
+    draw_loss(file, (3.0, 2.0), tmp_path / "loss.png", said.append)
+    assert said[1:] == said[:1]  # said once, though two curves are read
 
 
 def test_the_last_line_of_a_step_wins_and_names_are_kept_apart(tmp_path: Path):

@@ -205,3 +205,12 @@ def test_a_host_whose_storage_is_away_is_not_one_with_other_data(tmp_path: Path,
     monkeypatch.setattr(opening, "read_meta", away)
     with pytest.raises(MachineError, match="storage does not answer"):
         opening._digest(tmp_path)
+
+
+def test_tokens_that_storage_does_not_show_are_not_taken_for_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def away(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with pytest.raises(MachineError, match="storage does not answer"):
+        open_data(tmp_path, None)

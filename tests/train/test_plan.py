@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 from zigzag_jax.models.stack import REMAT
 from zigzag_jax.train import plan as module
 from zigzag_jax.train.config import Config, MeshConfig, OptimConfig
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import MachineError, UserError
 from zigzag_jax.train.memory.footprint import Footprint
 from zigzag_jax.train.memory.kept import Kept
 from zigzag_jax.train.memory.traffic import Travel
@@ -139,6 +139,15 @@ def test_mistakes_end_with_two_and_a_line(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as info:
         main(["--gpu", "h1000"])
     assert info.value.code == 2
+
+
+def test_storage_that_is_away_is_no_mistake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    def away(*arguments: object) -> int:
+        raise MachineError("m: storage does not answer")
+
+    monkeypatch.setattr(module, "plan", away)
+    assert main([]) == 70
+    assert capsys.readouterr().err == "error: m: storage does not answer\n"
 
 
 def test_how_a_run_gets_the_memory_it_was_planned_for(cards):

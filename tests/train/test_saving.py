@@ -72,7 +72,7 @@ def test_training_goes_on_and_saves_when_there_is_room(make: Callable[..., Saver
         saver.after(4, state(4))
         saver.after(5, state(5))  # not due by its number: the one before failed
         assert [line.split(";")[0].split(" (")[1] for line in said] == ["File too large)"] * 2
-        assert "of step 2, is whole" in said[0]
+        assert "the newest checkpoint is of step 2;" in said[0]
         assert [p.name for p in saver.checkpoints.folder.iterdir()] == ["2"]
     saver.after(6, state(6))
     saver.finish(6, state(6))
@@ -105,7 +105,7 @@ def test_and_ends_with_an_error_when_there_is_none(make: Callable[..., Saver]):
     saver.after(2, state(2))
     with full():
         saver.after(3, state(3), now=True)
-        rule = r"step 3: the state could not be saved in 0.2 s \(File too large\); the newest checkpoint, of step 2"
+        rule = r"step 3: the state could not be saved in 0.2 s \(File too large\); the newest checkpoint is of step 2"
         with pytest.raises(MachineError, match=rule):
             saver.finish(3, state(3))
     assert restored(saver)[0] == 2
@@ -120,7 +120,7 @@ def test_the_oldest_is_deleted_though_a_save_failed(tmp_path: Path, said: list[s
             saver.after(step, state(step))
         assert checkpoints.latest() == step - (step in (2, 4))
         assert [p.name for p in tmp_path.iterdir()] == [str(checkpoints.latest())]
-    assert "of step 1, is whole" in said[0]
+    assert "the newest checkpoint is of step 1;" in said[0]
     checkpoints.close()
 
 

@@ -1,5 +1,7 @@
 """Votes of threads, and of JAX's one process."""
 
+from dataclasses import replace
+
 import pytest
 from votes import Votes
 
@@ -19,13 +21,20 @@ def test_all_decide_alike():
 @pytest.mark.parametrize(("tries", "who"), [(0, None), (3, None), (4, 1)])
 def test_all_wait_until_it_is_so_in_all(tries: int, who: int | None):
     """The last of them needs so many tries more than the others; there are three pauses."""
-    left = [0, tries]
+    left, moved = [0, tries], [0, 0]
 
     def done(process: int) -> bool:
         left[process] -= 1
         return left[process] < 0
 
-    assert Votes().all(lambda one: one.until(lambda: done(one.process))) == [who, who]
+    def moving(process: int) -> None:
+        moved[process] += 1
+
+    def act(one: Together) -> int | None:
+        return replace(one, moving=lambda: moving(one.process)).until(lambda: done(one.process))
+
+    assert Votes().all(act) == [who, who]
+    assert moved == [min(tries, 3) + 1] * 2  # a watchdog hears of each try
 
 
 def test_one_process_of_jax():

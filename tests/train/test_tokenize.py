@@ -1,9 +1,11 @@
 """Tokenising by several processes: whatever happens on the way, the folder is the same to the last byte."""
 
+import errno
 import functools
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +22,7 @@ from zigzag_jax.train.data.shards import cut, stats_of
 from zigzag_jax.train.data.split import parts
 from zigzag_jax.train.data.store import open_dataset
 from zigzag_jax.train.data.tokenizer import train_tokenizer
-from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.errors import MachineError, RunError, UserError
 from zigzag_jax.train.logs.display import TokenDisplay
 from zigzag_jax.train.tokenize import TokenizeConfig, tokenize
 
@@ -282,6 +284,7 @@ def test_what_is_wrong_in_a_worker_is_one_line(
     assert not (tmp_path / "out").exists()
     for error, code, said in (
         (RunError("a worker failed"), 1, "error: a worker failed\n"),
+        (MachineError("storage does not answer"), 70, "error: storage does not answer\n"),
         (KeyboardInterrupt(), 130, "interrupted; the same command again goes on\n"),
     ):
 
@@ -347,6 +350,21 @@ def test_a_full_disk_is_told(place: Path, tmp_path: Path, monkeypatch: pytest.Mo
         make(config(place, tmp_path / "out"))
     with pytest.raises(UserError, match=r"^out: must be a folder with room to write in"):
         make(config(place, Path("/proc/zigzag/out")))
+
+
+def test_storage_that_is_away_is_no_mistake(calm: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def away(*arguments, **options):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    words = "storage does not answer (Stale file handle)"
+    for name, out in (("run_tasks", tmp_path / "out"), ("read_meta", calm)):
+        with monkeypatch.context() as patch:
+            patch.setattr(command, name, away)
+            with pytest.raises(MachineError, match=re.escape(f"{out}: {words}")):
+                make(config(place, out))
+    monkeypatch.setattr(Path, "stat", away)
+    with pytest.raises(MachineError, match=re.escape(words)):
+        stats_of([tmp_path / "a.txt"])
 
 
 @pytest.mark.parametrize("terminal", [True, False])

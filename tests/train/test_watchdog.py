@@ -105,6 +105,9 @@ def test_newest(tmp_path: Path):
     for name in ("3", "12", "9.corrupt", "12.orbax-checkpoint-tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert newest(tmp_path) == "the newest checkpoint is of step 12"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").touch()
+    assert newest(tmp_path / "run") == "the folder of checkpoints cannot be looked into (Not a directory)"
 
 
 ABORT = """

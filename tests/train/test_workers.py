@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from zigzag_jax.train.data.workers import run_tasks
-from zigzag_jax.train.errors import RunError, UserError
+from zigzag_jax.train.errors import MachineError, RunError, UserError
 
 Task = tuple[str, Path]
 
@@ -29,6 +29,8 @@ def maker(note: Path) -> Callable[[Task], Iterator[tuple[int, int, int]]]:
             raise UserError("data", "must be better", file)
         if what == "full":
             raise OSError(28, "No space left on device")
+        if what == "away":
+            raise MachineError("a.txt: storage does not answer")
         if what == "bug":
             raise KeyError("a bug")
         if what == "kill":
@@ -62,6 +64,7 @@ def test_every_task_is_done_once_and_progress_adds_up(tmp_path: Path):
     [
         (["sleep", "user"], UserError, "^data: must be better, got .*1$"),
         pytest.param(["full"], OSError, "No space left", marks=pytest.mark.slow),
+        pytest.param(["away"], MachineError, "^a.txt: storage does not answer$", marks=pytest.mark.slow),
         pytest.param(["bug"], RunError, "^a worker failed; the same command", marks=pytest.mark.slow),
         (["kill"], RunError, r"^a worker was killed by signal 9 \(is there memory"),
     ],

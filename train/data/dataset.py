@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.data.token_file import Tokens, TokenStore, TokenWriter, read_store, token_dtype
 from zigzag_jax.train.data.tokenizer import encode, end_of_document, id_count, load_tokenizer
-from zigzag_jax.train.errors import refusal
+from zigzag_jax.train.errors import may_come_back, refusal
 
 FORMAT = "zigzag_jax tokens 2"  # another layout of the files, split rule or encoding gets another number
 SIDES = ("train", "held_out")
@@ -51,10 +51,12 @@ class Dataset[S: Tokens]:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder holds tokens, whole or damaged, and no text."""
+    """Whether a folder holds tokens, whole or damaged, and no text. MachineError where storage does not answer."""
     try:
         meta = (folder / META).read_bytes()
-    except OSError:
+    except OSError as error:
+        if may_come_back(error):  # tokens would be taken for text
+            raise refusal(error, "data", "must be there", folder) from None
         meta = b""
     return FORMAT[:-1].encode() in meta or any((folder / f"{side}.tokens").is_file() for side in SIDES)
 

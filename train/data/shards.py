@@ -25,7 +25,7 @@ from zigzag_jax.train.data.digest import text_digest
 from zigzag_jax.train.data.formats import Piece, pieces, read
 from zigzag_jax.train.data.split import parts
 from zigzag_jax.train.data.tokenizer import load_tokenizer
-from zigzag_jax.train.errors import UserError
+from zigzag_jax.train.errors import refusal
 
 SHARD = 8_000_000  # bytes of files: seconds of work, which is what a kill may cost
 _FOLDER = "shards"
@@ -83,11 +83,11 @@ def _name(those: tuple[Piece, ...], stats: Stats, how: str) -> str:
 
 
 def stats_of(files: Iterable[Path]) -> Stats:
-    """Bytes and date of files. UserError for one that is not there."""
+    """Bytes and date of files. UserError for one that is not there, MachineError where storage does not answer."""
     try:
         return {str(file): (stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]}
     except OSError as error:
-        raise UserError("data", f"must be readable ({error.strerror})", error.filename) from None
+        raise refusal(error, "data", f"must be readable ({error.strerror})", error.filename) from None
 
 
 def changed(old: Mapping[str, Sequence[int]], new: Stats) -> str:

@@ -29,7 +29,7 @@ def run_tasks[T](
 
     Each process calls `make`, which must be picklable, once, and what it returns with one task after another; that
     yields tuples of COUNTERS increments, whose sums over all processes `watch` gets twice a second.
-    Raises what a worker raises, if it is a UserError or OSError; RunError for one that ends in another way.
+    Raises what a worker raises, if it is a UserError, RunError or OSError; RunError for one that ends in another way.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy the threads of JAX and of the tokenizers
     following, counters = context.Value("q", 0), context.Array("q", COUNTERS)
@@ -71,7 +71,7 @@ def _work(make: Callable, tasks: Sequence, following: Any, counters: Any, errors
             for increments in work(tasks[n]):
                 with counters.get_lock():
                     counters[:] = [x + more for x, more in zip(counters[:], increments, strict=True)]
-    except (UserError, OSError) as error:
+    except (UserError, RunError, OSError) as error:
         errors.send(error)
         sys.exit(1)
 

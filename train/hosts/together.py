@@ -50,12 +50,12 @@ class Together:
 
     def until(self, done: Callable[[], bool]) -> int | None:
         """None as soon as it is `done` in all processes; after all pauses the first process in which it is not."""
-        who = self.first(not done())
-        for pause in self.pauses:
-            if who is None:
-                break
+        who = None
+        for pause in (0.0, *self.pauses):
             time.sleep(pause)
-            who = self.first(not done())
+            self.moving()
+            if (who := self.first(not done())) is None:
+                break
         return who
 
     @property

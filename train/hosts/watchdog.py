@@ -31,6 +31,7 @@ from jax.sharding import Mesh
 
 from zigzag_jax.train.errors import MACHINE_FAILED, RunError, UserError
 from zigzag_jax.train.hosts.link import Link
+from zigzag_jax.train.reading import newest_of
 
 PATIENT = 10  # what may compile has this many times a step's time
 _TICK = 0.5
@@ -155,10 +156,11 @@ class Watchdog:
 def newest(folder: Path) -> str:
     """Which checkpoint a run would go on from, as words; looks at names only, the writer may be what hangs."""
     try:
-        steps = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()]
-    except OSError:
-        steps = []
-    return f"the newest checkpoint is of step {max(steps)}" if steps else "there is no checkpoint yet"
+        return newest_of({int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdecimal()})
+    except FileNotFoundError:
+        return newest_of(set())
+    except OSError as error:
+        return f"the folder of checkpoints cannot be looked into ({error.strerror})"
 
 
 _handlers: list[Any] = []  # what C calls must not be collected

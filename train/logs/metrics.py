@@ -122,12 +122,16 @@ def _scalars(values: Mapping[str, float | Mapping[str, float]]) -> dict[str, flo
     return found
 
 
-def read(path: Path, name: str) -> dict[int, float]:
+def read(path: Path, name: str, say: Callable[[str], None] = lambda text: None) -> dict[int, float]:
     """{step: value} of the lines that carry `name`, the last line of a step winning.
 
-    A line that is no object is passed over: a host that lost its power can leave zeros in a file.
+    A line that is no object is passed over, and `say` gets a line with how many are: a host that lost its power can
+    leave zeros in a file.
     """
-    lines = [line for text in path.read_text(errors="replace").splitlines() if (line := _line(text)) is not None]
+    all_ = [_line(text) for text in path.read_text(errors="replace").splitlines()]
+    lines = [line for line in all_ if line is not None]
+    if bad := len(all_) - len(lines):
+        say(f"{path}: {bad} of {len(all_)} lines cannot be read and are passed over")
     return {int(line["step"]): line[name] for line in lines if name in line and "step" in line}
 
 

@@ -66,11 +66,13 @@ def prompts(dataset: Dataset[Tokens], rows: int, length: int) -> np.ndarray:
     return np.stack([store.read(at, at + length) for at in chosen]).astype(np.int32)
 
 
-def draw_loss(metrics_path: Path, baselines: tuple[float, float], picture: Path) -> None:
-    """The loss curve as a PNG, with the held-out loss and the two baselines."""
+def draw_loss(
+    metrics_path: Path, baselines: tuple[float, float], picture: Path, say: Callable[[str], None] = lambda text: None
+) -> None:
+    """The loss curve as a PNG, with the held-out loss and the two baselines; `say` as metrics.read has it."""
     from matplotlib.figure import Figure  # slow to import, and only needed here
 
-    train, held_out = metrics.read(metrics_path, "loss"), metrics.read(metrics_path, "eval_loss")
+    train, held_out = metrics.read(metrics_path, "loss", say), metrics.read(metrics_path, "eval_loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(*_curve(train), color="#8ab4d8", linewidth=1, label="training")
