@@ -1,6 +1,7 @@
 """`python -m zigzag_jax.train`: the fields of train/config.py as flags."""
 
 import errno
+import faulthandler
 import os
 import sys
 import traceback
@@ -48,4 +49,5 @@ def _fail(text: str, code: int) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # what crashes inside a library leaves the stacks of all threads, and not nothing at all
     sys.exit(main())

@@ -149,6 +149,19 @@ def test_sigterm_during_the_report_skips_what_is_left_of_it(calm: tuple[Path, st
     assert "the model goes on" not in rest
 
 
+def test_a_crash_inside_a_library_leaves_stacks(calm: tuple[Path, str], corpus: Path):
+    out, _ = calm
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command(out, corpus), **pipes) as process:
+        assert process.stdout is not None
+        assert "M parameters" in process.stdout.readline()
+        process.send_signal(signal.SIGSEGV)
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGSEGV
+    assert errors.startswith("Fatal Python error: Segmentation fault\n")
+    assert "in _run" in errors
+
+
 def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
     out, _ = calm
     again = run(out, corpus)

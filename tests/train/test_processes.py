@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from zigzag_jax.models.hf.run_folder import Parameters
+from zigzag_jax.train.hosts.together import Together
+from zigzag_jax.train.lock import sole_run
 
 FLAGS = ["--seq-len", "32", "--batch", "2", "--save-every", "2", "--mesh.cp", "4", "--hosts.timeout", "60"]
 
@@ -102,6 +104,19 @@ def test_processes_that_differ_say_so(place: Path, tmp_path: Path):
     for i in range(2):
         assert group.last(i).startswith("error: seed: must be the same in all processes, 0 in process 0 (")
         assert ", got 1 in process 1 (" in group.last(i)
+
+
+@pytest.mark.processes
+def test_a_folder_of_another_run_is_refused_by_all(place: Path, tmp_path: Path):
+    out = tmp_path / "used"
+    out.mkdir()
+    with sole_run(out, Together(), print):  # as a run that is at it
+        group = Group(place, out, 2, 3)
+        assert group.codes() == [2, 2], [path.read_text() for path in group.errors]
+    rule = "error: out: must be the folder of one run at a time"
+    assert group.last(0).startswith(f"{rule} (it is in use by process {os.getpid()} of ")
+    assert group.last(1) == f"{rule} (process 0 says by which), got {out}"
+    assert [path.name for path in out.iterdir()] == ["run.lock"]
 
 
 @pytest.mark.processes
