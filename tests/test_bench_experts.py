@@ -89,7 +89,7 @@ def test_torch_is_asked_in_a_process_of_its_own(monkeypatch):
     ("arguments", "message"),
     [
         (["--shapes", "gpt"], "--shapes must be of qwen-gate, qwen-down, deepseek, got gpt"),
-        (["--implementations", "magic"], "--implementations must be of mosaic, reference"),
+        (["--implementations", "magic"], "--implementations must be of mosaic, triton, reference"),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):

@@ -149,7 +149,7 @@ LIMITS = {
 @pytest.mark.parametrize("case", LIMITS)
 def test_limits(case):
     (x, w), words = LIMITS[case]
-    assert mosaic.limits(x, w) == words
+    assert mosaic.IMPLEMENTATION.limits(x, w) == words
     with pytest.raises(NotImplementedError, match=rf"'mosaic' needs {words}; got .*; implementation='reference' can"):
         grouped_matmul(x, w, jnp.zeros(w.shape[0], jnp.int32), implementation="mosaic")
 
@@ -157,7 +157,7 @@ def test_limits(case):
 @pytest.mark.parametrize(("k", "n"), [(2048, 768), (768, 2048), (2048, 1408), (256, 128), (128, 320), (64, 64)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_what_is_within_the_limits(k, n, dtype):
-    assert mosaic.limits(*arrays(k, n, dtype)) is None
+    assert mosaic.IMPLEMENTATION.limits(*arrays(k, n, dtype)) is None
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 
 from zigzag_jax.kernels.dtypes import DTYPE_NAMES, DTYPES
 
+PIECE = 64  # values of 2 bytes in a piece
+
 
 class Product(Protocol):
     """Rows [M, a] times matrices [G, a, b] (or [G, b, a] with `transposed`), group by group: [M, b] in out_dtype.
@@ -52,6 +54,17 @@ class Limits(Protocol):
 
 def no_limits(x, w) -> str | None:
     """The limits of an implementation that takes whatever the contract allows."""
+    return None
+
+
+def narrow_limits(x, w) -> str | None:
+    """The limits of kernels for tensor cores, which load rows by pieces of 128 bytes."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return "bfloat16 or float16"
+    if 0 in (*x.shape, *w.shape):
+        return "arrays that are not empty"
+    if w.shape[1] % PIECE or w.shape[2] % PIECE:
+        return f"k and n that are multiples of {PIECE}"
     return None
 
 

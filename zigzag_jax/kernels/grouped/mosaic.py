@@ -12,24 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows, mosaic_swiglu, mosaic_tuning
-from zigzag_jax.kernels.grouped.contract import Implementation
+from zigzag_jax.kernels.grouped.contract import Implementation, narrow_limits
 from zigzag_jax.kernels.grouped.mosaic_pipeline import TILE
 from zigzag_jax.kernels.grouped.row_tiles import bounds, row_tiles
 from zigzag_jax.kernels.grouped.swiglu import Parts
 
 ROWS = 8  # TMA reads them by eights
-COLUMNS = 64  # a tile of shared memory has rows of 128 bytes
-
-
-def limits(x, w) -> str | None:
-    """See contract.Limits."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return "bfloat16 or float16"
-    if 0 in (*x.shape, *w.shape):
-        return "arrays that are not empty"
-    if w.shape[1] % COLUMNS or w.shape[2] % COLUMNS:
-        return f"k and n that are multiples of {COLUMNS}"
-    return None
 
 
 _row_tiles = functools.partial(row_tiles, tile=TILE, align=ROWS)
@@ -92,5 +80,5 @@ def _pad(x):
     return jnp.pad(x, ((0, extra), (0, 0))) if extra else x
 
 
-IMPLEMENTATION = Implementation(product, outer, limits)
+IMPLEMENTATION = Implementation(product, outer, narrow_limits)
 SWIGLU = Parts(inward, outward)

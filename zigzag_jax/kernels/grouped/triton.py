@@ -13,11 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zigzag_jax.kernels.grouped.contract import Implementation
+from zigzag_jax.kernels.grouped.contract import Implementation, narrow_limits
 from zigzag_jax.kernels.grouped.row_tiles import bounds, row_tiles
-
-COLUMNS = 64
-"""k and n are multiples of this: loads and stores of whole vectors, and no tile is cut along the contraction."""
 
 
 class Tile(NamedTuple):
@@ -56,13 +53,7 @@ def _missing() -> str | None:
 
 def limits(x, w) -> str | None:
     """See contract.Limits."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return "bfloat16 or float16"
-    if 0 in (*x.shape, *w.shape):
-        return "arrays that are not empty"
-    if w.shape[1] % COLUMNS or w.shape[2] % COLUMNS:
-        return f"k and n that are multiples of {COLUMNS}"
-    return _missing()
+    return narrow_limits(x, w) or _missing()
 
 
 def _stride(rows: int, group_sizes) -> int:
