@@ -117,7 +117,7 @@ def _lse_in_one_pass(logits):
     """
 
     def merge(a, b):
-        apart = a[0] - b[0]
+        apart = jnp.where(a[0] == b[0], 0.0, a[0] - b[0])  # equal infinities too
         fade = jnp.exp(-jnp.abs(apart))
         return jnp.maximum(a[0], b[0]), jnp.where(apart > 0, a[1] + b[1] * fade, b[1] + a[1] * fade)
 

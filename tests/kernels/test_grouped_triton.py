@@ -39,7 +39,7 @@ def test_limits(inputs, rule, monkeypatch):
 def test_without_the_extra_it_is_said_how_to_get_it(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     triton._missing.cache_clear()
-    with pytest.raises(NotImplementedError, match=re.escape("pip install 'zigzag_jax[triton]'")):
+    with pytest.raises(NotImplementedError, match=re.escape("pip install jax-triton==0.3.1")):
         grouped_implementation(*arrays(), "triton")
     # an A100 without it: plain XLA, with a warning that says what is missing
     monkeypatch.setattr(kernels, "_grouped_preference", lambda: ("triton", "reference"))
@@ -50,6 +50,16 @@ def test_without_the_extra_it_is_said_how_to_get_it(monkeypatch, caplog):
     assert "'triton' needs jax-triton and triton" in caplog.text
     assert "plain XLA, slow" in caplog.text
     triton._missing.cache_clear()
+
+
+@pytest.mark.parametrize(("capability", "refused"), [("7.5", True), ("gfx942", True), ("8.0", False), ("12.0", False)])
+def test_a_card_without_the_tensor_cores_is_refused(capability, refused, monkeypatch):
+    class Card:
+        platform, compute_capability = "gpu", capability
+
+    monkeypatch.setattr(triton.jax, "devices", lambda: [Card()])
+    monkeypatch.setattr(triton, "_missing", lambda: None)
+    assert triton.limits(*arrays()) == ("an NVIDIA GPU of compute capability 8.0 or newer" if refused else None)
 
 
 @pytest.mark.parametrize("capability", ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"])

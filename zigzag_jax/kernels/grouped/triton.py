@@ -48,12 +48,21 @@ def tile() -> Tile:
 def _missing() -> str | None:
     if all(importlib.util.find_spec(name) for name in ("jax_triton", "triton")):
         return None
-    return "jax-triton and triton (pip install 'zigzag_jax[triton]')"
+    return "jax-triton and triton (the extra 'triton': pip install jax-triton==0.3.1)"
+
+
+def _too_old() -> str | None:
+    """On a GPU without their tensor cores the kernels would compile, spill, and be far slower than plain XLA."""
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))
+    if device.platform != "gpu" or (capability.split(".", maxsplit=1)[0].isdigit() and float(capability) >= 8):
+        return None
+    return "an NVIDIA GPU of compute capability 8.0 or newer"
 
 
 def limits(x, w) -> str | None:
     """See contract.Limits."""
-    return narrow_limits(x, w) or _missing()
+    return narrow_limits(x, w) or _missing() or _too_old()
 
 
 def _stride(rows: int, group_sizes) -> int:
