@@ -30,6 +30,7 @@ wait, for cp times the memory.
 
 import functools
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -182,12 +183,13 @@ def _rotate(plan: Plan, tree, by: int):
     leaves, structure = jax.tree.flatten(tree)
     partners = [(rank, (rank + by) % plan.cp) for rank in range(plan.cp)]
     largest = sorted(range(len(leaves)), key=lambda n: -leaves[n].nbytes)[:2]
-    with set_xla_metadata(_xla_gpu_collective_stream="p2p"):
-        sent = {n: lax.ppermute(leaves[n], plan.axis_name, partners) for n in largest}
-    for n, x in enumerate(leaves):
-        if n not in sent:
-            sent[n] = lax.ppermute(x, plan.axis_name, partners)
-    return structure.unflatten([sent[n] for n in range(len(leaves))])
+    p2p = lambda n: set_xla_metadata(_xla_gpu_collective_stream="p2p") if n in largest else nullcontext()
+
+    def send(n):
+        with p2p(n):
+            return lax.ppermute(leaves[n], plan.axis_name, partners)
+
+    return structure.unflatten(map(send, range(len(leaves))))
 
 
 def _run(hop: Callable, hops: Iterable[Hop], x):

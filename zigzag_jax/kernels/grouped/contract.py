@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from zigzag_jax.kernels.dtypes import DTYPE_NAMES, DTYPES
 
-PIECE = 64  # values of 2 bytes in a piece
+PIECE = 64  # values of 2 bytes in a piece of 128 bytes, a row of a tile in shared memory
 
 
 class Product(Protocol):
@@ -58,7 +58,7 @@ def no_limits(x, w) -> str | None:
 
 
 def narrow_limits(x, w) -> str | None:
-    """The limits of kernels for tensor cores, which load rows by pieces of 128 bytes."""
+    """The limits of kernels for tensor cores, which load rows by pieces."""
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         return "bfloat16 or float16"
     if 0 in (*x.shape, *w.shape):

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows, mosaic_swiglu, mosaic_tuning
 from zigzag_jax.kernels.grouped.contract import Implementation, narrow_limits
 from zigzag_jax.kernels.grouped.mosaic_pipeline import TILE
-from zigzag_jax.kernels.grouped.row_tiles import bounds, row_tiles
+from zigzag_jax.kernels.grouped.row_tiles import row_tiles, run_bounds, run_length
 from zigzag_jax.kernels.grouped.swiglu import Parts
 
 ROWS = 8  # TMA reads them by eights
-
 
 _row_tiles = functools.partial(row_tiles, tile=TILE, align=ROWS)
 
@@ -28,8 +27,7 @@ _row_tiles = functools.partial(row_tiles, tile=TILE, align=ROWS)
 def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
     """See contract.Product."""
     padded = _pad(rows)
-    stride = rows.shape[0] // jnp.atleast_2d(group_sizes).shape[0]
-    schedule = _row_tiles(group_sizes, padded.shape[0], stride)
+    schedule = _row_tiles(group_sizes, padded.shape[0], run_length(group_sizes, rows.shape[0]))
     tuning = mosaic_tuning.rows(rows.shape[1])
     return mosaic_rows.product(padded, matrices, schedule, transposed, out_dtype, tuning)[: rows.shape[0]]
 
@@ -37,14 +35,11 @@ def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
 @functools.partial(jax.jit, static_argnames="out_dtype", inline=True)
 def outer(left, right, group_sizes, *, out_dtype):
     """See contract.OuterProduct."""
-    runs = jnp.atleast_2d(group_sizes)
-    stride, dtype = left.shape[0] // len(runs), out_dtype if len(runs) == 1 else jnp.float32
-    left, right, tuning = _pad(left), _pad(right), mosaic_tuning.OUTER
+    runs = run_bounds(group_sizes, left.shape[0])
+    dtype, tuning = out_dtype if len(runs) == 1 else jnp.float32, mosaic_tuning.OUTER
+    left, right = _pad(left), _pad(right)
     # a kernel a run, added up by XLA: the kernel does not add in place
-    parts = (
-        mosaic_outer.outer(left, right, bounds(runs[r], r * stride, (r + 1) * stride), dtype, tuning)
-        for r in range(len(runs))
-    )
+    parts = (mosaic_outer.outer(left, right, run, dtype, tuning) for run in runs)
     return functools.reduce(jnp.add, parts).astype(out_dtype)
 
 
@@ -69,9 +64,8 @@ def outward(dy, down, hidden, scale, group_sizes, *, tuning=None):
 def _with_schedule(rows, scale, group_sizes):
     """Rows by eights, their scale with room for a row tile after the last, and the row tiles."""
     padded = _pad(rows)
-    stride = rows.shape[0] // jnp.atleast_2d(group_sizes).shape[0]
     scale = jnp.pad(scale, (0, len(padded) - len(rows) + TILE))
-    return padded, scale, _row_tiles(group_sizes, len(padded), stride)
+    return padded, scale, _row_tiles(group_sizes, len(padded), run_length(group_sizes, len(rows)))
 
 
 def _pad(x):

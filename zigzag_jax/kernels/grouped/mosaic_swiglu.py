@@ -33,6 +33,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from zigzag_jax.kernels.flash.contract import LOG2E
+from zigzag_jax.kernels.grouped.contract import PIECE
 from zigzag_jax.kernels.grouped.mosaic_pipeline import (
     CONSUMERS,
     LOADS,
@@ -48,8 +49,6 @@ from zigzag_jax.kernels.grouped.mosaic_pipeline import (
 from zigzag_jax.kernels.grouped.mosaic_rows import Items
 from zigzag_jax.kernels.grouped.row_tiles import RowTiles
 from zigzag_jax.kernels.hopper import ACC, ROW, across, i32, store_row_values, store_rows
-
-PIECE = 64  # columns of a 128 byte row of 2 byte values
 
 
 def inward(x, gate_up, scale, schedule: RowTiles, keep: bool, tuning: GroupedTuning) -> list[jax.Array]:

@@ -55,6 +55,17 @@ def row_tiles(group_sizes, rows: int, stride: int | None = None, *, tile: int, a
     return RowTiles(group, row // align, jnp.maximum(row, pick(begin)), jnp.minimum(row + tile, pick(end)), upto)
 
 
+def run_length(group_sizes, rows: int) -> int:
+    """Rows of each of the runs that [G] or [R, G] sizes make of `rows`."""
+    return rows // jnp.atleast_2d(group_sizes).shape[0]
+
+
+def run_bounds(group_sizes, rows: int) -> list[jax.Array]:
+    """`bounds` of each run of `rows` rows: R of [G + 1]."""
+    stride = run_length(group_sizes, rows)
+    return [bounds(own, r * stride, (r + 1) * stride) for r, own in enumerate(jnp.atleast_2d(group_sizes))]
+
+
 def bounds(group_sizes, start: int, stop: int):
     """Where each group [G] begins if the first begins at `start`, and where the last ends, `stop` at most: [G + 1]."""
     return jnp.minimum(start + running_sum(jnp.pad(group_sizes, (1, 0))), stop)

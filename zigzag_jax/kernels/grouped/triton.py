@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from zigzag_jax.kernels.grouped.contract import Implementation, narrow_limits
-from zigzag_jax.kernels.grouped.row_tiles import bounds, row_tiles
+from zigzag_jax.kernels.grouped.row_tiles import row_tiles, run_bounds, run_length
 
 
 class Tile(NamedTuple):
@@ -39,9 +39,14 @@ NARROW = Tile(128, 128, 32, 4, 4)
 _WIDE = ("9.0", "10.0", "10.3")  # compute capabilities
 
 
+def _capability() -> str:
+    """Of the default device; a CPU has none."""
+    return str(getattr(jax.devices()[0], "compute_capability", ""))
+
+
 def tile() -> Tile:
     """The tile for the default device."""
-    return WIDE if getattr(jax.devices()[0], "compute_capability", None) in _WIDE else NARROW
+    return WIDE if _capability() in _WIDE else NARROW
 
 
 @functools.cache
@@ -53,9 +58,8 @@ def _missing() -> str | None:
 
 def _too_old() -> str | None:
     """On a GPU without their tensor cores the kernels would compile, spill, and be far slower than plain XLA."""
-    device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))
-    if device.platform != "gpu" or (capability.split(".", maxsplit=1)[0].isdigit() and float(capability) >= 8):
+    major, *_ = _capability().split(".")
+    if jax.devices()[0].platform != "gpu" or (major.isdigit() and int(major) >= 8):
         return None
     return "an NVIDIA GPU of compute capability 8.0 or newer"
 
@@ -65,10 +69,6 @@ def limits(x, w) -> str | None:
     return narrow_limits(x, w) or _missing() or _too_old()
 
 
-def _stride(rows: int, group_sizes) -> int:
-    return rows // jnp.atleast_2d(group_sizes).shape[0]
-
-
 # under jit, so that calls outside of any, as in a notebook, compile a kernel once
 @functools.partial(jax.jit, static_argnames=("transposed", "out_dtype"), inline=True)
 def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
@@ -76,7 +76,7 @@ def product(rows, matrices, group_sizes, *, transposed: bool, out_dtype):
     from zigzag_jax.kernels.grouped import triton_kernels
 
     size = tile()
-    tiles = row_tiles(group_sizes, len(rows), _stride(len(rows), group_sizes), tile=size.rows, align=1)
+    tiles = row_tiles(group_sizes, len(rows), run_length(group_sizes, len(rows)), tile=size.rows, align=1)
     return triton_kernels.product(rows, matrices, tiles, transposed, out_dtype, size)
 
 
@@ -85,8 +85,7 @@ def outer(left, right, group_sizes, *, out_dtype):
     """See contract.OuterProduct."""
     from zigzag_jax.kernels.grouped import triton_kernels
 
-    runs, stride = jnp.atleast_2d(group_sizes), _stride(len(left), group_sizes)
-    edges = jnp.stack([bounds(own, r * stride, (r + 1) * stride) for r, own in enumerate(runs)])
+    edges = jnp.stack(run_bounds(group_sizes, len(left)))
     return triton_kernels.outer(left, right, edges, out_dtype, tile())
 
 
