@@ -16,6 +16,7 @@ from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.train.checkpoint import Checkpoints
 from zigzag_jax.train.errors import refusal
 from zigzag_jax.train.hosts.together import Together
+from zigzag_jax.train.identity import check_identity
 from zigzag_jax.train.logs.metrics import MetricsLog
 from zigzag_jax.train.logs.trace import profile_steps
 from zigzag_jax.train.logs.wandb_run import start_wandb
@@ -45,7 +46,7 @@ def open_checkpoints(this: Run, stack: ExitStack, doing: Callable[[str], None]) 
         together = Together(moving=lambda: doing("reading the checkpoint"))
         checkpoints = Checkpoints(folder / "checkpoints", this.config.keep, this.say, together=together)
     stack.callback(checkpoints.close)
-    checkpoints.check_identity(this.identity)
+    check_identity(checkpoints.folder, this.identity, together, checkpoints.tell)
     if jax.process_index() == 0:  # now that all agree that the folder is this run's
         checkpoints.remove_parts()
         with writable(folder):

@@ -1,7 +1,7 @@
 """Checkpoints: DIR/checkpoints/STEP, written in the background, read into any mesh.
 
-Each holds the state and sums over its bits (train/sums.py), a small JSON with what the run was (`identity`), one that a
-person may want to read (`origin`), and the model's config.json, so that it can be exported alone
+Each holds the state and sums over its bits (train/sums.py), a small JSON with what the run was (train/identity.py), one
+that a person may want to read (`origin`), and the model's config.json, so that it can be exported alone
 (models/hf/run_folder.py reads it). A folder appears under its final name only when it is whole, so a kill leaves the
 one before. One that is damaged is named, renamed STEP.corrupt, and the one before it used (train/reading.py); if none
 can be read, that is an error and all stay as they are. One that cannot be written takes back what it wrote and raises
@@ -23,8 +23,9 @@ import orbax.checkpoint as ocp
 from zigzag_jax.models.hf.run_folder import CONFIG, STATE
 from zigzag_jax.train.errors import MachineError, RunError, SaveError, UserError, may_come_back, refusal
 from zigzag_jax.train.hosts.together import Together
+from zigzag_jax.train.identity import IDENTITY
 from zigzag_jax.train.quiet import say_errors_once
-from zigzag_jax.train.reading import Fault, attempt, fault_of, newest_of, read_newest, reason, steps_in
+from zigzag_jax.train.reading import newest_of, read_newest, reason, steps_in
 from zigzag_jax.train.sums import differing, sums
 
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
@@ -69,65 +70,6 @@ class Checkpoints:
             text += f", that of step {self.latest()} is still being written"
         return text
 
-    def check_identity(self, new: dict[str, Any]) -> None:
-        """UserError, in all processes, where these are the checkpoints of another run than `new`. What `identity`
-        raises.
-        """
-        old, wrong = self.identity(), None
-        try:
-            check_identity(old or {}, new)
-        except UserError as error:
-            wrong = error
-        who = self._together.first(wrong is not None)
-        if wrong is None and who is not None:  # this host does not show what the other one read
-            wrong = UserError("out", f"must hold the checkpoints of this run (process {who} says why not)", self.folder)
-        if wrong is not None:
-            raise wrong
-
-    def identity(self) -> dict[str, Any] | None:
-        """What the run that wrote the newest readable identity was, or None where there is no checkpoint; says which
-        could not be read, and why. None too where only other processes see one.
-
-        UserError where there are checkpoints and none says it, MachineError where the machine cannot read one.
-        """
-        identity: dict[str, Any] | None = None
-        unread: dict[int, str] = {}
-        for number, pause in enumerate((0.0, *self._together.pauses)):  # a host may show the files of a new folder late
-            time.sleep(pause)
-            found, _, why = attempt(self._identities, self._together, self._tell, "what run this is, in checkpoints")
-            if found is None:
-                raise MachineError(f"{self.folder} cannot be read, tried for {self._together.patience} ({why})")
-            identity, unread = found
-            told = self._together.first(identity is not None) is not None
-            if told or self._together.first(bool(unread)) is None:
-                break
-            if number == 0:
-                self._tell(f"no checkpoint says what run it is of; looked at again for {self._together.patience}")
-        for step, cause in unread.items():
-            self._tell(f"checkpoints/{step} does not say what run it is of ({cause}); an older one is asked")
-        # one that sees it compares it for all, and none ends alone because its host does not show a new file yet
-        if self._together.first(identity is not None) is None and unread:
-            newest = max(unread)
-            rule = f"must hold a checkpoint that says what run it is of ({unread[newest]})"
-            raise UserError("out", rule, self.folder / str(newest))
-        return identity
-
-    def _identities(self) -> tuple[dict[str, Any] | None, dict[int, str]]:
-        """The newest identity, and why those of newer checkpoints could not be read."""
-        unread: dict[int, str] = {}
-        for step in sorted(steps_in(self.folder), reverse=True):
-            try:
-                identity = json.loads((self.folder / str(step) / "identity" / "metadata").read_text())
-            except Exception as error:
-                if fault_of(error) is not Fault.CONTENT:
-                    raise
-                unread[step] = reason(error)
-                continue
-            if isinstance(identity, dict):
-                return identity, unread
-            unread[step] = "it holds no JSON object"
-        return None, unread
-
     def save(
         self, step: int, state: Any, identity: dict[str, Any], config: dict[str, Any], origin: dict[str, Any]
     ) -> None:
@@ -139,7 +81,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
-        about = {"identity": identity, CONFIG: config, "origin": {**origin, "sums": True}, "sums": sums(state)}
+        about = {IDENTITY: identity, CONFIG: config, "origin": {**origin, "sums": True}, "sums": sums(state)}
         items = {name: ocp.args.JsonSave(values) for name, values in about.items()}
         args = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state)}, **items)
         with self._saving():
@@ -185,7 +127,7 @@ class Checkpoints:
         the machine cannot read one.
         """
         read = lambda step: (self._read(step, abstract), self._sums(step))
-        found = read_newest(self.folder, read, self._together, self._tell, self._wrong)
+        found = read_newest(self.folder, read, self._together, self.tell, self._wrong)
         if found is None:
             return None
         if found.damaged:
@@ -194,7 +136,7 @@ class Checkpoints:
             self._manager.reload()
         state, saved = found.state
         if saved is None:
-            self._tell(f"checkpoints/{found.step} was written before there were sums: its numbers are not compared")
+            self.tell(f"checkpoints/{found.step} was written before there were sums: its numbers are not compared")
         return found.step, state
 
     def _read(self, step: int, abstract: Any) -> Any:
@@ -244,7 +186,7 @@ class Checkpoints:
             raise UserError("out", rule, self.folder)
         self._manager = self._open()
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
         """A line of this process; only process 0 has a console."""
         if self._together.process == 0:
             self.say(text)
@@ -258,10 +200,3 @@ class Checkpoints:
         except SaveError as error:
             self.say(f"the checkpoint that was being written could not be ({error}); {self.newest_said()}")
         self._manager.close()
-
-
-def check_identity(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """UserError for the first field in which a resumed run would be another run."""
-    for name, value in new.items():
-        if name in old and old[name] != value:
-            raise UserError(name, f"must stay what the run was begun with, {old[name]} (or give another --out)", value)

@@ -8,6 +8,8 @@ next. The file says who has it, and is empty after a run that could end in order
     on another host       90 s: NFS keeps the lock of a host that lost its power for that long (a lease of NFS 4)
     unknown               a file system without locks: that is said, and nothing keeps a second run out
 
+A host is a boot of a kernel, not a name: a pod that starts again on another node keeps its name.
+
 NFS, and Lustre mounted with `flock`, have locks between hosts; a local file system has them for its host.
 """
 
@@ -28,6 +30,7 @@ from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.hosts.together import Together
 
 FILE = "run.lock"
+_BOOT = Path("/proc/sys/kernel/random/boot_id")  # Linux has it
 _SHORT = 2  # pauses for a process of this host to be gone
 _HELD = (errno.EAGAIN, errno.EACCES)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -72,27 +75,54 @@ def sole_run(folder: Path, together: Together, say: Callable[[str], None]) -> It
 
 def _take(file: TextIO, say: Callable[[str], None]) -> Held:
     """Take the lock and leave a note, or tell who has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _HELD:
-            return Held.HERE if _holder(file)[0] == socket.gethostname() else Held.ELSEWHERE
-        if error.errno not in _NO_LOCKS:
-            raise
-        say(f"{file.name} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
+    if not locked(file, say):
+        return Held.HERE if _holder(file)[0] == _kernel() else Held.ELSEWHERE
     since = datetime.now().astimezone().isoformat(" ", timespec="seconds")
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "since": since, "kernel": _kernel()}
     file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}) + "\n")
+    file.write(json.dumps(note) + "\n")
     file.flush()
     os.fsync(file.fileno())
     return Held.NOT
 
 
+def locked(file: TextIO, say: Callable[[str], None], how: int = fcntl.LOCK_EX) -> bool:
+    """Take the lock of `file`, which goes with its closing; False where another process has it.
+
+    `say` gets a line where the file system has no locks. OSError for whatever else is in the way.
+    """
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        if error.errno not in _NO_LOCKS:
+            raise
+        say(f"{file.name} cannot be locked ({error.strerror}): nothing keeps a second run out of this folder")
+    return True
+
+
+def user_of(folder: Path) -> str | None:
+    """The run that has `folder` now, as words; None where none has it, or nobody can tell. OSError as `locked`."""
+    try:
+        with (folder / FILE).open() as file:
+            return None if locked(file, lambda text: None, fcntl.LOCK_SH) else _holder(file)[1]
+    except FileNotFoundError:
+        return None
+
+
 def _holder(file: TextIO) -> tuple[str | None, str]:
-    """(host of the run that has the lock, who that is as words) by its note; it may be about to write it."""
+    """(kernel of the run that has the lock, who that is as words) by its note; it may be about to write it."""
     file.seek(0)
     try:
         note = json.loads(file.read())
-        return note["host"], f"process {note['pid']} of {note['host']} since {note['since']}"
+        return note["kernel"], f"process {note['pid']} of {note['host']} since {note['since']}"
     except (ValueError, KeyError, TypeError):
         return None, "another run"
+
+
+def _kernel() -> str:
+    """What another process on the same kernel says too, and nobody else."""
+    with suppress(OSError):
+        return _BOOT.read_text().strip()
+    return socket.gethostname()

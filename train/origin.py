@@ -1,6 +1,6 @@
 """What a checkpoint says of the run that wrote it, for a person who finds it a year later.
 
-Nothing here is compared when a run is resumed: what may not change is its identity (train/setup.py).
+Nothing here is compared when a run is resumed: what may not change is its identity (train/identity.py).
 """
 
 import subprocess

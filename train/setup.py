@@ -1,8 +1,6 @@
 """A run built from its Config: data, mesh, model, optimiser, all that is made once before the first step."""
 
-import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,15 +21,9 @@ from zigzag_jax.train.data.packing import cut_count
 from zigzag_jax.train.data.plan_file import kept_plan
 from zigzag_jax.train.data.token_file import Tokens
 from zigzag_jax.train.hosts.watchdog import PATIENT
+from zigzag_jax.train.identity import identity_of
 from zigzag_jax.train.logs.report import HeldOut
-from zigzag_jax.train.models import (
-    config_json,
-    first_parameters,
-    fit_vocabulary,
-    maker,
-    tokenizer_file,
-    weights_digest,
-)
+from zigzag_jax.train.models import config_json, first_parameters, fit_vocabulary, maker, tokenizer_file
 from zigzag_jax.train.program import make_program
 from zigzag_jax.train.step import TrainState, state_shardings
 from zigzag_jax.train.task import Losses, Task
@@ -128,7 +120,7 @@ def set_up(
         say(f"in the held-out loss, of {scored.rows} rows, {line}")
     return Run(
         config=config,
-        identity=identity(config, sizes, dataset),
+        identity=identity_of(config, sizes, dataset),
         sizes=sizes,
         config_json=config_json(config, sizes, dataset.end_of_document),
         dataset=dataset,
@@ -143,25 +135,3 @@ def set_up(
         losses=jax.jit(task.losses),
         say=say,
     )
-
-
-def identity(config: Config, sizes: ModelConfig, dataset: Dataset[Tokens]) -> dict[str, Any]:
-    """What may not change when a run is resumed; the mesh, --steps and what is only said or saved may."""
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
-    model = f"{config.model} (sizes {digest(repr(dataclasses.asdict(sizes)))})"
-    fixed: dict[str, Any] = {
-        "model": model,
-        "weights": weights_digest(config),
-        "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})",
-    }
-    fixed["tokenizer"] = f"{tokenizer_file(config) or 'of the data'} (digest {digest(dataset.tokenizer.to_str())})"
-    fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
-    if (config.router.aux_loss or sizes.aux_loss) == "batch":  # the one loss that micro-batches change
-        fixed["accumulate"] = config.accumulate
-    for group in ("optim", "router"):
-        values = dataclasses.asdict(getattr(config, group))
-        # as JSON gives it back: a list, no tuple
-        fixed |= {
-            f"{group}.{name.replace('_', '-')}": list(x) if isinstance(x, tuple) else x for name, x in values.items()
-        }
-    return fixed

@@ -10,7 +10,6 @@ was mended since is read again, and shards without it are kept, unless a tokeniz
 """
 
 import contextlib
-import fcntl
 import functools
 import itertools
 import json
@@ -34,6 +33,7 @@ from zigzag_jax.train.data.split import ends_held_out, parts, survey
 from zigzag_jax.train.data.tokenizer import id_count, load_tokenizer, same_ids, train_tokenizer
 from zigzag_jax.train.data.workers import run_tasks
 from zigzag_jax.train.errors import DONE, INTERRUPTED, RunError, UserError, exit_code, may_come_back, refusal
+from zigzag_jax.train.lock import locked
 from zigzag_jax.train.logs.display import TokenDisplay
 
 _PLAN = "plan.json"
@@ -94,7 +94,7 @@ def tokenize(config: TokenizeConfig, console: Console) -> None:
     if whole_already():
         return
     try:
-        with _alone(work):
+        with _alone(work, say):
             if whole_already():  # by another command, since the first look
                 return
             ends, sizes = _begin(config, found, stats, request, work, say)
@@ -155,14 +155,12 @@ def _is_made(out: Path, source: str) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(work: Path) -> Iterator[None]:
+def _alone(work: Path, say: Say) -> Iterator[None]:
     """The work folder, with nobody else in it. The lock goes with the process, however that ends."""
     work.mkdir(parents=True, exist_ok=True)
     with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError("out", "must be written by one command at a time", work) from None
+        if not locked(lock, say):
+            raise UserError("out", "must be written by one command at a time", work)
         yield
 
 

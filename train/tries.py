@@ -2,7 +2,8 @@
 
 What starts a run again by itself (Slurm's requeue, a JobSet) asks this before each start; the templates in examples/
 do. A run that fails again and again without a newer checkpoint needs a person: exit code 2 then, else 0. Each start is
-a line of DIR/starts.jsonl, a file that a first start (--restart 0: a person gave the command) begins anew.
+a line of DIR/starts.jsonl, a file that a first start (--restart 0: a person gave the command) begins anew; not so while
+another run has DIR (train/lock.py), whose starts these are.
 """
 
 import json
@@ -17,6 +18,7 @@ import tyro
 
 from zigzag_jax.train.errors import DONE, MachineError, UserError, exit_code, may_come_back
 from zigzag_jax.train.hosts.together import PAUSES
+from zigzag_jax.train.lock import user_of
 from zigzag_jax.train.reading import newest_of, steps_in
 
 FILE = "starts.jsonl"
@@ -55,6 +57,8 @@ def check_start(config: TriesConfig, pauses: Sequence[float] = PAUSES) -> str:
 
 
 def _check_start(config: TriesConfig) -> str:
+    if not config.restart and (user := user_of(config.out)) is not None:
+        return f"{config.out} is in use by {user}, whose starts are counted on"
     steps = steps_in(config.out / "checkpoints")
     step, where = max(steps, default=0), newest_of(steps)
     before = _starts(config.out / FILE) if config.restart else []

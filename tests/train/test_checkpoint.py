@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from votes import Votes, alone
 
-from zigzag_jax.train.checkpoint import Checkpoints, check_identity
+from zigzag_jax.train.checkpoint import Checkpoints
 from zigzag_jax.train.errors import MachineError, RunError, UserError
+from zigzag_jax.train.identity import newest_identity
 
 
 def state(value: float, devices: int = 1) -> dict:
@@ -61,7 +62,6 @@ def test_a_folder_that_cannot_be_opened(
 
 def test_nothing_there(kept: Checkpoints):
     assert kept.latest() is None
-    assert kept.identity() is None
     assert kept.restore(abstract()) is None
 
 
@@ -72,7 +72,7 @@ def test_saved_on_one_device_read_on_four(kept: Checkpoints):
     assert step == 3
     assert len(got["w"].sharding.device_set) == 4
     same(got, state(1.5))
-    assert kept.identity() == {"model": "a"}
+    assert newest_identity(kept.folder) == ({"model": "a"}, {})
 
 
 def test_only_the_newest_are_kept_and_a_step_is_saved_once(kept: Checkpoints):
@@ -93,8 +93,8 @@ def test_a_damaged_checkpoint_is_set_aside(kept: Checkpoints, said: list[str], d
     for file in (kept.folder / "8").rglob("*"):
         if file.is_file():
             file.unlink() if damage == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert kept.identity() == {"model": "a"}
-    assert said[0].startswith("checkpoints/8 does not say what run it is of (")
+    identity, unread = newest_identity(kept.folder)
+    assert (identity, unread.keys()) == ({"model": "a"}, {8})
     step, got = kept.restore(abstract()) or pytest.fail("nothing restored")
     assert step == 4
     same(got, state(4))
@@ -158,81 +158,6 @@ def test_a_checkpoint_without_sums_is_read_and_that_is_said(kept: Checkpoints, s
     (kept.folder / "4" / "origin" / "metadata").write_text("{}")
     same((kept.restore(abstract()) or pytest.fail("nothing restored"))[1], state(4))
     assert said == ["checkpoints/4 was written before there were sums: its numbers are not compared"]
-
-
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [(None, "No such file or directory"), ("{", "Expecting property name"), ("[]", "it holds no JSON object")],
-    ids=["none", "half", "list"],
-)
-def test_where_no_checkpoint_says_what_run_it_is_of_it_is_not_taken_for_this_one(
-    kept: Checkpoints, said: list[str], text: str | None, why: str
-):
-    kept.save(4, state(4), {"model": "a"}, {}, {})
-    kept.wait()
-    file = kept.folder / "4" / "identity" / "metadata"
-    file.unlink() if text is None else file.write_text(text)
-    with pytest.raises(UserError, match=rf"^out: must hold a checkpoint that says what run it is of \({why}.*/4$"):
-        kept.identity()
-    assert said[0] == "no checkpoint says what run it is of; looked at again for 0 s"
-    assert said[1].startswith(f"checkpoints/4 does not say what run it is of ({why}")
-
-
-def test_an_identity_that_is_seen_late_is_waited_for(kept: Checkpoints, said: list[str]):
-    found = [(None, {4: "No such file or directory"})] * 2 + [({"model": "a"}, {})]
-    kept._identities = lambda: found.pop(0)
-    assert kept.identity() == {"model": "a"}
-    assert (found, len(said)) == ([], 1)
-
-
-def test_a_run_that_one_of_two_processes_refuses_is_refused_by_both(kept: Checkpoints):
-    kept.save(4, state(4), {"model": "a"}, {}, {})
-    kept.wait()
-    votes = Votes()
-    both = [Checkpoints(kept.folder, 2, print, together=votes.of(i)) for i in (0, 1)]
-    both[0]._identities = lambda: (None, {})  # its host does not show the checkpoint yet
-    check = lambda model: [str(x) for x in votes.all(lambda one: both[one.process].check_identity({"model": model}))]
-    assert check("a") == ["None", "None"]
-    blind, seeing = check("b")
-    assert blind == f"out: must hold the checkpoints of this run (process 1 says why not), got {kept.folder}"
-    assert seeing == "model: must stay what the run was begun with, a (or give another --out), got b"
-    for one in both:
-        one.close()
-
-
-def test_an_identity_that_one_host_does_not_show_yet_is_compared_by_the_others(kept: Checkpoints, said: list[str]):
-    kept.save(4, state(4), {"model": "a"}, {}, {})
-    kept.wait()
-    votes = Votes()
-    both = [Checkpoints(kept.folder, 2, said.append, together=votes.of(i)) for i in (0, 1)]
-    both[1]._identities = lambda: (None, {4: "No such file or directory"})
-    assert votes.all(lambda one: both[one.process].identity()) == [{"model": "a"}, None]
-    for one in both:
-        one._identities = lambda: (None, {4: "No such file or directory"})
-    assert [type(found) for found in votes.all(lambda one: both[one.process].identity())] == [UserError, UserError]
-    for one in both:
-        one.close()
-
-
-def test_an_identity_that_the_machine_cannot_read_is_read_again(
-    kept: Checkpoints, said: list[str], monkeypatch: pytest.MonkeyPatch
-):
-    for step in (4, 8):
-        kept.save(step, state(step), {"model": str(step)}, {}, {})
-        kept.wait()
-    failing, read_text = [OSError(116, "Stale file handle")] * 2, Path.read_text
-
-    def read(path: Path) -> str:
-        if failing:
-            raise failing.pop()
-        return read_text(path)
-
-    monkeypatch.setattr(Path, "read_text", read)
-    assert kept.identity() == {"model": "8"}
-    assert said == ["what run this is, in checkpoints: Stale file handle; tried again for 0 s"]
-    failing += [OSError(116, "Stale file handle")] * 9
-    with pytest.raises(MachineError, match=r"checkpoints cannot be read, tried for 0 s \(Stale file handle\)$"):
-        kept.identity()
 
 
 def test_where_none_can_be_read_nothing_is_touched(kept: Checkpoints):
@@ -329,9 +254,3 @@ def test_a_refused_save_is_an_error(kept: Checkpoints):
     kept.wait()
     with pytest.raises(RunError, match="step 4: the checkpoint was refused, the newest is 8"):
         kept.save(4, state(4), {}, {}, {})
-
-
-def test_identity_names_field_old_and_new():
-    check_identity({"seq-len": 256, "model": "a"}, {"seq-len": 256, "model": "a"})
-    with pytest.raises(UserError, match=r"seq-len: must stay .*256.*, got 128"):
-        check_identity({"seq-len": 256, "model": "a"}, {"seq-len": 128, "model": "a"})

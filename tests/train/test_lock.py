@@ -14,7 +14,7 @@ from votes import Votes, alone
 
 from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.hosts.together import Together
-from zigzag_jax.train.lock import FILE, sole_run
+from zigzag_jax.train.lock import FILE, sole_run, user_of
 
 HOLD = """
 import sys, time
@@ -58,7 +58,10 @@ def test_a_second_run_is_refused_until_the_first_is_gone_by_kill_9_too(tmp_path:
 def test_all_processes_of_a_second_run_are_refused(tmp_path: Path):
     votes = Votes()
     with sole_run(tmp_path, alone(), print):
-        for note, more in ((None, ""), ({"host": "b", "pid": 3, "since": "x"}, "; where that host is gone")):
+        for note, more in (
+            (None, ""),
+            ({"host": "b", "pid": 3, "since": "x", "kernel": "c"}, "; where that host is gone"),
+        ):
             if note is not None:
                 (tmp_path / FILE).write_text(json.dumps(note))
             said: list[str] = []
@@ -86,10 +89,13 @@ def test_a_lock_on_another_host_is_waited_for_longer(tmp_path: Path, monkeypatch
         enter(tmp_path, alone(), said)
         return said
 
-    for text in ('{"host": "b", "pid": 3, "since": "x"}', "", "[]"):  # who has it may be about to say so
+    note = {"host": socket.gethostname(), "pid": 3, "since": "x"}  # a pod keeps its name on another node
+    for text in (json.dumps(note | {"kernel": "b"}), "", "[]"):  # who has it may be about to say so
         (tmp_path / FILE).write_text(text)
         assert tries(3)[1:] == ["in"]
-    (tmp_path / FILE).write_text(json.dumps({"host": socket.gethostname(), "pid": 3, "since": "x"}))
+    (tmp_path / FILE).write_text(
+        json.dumps(note | {"kernel": Path("/proc/sys/kernel/random/boot_id").read_text().strip()})
+    )
     with pytest.raises(UserError, match=r"process 3 of .* since x\)"):
         tries(3)
 
@@ -111,3 +117,12 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
             f"{tmp_path / FILE} cannot be locked ({os.strerror(number)}): nothing keeps a second run out of this folder"
         )
         assert said == [line, "in"]
+
+
+def test_who_has_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert user_of(tmp_path) is None
+    monkeypatch.setattr("zigzag_jax.train.lock._BOOT", tmp_path / "none")  # a system that does not tell its boot
+    with sole_run(tmp_path, alone(), print):
+        assert json.loads((tmp_path / FILE).read_text())["kernel"] == socket.gethostname()
+        assert str(user_of(tmp_path)).startswith(f"process {os.getpid()} of ")
+    assert user_of(tmp_path) is None

@@ -326,7 +326,7 @@ def test_the_folder_may_not_lie_in_the_data_nor_be_written_twice_at_once(place: 
     with pytest.raises(UserError, match=r"^out: must not lie in the data"):
         make(config(place, place / "data" / "c" / "out"))
     at_once = pytest.raises(UserError, match=r"^out: must be written by one command at a time")
-    with command._alone(unfinished(tmp_path / "out")), at_once:
+    with command._alone(unfinished(tmp_path / "out"), print), at_once:
         make(config(place, tmp_path / "out"))
 
 

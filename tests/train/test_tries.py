@@ -2,13 +2,16 @@
 
 import errno
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from votes import alone
 
 from zigzag_jax.train.errors import MachineError, UserError
+from zigzag_jax.train.lock import sole_run
 from zigzag_jax.train.tries import FILE, TriesConfig, check_start, main
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +41,19 @@ def test_starts_are_counted_until_a_newer_checkpoint(tmp_path: Path):
     assert len((out / FILE).read_text().splitlines()) == 4
     assert start(out, 0) == "start 1 of this job: the newest checkpoint is of step 4"  # a person begins anew
     assert len((out / FILE).read_text().splitlines()) == 1
+
+
+def test_the_starts_of_a_run_are_kept_while_it_has_its_folder(tmp_path: Path):
+    start(tmp_path, 0)
+    start(tmp_path, 1)
+    before = (tmp_path / FILE).read_bytes()
+    with sole_run(tmp_path, alone(), print):
+        assert re.fullmatch(
+            rf"{tmp_path} is in use by process \d+ of .*, whose starts are counted on", start(tmp_path, 0)
+        )
+        assert (tmp_path / FILE).read_bytes() == before
+        assert start(tmp_path, 2, 3).startswith("start 3 of this job")
+    assert start(tmp_path, 0).startswith("start 1 of this job")
 
 
 @pytest.mark.parametrize(

@@ -111,26 +111,34 @@ def test_newest(tmp_path: Path):
 
 
 ABORT = """
-import os, socket, sys, threading, time
+import faulthandler, os, socket, sys, threading, time
 from pathlib import Path
 from zigzag_jax.train.hosts.link import Link
-from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import Watchdog
+def in_a_library():
+    os.abort()
+faulthandler.enable()
 mine, other = socket.socketpair()
 link = Link(1, {0: mine}, ["a", "b"], 10.0)
 with Watchdog(Path(sys.argv[1]), 100, link) as dog:
     dog.doing(3, "computing step")
     if sys.argv[2] == "gone":
         threading.Timer(0.3, other.close).start()
-    os.abort()
+    if sys.argv[2] != "after":
+        in_a_library()
+in_a_library()
 """
 
 
-@pytest.mark.parametrize(("why", "code"), [("gone", 70), ("else", -6)])
-def test_abort_has_our_last_word_only_where_a_peer_is_gone(tmp_path: Path, why: str, code: int):
+@pytest.mark.parametrize(("why", "code"), [("gone", 70), ("else", -6), ("after", -6)])
+def test_abort_has_our_last_word_where_a_peer_is_gone_and_leaves_stacks_always(tmp_path: Path, why: str, code: int):
     done = subprocess.run(
         [sys.executable, "-c", ABORT, str(tmp_path), why], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == code, done.stderr
     last = (done.stderr.strip().splitlines() or [""])[-1]
     assert last.startswith("error: step 3: process 0 (a) is gone, as process 1 (b) sees it") == (why == "gone")
+    assert done.stderr.count("in in_a_library") == 1
+    stacks = tmp_path / "stacks-process-1.txt"
+    assert stacks.exists() == (why != "after")  # faulthandler's own, once the watchdog is gone
+    assert why == "after" or "in in_a_library" in stacks.read_text()

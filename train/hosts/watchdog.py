@@ -5,7 +5,7 @@ The loop says what it does (`doing`); a thread looks twice a second whether it s
 whether the wire (link.py) knows of a process that is gone. A step has --hosts.timeout seconds, all that may compile
 ten times that. JAX would wait for ever in most of these cases (a collective over NCCL does not notice that its peer is
 gone), and where it does notice it calls abort() with its own message; so abort() is caught too, for the last line to be
-ours.
+ours. One that another thing called leaves the stacks of all threads, and the process ends by it.
 
     error: step 8, mesh axis cp: process 1 (hostb) is gone, as process 0 (hosta) sees it; the newest checkpoint is of
     step 6; stacks: runs/x/stacks-process-0.txt
@@ -64,6 +64,7 @@ class Watchdog:
         self.process = 0 if link is None else link.process
         self._mesh: Mesh | None = None
         self._step, self._what, self._limit, self._spent = 0, "starting before step", PATIENT * timeout, 0.0
+        self._before: int | None = None  # what abort() called first before
         self._done, self._ending = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -80,7 +81,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self._thread.start()
         if self.link is not None:
-            _catch_abort(self._aborted)
+            self._before = _set_abort(_handler(self._aborted))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -91,7 +92,7 @@ class Watchdog:
                 self._end(*self._gone())
         self._done.set()
         if self.link is not None:
-            _catch_abort(None)
+            _set_abort(self._before)
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -131,6 +132,8 @@ class Watchdog:
         """abort() was called, by JAX for a peer that is gone or by something that is broken in this process."""
         if self.link is not None and self.link.wait_for_gone(_GRACE):
             self._end(*self._gone())
+        if self._ending.acquire(blocking=False):  # else another thread has said it all
+            self._stacks()
 
     def _end(self, why: str, code: int) -> None:
         """Say it, and leave at once: a shutdown in order would wait for the others."""
@@ -166,13 +169,15 @@ def newest(folder: Path) -> str:
 _handlers: list[Any] = []  # what C calls must not be collected
 
 
-def _catch_abort(call: Callable[[], None] | None) -> None:
-    """Have abort() call this first; it comes from a C++ thread that waits for nothing of ours. None: as it was."""
-    set_handler = ctypes.CDLL(None).signal
-    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
-    if call is None:
-        set_handler(signal.SIGABRT, None)
-        return
+def _handler(call: Callable[[], None]) -> int | None:
+    """A signal handler that calls this; it comes from a C++ thread that waits for nothing of ours."""
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: call())
     _handlers.append(handler)
-    set_handler(signal.SIGABRT, ctypes.cast(handler, ctypes.c_void_p))
+    return ctypes.cast(handler, ctypes.c_void_p).value
+
+
+def _set_abort(handler: int | None) -> int | None:
+    """Have abort() call `handler` first; which it called before. None: none."""
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
+    return set_handler(signal.SIGABRT, handler)
