@@ -1,4 +1,17 @@
-"""A user's mistake, as every command line here tells it."""
+"""What ends a command, as every command line here tells it: a user's mistake, or storage that is away."""
+
+import errno
+
+DONE, FAILED, USER_ERROR, MACHINE_FAILED = 0, 1, 2, 70
+
+# of a disk, a server or the way to it that may come back; not all systems have all of them
+_AWAY = frozenset(
+    getattr(errno, name, 0)
+    for name in (
+        "EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+        "ENETUNREACH", "ENETRESET", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
+    )
+) - {0}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -10,3 +23,9 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, object]]:
         return UserError, (self.field, self.rule, self.value)  # so that a process can send it to another
+
+
+def may_come_back(error: BaseException) -> bool:
+    """Whether an error of the system is one of storage that is away and may be there again later."""
+    named = TimeoutError | ConnectionResetError | ConnectionAbortedError | ConnectionRefusedError  # with no number, too
+    return isinstance(error, named) or (isinstance(error, OSError) and error.errno in _AWAY)

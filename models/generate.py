@@ -17,13 +17,12 @@ from tokenizers import Tokenizer
 
 from zigzag_jax.models.decode import Writer, write
 from zigzag_jax.models.devices import ring_mesh, start_ring, use_cpu_without_gpu
+from zigzag_jax.models.errors import DONE, MACHINE_FAILED, USER_ERROR, may_come_back
 from zigzag_jax.models.hf.saved import open_source, read_state
 from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.models.registry import model_of, read_config
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.models.tokenizer import read_tokenizer
-
-DONE, USER_ERROR = 0, 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         _continue(args)
     except (ValueError, NotImplementedError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+        return MACHINE_FAILED if may_come_back(error) else USER_ERROR
     return DONE
 
 

@@ -3,23 +3,12 @@
 Of several processes all end with the code of the first that failed (train/hosts/link.py).
 """
 
-import errno
-
 import jax
 
-from zigzag_jax.models.errors import UserError
+from zigzag_jax.models.errors import DONE, FAILED, MACHINE_FAILED, USER_ERROR, UserError, may_come_back
 
-# exit codes: finished, training cannot go on, a user's mistake, the machine failed, interrupted and saved, Ctrl-C twice
-DONE, FAILED, USER_ERROR, MACHINE_FAILED, PREEMPTED, INTERRUPTED = 0, 1, 2, 70, 75, 130
-
-# of a disk, a server or the way to it that may come back; not all systems have all of them
-_AWAY = frozenset(
-    getattr(errno, name, 0)
-    for name in (
-        "EIO", "ESTALE", "ETIMEDOUT", "EREMOTEIO", "ENOTCONN", "ESHUTDOWN", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
-        "ENETUNREACH", "ENETRESET", "ECONNRESET", "ECONNABORTED", "ECONNREFUSED",
-    )
-) - {0}  # fmt: skip
+# beside DONE, FAILED (training cannot go on), USER_ERROR and MACHINE_FAILED: interrupted and saved, Ctrl-C twice
+PREEMPTED, INTERRUPTED = 75, 130
 _OF_DEVICES = ("INTERNAL", "UNAVAILABLE", "ABORTED", "UNKNOWN", "DATA_LOSS", "CANCELLED", "DEADLINE_EXCEEDED")
 
 
@@ -44,12 +33,6 @@ class SaveError(Exception):
     def of_storage(self) -> bool:
         """Whether the system refused to write; else something broke off, such as another process."""
         return isinstance(self.__cause__, OSError) or "[os_error_code" in str(self.__cause__)
-
-
-def may_come_back(error: BaseException) -> bool:
-    """Whether an error of the system is one of storage that is away and may be there again later."""
-    named = TimeoutError | ConnectionResetError | ConnectionAbortedError | ConnectionRefusedError  # with no number, too
-    return isinstance(error, named) or (isinstance(error, OSError) and error.errno in _AWAY)
 
 
 def refusal(error: Exception, field: str, rule: str, value: object) -> RunError | UserError:

@@ -4,7 +4,7 @@
     export OUT_OR_CHECKPOINT HF_DIR     write an imported model, or a training run's newest checkpoint, for transformers
     check HF_DIR --golden FILE          logits and gradients against those of a golden file, in float32
 
-Exit codes: 0 done, 1 a tensor is over the bar, 2 a user's mistake (one line, nothing is written).
+Exit codes: 0 done, 1 a tensor is over the bar, 2 a user's mistake (one line, nothing is written), 70 storage is away.
 """
 
 import argparse
@@ -13,11 +13,12 @@ import sys
 from rich.console import Console
 
 from zigzag_jax.models.devices import start_ring, use_cpu_without_gpu
+from zigzag_jax.models.errors import DONE, MACHINE_FAILED, USER_ERROR, may_come_back
 from zigzag_jax.models.hf.golden import compare
 from zigzag_jax.models.hf.saved import export_model, import_model
 from zigzag_jax.models.progress import ByteBar
 
-DONE, DIFFERS, USER_ERROR = 0, 1, 2
+DIFFERS = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"wrote {args.target}")  # noqa: T201
     except (ValueError, NotImplementedError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return USER_ERROR
+        return MACHINE_FAILED if may_come_back(error) else USER_ERROR
     return DONE
 
 

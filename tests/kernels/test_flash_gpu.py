@@ -66,6 +66,7 @@ CASES = {
     "model-causal": Case(Heads(32, 4, 128, 128), 2560, 2560, causal=True),
     "mla-model": Case(Heads(16, 16, 192, 128), 1536, 1600),
     "mla": Case(Heads(4, 4, 192, 128), 384),
+    "mla-many-keys": Case(Heads(4, 4, 192, 128), 512, 16640),  # fewer kv heads side by side than there are
     "mla-softcap": Case(Heads(2, 2, 192, 128), softcap=3.0),
     "mla-shared-model": Case(Heads(16, 16, 192, 128), 1536, 1600, shared=64),
     "mla-shared-causal": Case(Heads(16, 16, 192, 128), 2560, 2560, causal=True, shared=64),

@@ -147,9 +147,9 @@ def test_forward_that_takes_its_items_otherwise(compiled, dim, out_dim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "out_dim"), HOPPER)
-def test_forward_with_softcap(compiled, dim, out_dim):
-    forward(compiled, dim, out_dim, "carry", 30.0)
+@pytest.mark.parametrize(("dim", "out_dim", "shared", "form"), cases("carry"))
+def test_forward_with_softcap(compiled, dim, out_dim, shared, form):
+    forward(compiled, dim, out_dim, form, 30.0, shared=shared)
 
 
 @pytest.mark.parametrize(

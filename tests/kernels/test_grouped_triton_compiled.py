@@ -12,7 +12,8 @@ from zigzag_jax.kernels.grouped import triton
 
 pytestmark = [pytest.mark.aot, pytest.mark.slow]
 
-SHARED = {80: 163, 89: 99, 90: 227}  # KiB that a block may have
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227}  # KiB that a block may have
+TENSOR_CORES = {90: "wgmma.mma_async", 100: "tcgen05.mma"}  # the instruction, before Hopper mma.sync
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ SHARED = {80: 163, 89: 99, 90: 227}  # KiB that a block may have
 def test_fits_and_does_not_spill(card, k, n, dtype, monkeypatch, tmp_path):
     compiler, package = (pytest.importorskip(name) for name in ("jax_triton.triton_lib", "triton"))
     monkeypatch.setattr(compiler.triton_kernel_call_lib, "get_compute_capability", lambda device: card)
-    monkeypatch.setattr(triton, "tile", lambda: triton.WIDE if card == 90 else triton.NARROW)
+    monkeypatch.setattr(triton, "tile", lambda: triton.WIDE if card >= 90 else triton.NARROW)
     compiled, compile_one = [], compiler.compile_ttir_inplace
     monkeypatch.setattr(
         compiler, "compile_ttir_inplace", lambda *args: compiled.append(compile_one(*args)) or compiled[-1]
@@ -40,7 +41,8 @@ def test_fits_and_does_not_spill(card, k, n, dtype, monkeypatch, tmp_path):
 
     jax.jit(all_three).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert len(compiled) == 3
-    ptxas = Path(package.__file__).parent / "backends/nvidia/bin/ptxas"
+    name = "ptxas-blackwell" if card >= 100 else "ptxas"
+    ptxas = Path(package.__file__).parent / "backends/nvidia/bin" / name
     for kernel in compiled:
         assert kernel.shared_mem_bytes <= SHARED[card] * 1024
         (file := tmp_path / "kernel.ptx").write_text(kernel.binary)
@@ -49,4 +51,4 @@ def test_fits_and_does_not_spill(card, k, n, dtype, monkeypatch, tmp_path):
         command = [ptxas, "-v", f"-arch={arch[1]}", file, "-o", tmp_path / "kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
         assert ", 0 bytes spill stores" in said
-        assert ("wgmma.mma_async" if card == 90 else "mma.sync") in kernel.binary  # on tensor cores
+        assert TENSOR_CORES.get(card, "mma.sync") in kernel.binary

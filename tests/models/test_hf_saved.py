@@ -1,5 +1,6 @@
 """Import and export: bit for bit there and back, nothing half-written, and errors that lose nothing."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from flax import nnx
 from model_helpers import GOLDEN, TINY, drawn, flat, jit, maker, sharding
 from safetensors.numpy import load_file, save_file
 
+from zigzag_jax.models import generate
 from zigzag_jax.models.hf import __main__ as command_line
 from zigzag_jax.models.hf import convert, files, saved
 from zigzag_jax.models.hf.golden import compare, distances, read_golden
@@ -250,6 +252,27 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     ):
         assert command_line.main(arguments) == 2
         assert capsys.readouterr().err.startswith(message)
+
+
+@pytest.mark.parametrize("program", [command_line, generate])
+def test_storage_that_is_away_is_no_mistake(tmp_path, capsys, monkeypatch, program):
+    def away(*args: object, **options: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", "w")
+
+    for name in ("zigzag_jax.models.hf.__main__.import_model", "zigzag_jax.models.generate.open_source"):
+        monkeypatch.setattr(name, away)
+    arguments = {command_line: ["import", "a", "b"], generate: [str(tmp_path), "--prompt", "x"]}[program]
+    assert program.main(arguments) == 70
+    assert capsys.readouterr().err == "error: [Errno 116] Stale file handle: 'w'\n"
+
+
+def test_a_golden_file_whose_storage_is_away(tmp_path, capsys, monkeypatch):
+    def away(*args: object, **options: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("zigzag_jax.models.hf.golden.load_file", away)
+    assert command_line.main(["check", str(LITE), "--golden", "x"]) == 70
+    assert capsys.readouterr().err == "error: [Errno 5] Input/output error\n"
 
 
 def test_the_command_line_on_five_devices_with_padding(tmp_path):
