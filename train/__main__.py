@@ -23,6 +23,8 @@ def main(arguments: list[str] | None = None, default: Config | None = None, abou
     """
     prog = "python -m zigzag_jax.train" if about is None else None
     config = tyro.cli(Config, args=arguments, prog=prog, description=about, default=default or Config())
+    if not faulthandler.is_enabled() and sys.__stderr__ is not None:
+        faulthandler.enable(sys.__stderr__)  # what crashes inside a library leaves the stacks of all threads
     try:
         return run(config)
     except (UserError, RunError) as error:
@@ -49,5 +51,4 @@ def _fail(text: str, code: int) -> int:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # what crashes inside a library leaves the stacks of all threads, and not nothing at all
     sys.exit(main())

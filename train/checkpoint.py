@@ -28,6 +28,9 @@ from zigzag_jax.train.quiet import say_errors_once
 from zigzag_jax.train.reading import newest_of, read_newest, reason, steps_in
 from zigzag_jax.train.sums import differing, sums
 
+# Seconds that the files of one step may take. Orbax' own 20 minutes are too few for 366 GB (a model of 30 B parameters)
+# on slow storage; one that hangs is the watchdog's, when the next save has to wait for this one.
+_SLOWEST = 86400
 _PATIENCE = 2.0  # seconds that a save is waited for before it goes on in the background
 
 
@@ -47,7 +50,10 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         say_errors_once()
-        options = ocp.CheckpointManagerOptions(max_to_keep=self.keep, create=True, enable_async_checkpointing=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self.keep, create=True, enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=_SLOWEST),
+        )  # fmt: skip
         try:
             return ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:

@@ -6,6 +6,7 @@ It is compared before anything is written into a run's folder, by all processes 
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from zigzag_jax.models.registry import ModelConfig
 from zigzag_jax.train.config import Config
 from zigzag_jax.train.data.dataset import Dataset
 from zigzag_jax.train.data.token_file import Tokens
+from zigzag_jax.train.data.tokenizer import same_ids
 from zigzag_jax.train.errors import MachineError, UserError
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.models import tokenizer_file, weights_digest
@@ -29,13 +31,15 @@ Look = Callable[[Path], tuple[dict[str, Any] | None, dict[int, str]]]
 def identity_of(config: Config, sizes: ModelConfig, dataset: Dataset[Tokens]) -> dict[str, Any]:
     """What may not change when a run is resumed; the mesh, --steps and what is only said or saved may."""
     digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
-    model = f"{config.model} (sizes {digest(repr(dataclasses.asdict(sizes)))})"
+    # a field that a later version adds, with a default that changes nothing, is no other model
+    own = {x.name: getattr(sizes, x.name) for x in dataclasses.fields(sizes) if getattr(sizes, x.name) != x.default}
+    model = f"{config.model} (digest {digest(repr(own))})"
     fixed: dict[str, Any] = {
         "model": model,
         "weights": weights_digest(config),
         "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})",
     }
-    fixed["tokenizer"] = f"{tokenizer_file(config) or 'of the data'} (digest {digest(dataset.tokenizer.to_str())})"
+    fixed["tokenizer"] = f"{tokenizer_file(config) or 'of the data'} (digest {same_ids(dataset.tokenizer)[:12]})"
     fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
     if (config.router.aux_loss or sizes.aux_loss) == "batch":  # the one loss that micro-batches change
         fixed["accumulate"] = config.accumulate
@@ -85,10 +89,18 @@ def check_identity(
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> None:
-    """UserError for the first field in which a resumed run would be another run."""
+    """UserError for the first field in which a resumed run would be another run.
+
+    Of what has a digest that alone is compared: a folder may lie elsewhere, or be named in another way.
+    """
     for name, value in new.items():
-        if name in old and old[name] != value:
+        if name in old and _compared(old[name]) != _compared(value):
             raise UserError(name, f"must stay what the run was begun with, {old[name]} (or give another --out)", value)
+
+
+def _compared(value: Any) -> Any:
+    found = re.search(r"\(digest (\w+)\)$", value) if isinstance(value, str) else None
+    return value if found is None else found[1]
 
 
 def saved_identity(folder: Path, together: Together, tell: Tell, look: Look = newest_identity) -> dict[str, Any] | None:

@@ -38,7 +38,8 @@ class TriesConfig:
 
 def check_start(config: TriesConfig, pauses: Sequence[float] = PAUSES) -> str:
     """Note a start; which it is, as words. UserError where too many starts in a row led to no newer checkpoint, or
-    DIR cannot be written; MachineError where the storage fails, tried again after `pauses` in seconds.
+    DIR cannot be written; MachineError where the storage fails, tried again after `pauses` in seconds. As long it is
+    waited for another run to end.
     """
     if config.restart < 0:
         raise UserError("restart", "must be >= 0", config.restart)
@@ -47,6 +48,11 @@ def check_start(config: TriesConfig, pauses: Sequence[float] = PAUSES) -> str:
     left = list(pauses)
     while True:
         try:
+            if not config.restart and (user := user_of(config.out)) is not None:
+                if not left:
+                    return f"{config.out} is in use by {user}, whose starts are counted on"
+                time.sleep(left.pop(0))  # it may be about to end
+                continue
             return _check_start(config)
         except OSError as error:
             if not may_come_back(error):
@@ -57,8 +63,6 @@ def check_start(config: TriesConfig, pauses: Sequence[float] = PAUSES) -> str:
 
 
 def _check_start(config: TriesConfig) -> str:
-    if not config.restart and (user := user_of(config.out)) is not None:
-        return f"{config.out} is in use by {user}, whose starts are counted on"
     steps = steps_in(config.out / "checkpoints")
     step, where = max(steps, default=0), newest_of(steps)
     before = _starts(config.out / FILE) if config.restart else []

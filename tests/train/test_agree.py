@@ -179,6 +179,28 @@ def test_the_same_number_twice():
     assert "hosts.process-id: must be given to one process each, got 1" in found
 
 
+def test_another_number_of_processes_is_a_mistake_and_no_absence():
+    port = free_port()
+    hosts = [HostsConfig(f"127.0.0.1:{port}", size, i, 60) for i, size in enumerate((3, 3, 6))]
+
+    def one(mine: HostsConfig):
+        try:
+            return call_roll(Config(hosts=mine), {})
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(one, hosts[0])
+        second = pool.submit(one, hosts[1])
+        time.sleep(1.0)  # else the second may come when nobody takes calls any more
+        found = [pool.submit(one, hosts[2]), first, second]
+        errors = [task.result(30) for task in found]
+    for error in errors:
+        assert isinstance(error, UserError)
+        assert str(error).startswith("hosts.num-processes: must be the same in all processes, 3 in process 0 (")
+        assert "), got 6 in process 2 (" in str(error)
+
+
 def test_a_port_that_is_taken():
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
@@ -271,6 +293,16 @@ def test_a_good_bye_alarms_nobody():
         found[0].close()
         time.sleep(0.3)
         assert found[2].gone is None
+
+
+def test_what_comes_behind_a_good_bye_is_not_heard():
+    mine, other = socket.socketpair()
+    link = Link(0, {1: mine}, ["a", "b"], 1.0)
+    with other:
+        other.sendall(b'{"bye": true}\n{"beat": [3, "computing step"]}\n')
+        time.sleep(2.5)
+        assert link.gone is None
+        link.close()
 
 
 @pytest.mark.parametrize("asking", [[0], [2], [0, 1, 2]], ids=["zero", "two", "all"])

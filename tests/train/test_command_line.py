@@ -150,14 +150,14 @@ def test_sigterm_during_the_report_skips_what_is_left_of_it(calm: tuple[Path, st
 
 
 CRASH = """
-import ctypes, runpy
-import zigzag_jax.train.loop
+import ctypes, sys
+from zigzag_jax.train import __main__ as command
 
 def crash(config):
     ctypes.PyDLL(None).strlen(None)  # no other thread runs meanwhile, so that all stacks can be told
 
-zigzag_jax.train.loop.run = crash
-runpy.run_module("zigzag_jax.train", run_name="__main__")
+command.run = crash
+sys.exit(command.main([]))  # as the scripts in examples/ do
 """
 
 

@@ -1,13 +1,21 @@
 """A run that differs from the one that wrote the checkpoints is refused, by all its processes."""
 
+import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from votes import Votes, alone
 
+from zigzag_jax.models.presets import PRESETS
+from zigzag_jax.models.qwen3_moe import Qwen3MoeConfig
+from zigzag_jax.models.rope import Rope
+from zigzag_jax.train.config import Config
+from zigzag_jax.train.data.tokenizer import train_tokenizer
 from zigzag_jax.train.errors import MachineError, UserError
-from zigzag_jax.train.identity import check_identity, compare, newest_identity, saved_identity
+from zigzag_jax.train.identity import check_identity, compare, identity_of, newest_identity, saved_identity
 
 MISSING = "No such file or directory"
 
@@ -35,6 +43,28 @@ def test_the_first_field_that_differs_is_named_old_and_new():
     compare({"seq-len": 256, "model": "a"}, {"seq-len": 256, "model": "a", "new in this version": 1})
     with pytest.raises(UserError, match=r"seq-len: must stay .*256.*, got 128"):
         compare({"seq-len": 256, "model": "a"}, {"seq-len": 128, "model": "b"})
+
+
+def test_what_has_a_digest_may_lie_elsewhere():
+    compare({"data": "TOKENS (digest 0a1b)"}, {"data": "/scratch/TOKENS (digest 0a1b)"})
+    with pytest.raises(UserError, match=r"^data: must stay .*, TOKENS \(digest 0a1b\) .*, got TOKENS \(digest 0a1c\)$"):
+        compare({"data": "TOKENS (digest 0a1b)"}, {"data": "TOKENS (digest 0a1c)"})
+
+
+def test_a_field_that_a_version_adds_does_not_change_the_model():
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Later(Qwen3MoeConfig):
+        added: bool = False
+
+    config = Config(model="tiny-qwen3-moe")
+    tokenizer = train_tokenizer(["a b c " * 50], characters=300, vocab_size=300)
+    dataset: Any = SimpleNamespace(digest="d" * 64, tokenizer=tokenizer)
+    sizes = PRESETS["tiny-qwen3-moe"]
+    of = lambda sizes: identity_of(config, sizes, dataset)
+    later = {x.name: getattr(sizes, x.name) for x in dataclasses.fields(sizes)}
+    assert of(Later(**later)) == of(sizes)
+    for changed in (Later(**later, added=True), dataclasses.replace(sizes, rope=Rope(1.0))):
+        assert {name for name, value in of(changed).items() if value != of(sizes)[name]} == {"model"}
 
 
 @pytest.mark.parametrize(

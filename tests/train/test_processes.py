@@ -106,7 +106,7 @@ def test_processes_that_differ_say_so(place: Path, tmp_path: Path):
         assert ", got 1 in process 1 (" in group.last(i)
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused_by_all(place: Path, tmp_path: Path):
     out = tmp_path / "used"
     out.mkdir()
@@ -131,8 +131,9 @@ def test_a_mistake_that_one_finds_ends_all_with_its_exit_code(place: Path, tmp_p
     assert ") ended: data: must be whole, got a.txt, as process " in last
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(
+    "size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.processes)]
+)
 def test_as_one_process(place: Path, tmp_path: Path, size: int):
     one, several = tmp_path / "one", tmp_path / f"of{size}"
     assert Group(place, one, 1, 4).codes() == [0]
@@ -147,8 +148,9 @@ def test_as_one_process(place: Path, tmp_path: Path, size: int):
         assert off.mean() < 1e-3, f"{name}: {off.sum()} of {off.size} differ"
 
 
-@pytest.mark.processes
-@pytest.mark.parametrize("dead", [1, 0])
+@pytest.mark.parametrize(
+    "dead", [pytest.param(1, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.processes)]
+)
 def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: Path, dead: int):
     out = tmp_path / f"dead{dead}"
     group = Group(place, out, 2, 4000)
@@ -174,7 +176,7 @@ def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: 
     assert saved(out)[-1] == newest + 1
 
 
-@pytest.mark.processes
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_after_the_same_step(place: Path, tmp_path: Path):
     group = Group(place, tmp_path / "term", 2, 4000)
     group.wait_for(3)

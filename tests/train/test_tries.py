@@ -56,6 +56,13 @@ def test_the_starts_of_a_run_are_kept_while_it_has_its_folder(tmp_path: Path):
     assert start(tmp_path, 0).startswith("start 1 of this job")
 
 
+def test_a_run_that_is_about_to_end_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = ["process 3 of a", "process 3 of a", None]
+    monkeypatch.setattr("zigzag_jax.train.tries.user_of", lambda folder: found.pop(0))
+    assert check_start(TriesConfig(tmp_path), pauses=(0, 0, 0)).startswith("start 1 of this job")
+    assert found == []
+
+
 @pytest.mark.parametrize(
     ("config", "rule"),
     [

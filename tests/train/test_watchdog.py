@@ -1,6 +1,8 @@
 """A hang and a lost peer end in one line that names step, axis and process; a run that goes on is left alone."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from zigzag_jax.train.hosts import watchdog
 from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import Watchdog, axes_between, newest
 
@@ -53,6 +56,62 @@ def test_a_hang_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     assert last.startswith("error: step 8: process 0 has been computing step 8 for 1 s")
     assert "the newest checkpoint is of step 6" in last
     assert "test_a_hang_is_named" in (tmp_path / "stacks-process-0.txt").read_text()
+
+
+def test_a_hang_of_the_storage_is_no_hang_of_the_watchdog(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(watchdog, "_STORAGE", 0.3)
+    monkeypatch.setattr(watchdog, "newest", lambda folder: time.sleep(60))
+    os.mkfifo(tmp_path / "stacks-process-0.txt")  # nobody reads: opening it waits for ever
+    left = Left()
+    with Watchdog(tmp_path, 1, None, leave=left) as dog:
+        dog.doing(8, "computing step")
+        for _ in range(600):
+            if left:
+                break
+            time.sleep(0.05)
+    assert left == [70]
+    text = capfd.readouterr().err
+    assert text.strip().splitlines()[-1].endswith(f"; --hosts.timeout gives it more; {tmp_path} does not answer")
+    assert "test_a_hang_of_the_storage" in text  # the stacks
+
+
+STUCK = """
+import ctypes, os, socket, sys, time
+from pathlib import Path
+from zigzag_jax.train.hosts import watchdog
+from zigzag_jax.train.hosts.link import Link
+watchdog._SLACK = watchdog._LAST_WORDS = 2
+mine, other = socket.socketpair()
+link = Link(1, {0: mine}, ["a", "b"], 1000.0)
+hold = ctypes.PyDLL(None).sleep  # without giving up Python's lock
+with watchdog.Watchdog(Path(sys.argv[1]), 100 if sys.argv[2] == "abort" else 1, link) as dog:
+    dog.doing(3, "computing step")
+    if sys.argv[2] == "abort":  # which found malloc's lock taken, say
+        link.wait_for_gone = lambda seconds: hold(1000)
+        os.abort()
+    time.sleep(0.8)
+    hold(1000)
+"""
+
+
+@pytest.mark.parametrize("why", ["abort", "lock"])
+def test_a_process_that_cannot_look_any_more_is_ended_by_the_kernel(tmp_path: Path, why: str):
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, str(tmp_path), why], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == -signal.SIGALRM, done.stderr
+
+
+def test_the_alarm_goes_with_the_watchdog(tmp_path: Path):
+    one, other = socket.socketpair()
+    link = Link(1, {0: one}, ["a", "b"], 100.0)
+    with other, Watchdog(tmp_path, 100, link):
+        time.sleep(1.2)
+        assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 1060
+        link.close()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_a_peer_s_error_gives_the_exit_code_and_no_stacks(

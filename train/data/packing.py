@@ -143,9 +143,18 @@ def _pack(sizes: np.ndarray, seq_len: int, open_rows: int) -> tuple[np.ndarray, 
     return order, np.searchsorted(row_of[order], np.arange(rows + 1))
 
 
-@functools.lru_cache(maxsize=64)  # the current epoch of every source of a mixture
+@functools.lru_cache(maxsize=64)
+def _newest(rows: int, seed: int) -> dict[int, np.ndarray]:
+    """The order of the epoch that was asked for last, by its number; one for each source of a mixture."""
+    return {}
+
+
 def _epoch_order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    return _shuffle(rows, seed, f"epoch {epoch}")
+    kept = _newest(rows, seed)
+    if (order := kept.get(epoch)) is None:
+        kept.clear()  # before the next is made: a run of weeks must not gather them
+        order = kept[epoch] = _shuffle(rows, seed, f"epoch {epoch}")
+    return order
 
 
 def _shuffle(n: int, seed: int, what: str) -> np.ndarray:

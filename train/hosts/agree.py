@@ -14,7 +14,7 @@ import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,22 +117,26 @@ def _take_calls(port: int, me: dict[str, Any], end: float, timeout: int) -> Link
             try:
                 peer.settimeout(min(left, 10.0))
                 it = json.loads(_read_line(peer))
-                process = int(it["process"])
+                process, its_size = int(it["process"]), int(it["size"])
             except (OSError, ValueError, KeyError, TypeError):
                 peer.close()  # nobody of ours
                 continue
+            if its_size != size:
+                rule = f"must be the same in all processes, {size} in process 0 ({me['host']})"
+                value = f"{its_size} in process {process} ({it.get('host')})"
+                return _refuse([*lines.values(), peer], {"user": ["hosts.num-processes", rule, value]})
             if process in found:
-                _tell({process: peer}, {"user": ["hosts.process-id", "must be given to one process each", process]})
+                _tell([peer], {"user": ["hosts.process-id", "must be given to one process each", process]})
                 peer.close()
                 continue
             found[process], lines[process] = it, peer
     hosts = [found[p]["host"] if p in found else "?" for p in range(size)]
     if missing := [p for p in range(size) if p not in found]:
         text = f"{', '.join(f'process {p}' for p in missing[:8])} of {size} did not come within {timeout} s"
-        return _refuse(lines, {"gone": text})
+        return _refuse(lines.values(), {"gone": text})
     if (difference := first_difference({p: it["facts"] for p, it in found.items()}, hosts)) is not None:
-        return _refuse(lines, {"user": difference})
-    _tell(lines, {"hosts": hosts})
+        return _refuse(lines.values(), {"user": difference})
+    _tell(lines.values(), {"hosts": hosts})
     return Link(0, lines, hosts, patience(timeout))
 
 
@@ -154,22 +158,23 @@ def _call(host: str, port: int, me: dict[str, Any], end: float, timeout: int) ->
             time.sleep(0.2)
     if "hosts" not in answer:
         peer.close()
-        return _refuse({}, answer)
+        return _refuse([], answer)
     return Link(me["process"], {0: peer}, answer["hosts"], patience(timeout))
 
 
-def _refuse(lines: Mapping[int, socket.socket], answer: dict[str, Any]) -> Link:
+def _refuse(lines: Iterable[socket.socket], answer: dict[str, Any]) -> Link:
     """Tell the others what they are to raise too, hang up, and raise it."""
+    lines = list(lines)
     _tell(lines, answer)
-    for peer in lines.values():
+    for peer in lines:
         peer.close()
     if "gone" in answer:
         raise PeerError(answer["gone"])
     raise UserError(*answer["user"])
 
 
-def _tell(lines: Mapping[int, socket.socket], answer: dict[str, Any]) -> None:
-    for peer in lines.values():
+def _tell(lines: Iterable[socket.socket], answer: dict[str, Any]) -> None:
+    for peer in lines:
         with contextlib.suppress(OSError):  # it died meanwhile; the wire will say so
             peer.sendall(json.dumps(answer).encode() + b"\n")
 

@@ -157,6 +157,8 @@ class Link:
             return
         *lines, self._rest[p] = (self._rest[p] + data).split(b"\n")
         for line in lines:
+            if p not in self._peers:  # it said good-bye; a beat of its other thread came behind
+                break
             self._quiet[p] = 0
             self._hear(p, json.loads(line))
 

@@ -11,6 +11,11 @@ ours. One that another thing called leaves the stacks of all threads, and the pr
     step 6; stacks: runs/x/stacks-process-0.txt
 
 Nothing is saved at that moment: half of the state is at the other processes or given to the step that hangs.
+
+What takes the watchdog itself ends the process too, by an alarm of the kernel's (SIGALRM, as an exit code 142), which
+no lock holds up: it is set before the last words, which the storage may hang in, and before what an abort() calls,
+which may have been called with malloc's lock held. In a run of several processes each look of the thread sets it on,
+so that a thread which keeps Python's lock for ever does not keep its GPUs as long.
 """
 
 import contextlib
@@ -36,6 +41,9 @@ from zigzag_jax.train.reading import newest_of
 PATIENT = 10  # what may compile has this many times a step's time
 _TICK = 0.5
 _GRACE = 3.0  # seconds that a process has to end by itself once a peer is known to be gone
+_STORAGE = 5.0  # seconds that storage has to say what lies there
+_LAST_WORDS = 30  # seconds until the kernel ends a process that is ending
+_SLACK = 60  # seconds beyond an activity's own until it ends one in which nothing looks any more
 
 
 def axes_between(processes: np.ndarray, names: tuple[str, ...], mine: int, other: int | None = None) -> list[str]:
@@ -93,11 +101,15 @@ class Watchdog:
         self._done.set()
         if self.link is not None:
             _set_abort(self._before)
+            self._thread.join(2 * _TICK)  # which sets the alarm on
+        signal.alarm(0)
 
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._done.wait(_TICK):
             now = time.monotonic()
+            if self.link is not None:  # a run of one process may be stopped by Ctrl-Z for as long as one likes
+                signal.alarm(int(self._limit) + _SLACK)
             self._spent += min(now - last, 2 * _TICK)  # a process that was stopped, or a laptop's sleep, is no hang
             last = now
             gone = None if self.link is None or self.link.closing else self.link.gone
@@ -130,6 +142,7 @@ class Watchdog:
 
     def _aborted(self) -> None:
         """abort() was called, by JAX for a peer that is gone or by something that is broken in this process."""
+        signal.alarm(_LAST_WORDS)
         if self.link is not None and self.link.wait_for_gone(_GRACE):
             self._end(*self._gone())
         if self._ending.acquire(blocking=False):  # else another thread has said it all
@@ -139,21 +152,36 @@ class Watchdog:
         """Say it, and leave at once: a shutdown in order would wait for the others."""
         if not self._ending.acquire(blocking=False):
             time.sleep(60)  # another thread is at it
+        signal.alarm(_LAST_WORDS)
         if self.link is not None:
             self.link.close(why, code)
         where = self._stacks() if code == MACHINE_FAILED else ""  # a peer's own error is not found in them
-        sys.stderr.write(f"error: {why}; {newest(self.folder)}{where}\n")
+        saved = _in_time(lambda: newest(self.folder)) or f"{self.folder} does not answer"
+        sys.stderr.write(f"error: {why}; {saved}{where}\n")
         sys.stderr.flush()
         self._leave(code)
 
     def _stacks(self) -> str:
-        """Write what all threads are at; where to, as words."""
-        stacks, where = self.folder / f"stacks-process-{self.process}.txt", ""
-        with contextlib.suppress(OSError), stacks.open("w") as file:
-            faulthandler.dump_traceback(file)
-            where = f"; stacks: {stacks}"
+        """Write what all threads are at, to stderr and into the folder; where to, as words."""
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
-        return where
+        path = self.folder / f"stacks-process-{self.process}.txt"
+
+        def write() -> str:
+            with contextlib.suppress(OSError), path.open("w") as file:
+                faulthandler.dump_traceback(file)
+                return f"; stacks: {path}"
+            return ""
+
+        return _in_time(write) or ""
+
+
+def _in_time(look: Callable[[], str]) -> str | None:
+    """What `look` finds in the storage, None where that does not answer."""
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.append(look()), daemon=True)
+    thread.start()
+    thread.join(_STORAGE)
+    return found[0] if found else None
 
 
 def newest(folder: Path) -> str:
