@@ -20,18 +20,21 @@ class Heads(NamedTuple):
     kv_heads: int
     dim: int
     out_dim: int
+    shared: int = 0
+    """Columns of k that are the same for all heads, and travel once."""
 
     def smaller(self) -> "Heads":
         """An eighth of the heads, one at least."""
         return self._replace(heads=max(self.heads // 8, 1), kv_heads=max(self.kv_heads // 8, 1))
 
     def layer(self, itemsize: int = 2) -> Layer:
-        """As the cost model sees it: k and v travel as they are."""
-        return Layer(self.heads, self.dim, self.out_dim, self.kv_heads * (self.dim + self.out_dim), itemsize)
+        """As the cost model sees it: k and v travel, and not a latent that they are made of."""
+        hop = self.kv_heads * (self.dim - self.shared + self.out_dim) + self.shared
+        return Layer(self.heads, self.dim, self.out_dim, hop, itemsize)
 
 
 MODELS = {
-    "qwen": Heads(32, 4, 128, 128), "mla": Heads(16, 16, 192, 128), "d64": Heads(32, 8, 64, 64),
+    "qwen": Heads(32, 4, 128, 128), "mla": Heads(16, 16, 192, 128, 64), "d64": Heads(32, 8, 64, 64),
     "d96": Heads(32, 32, 96, 96), "d256": Heads(16, 4, 256, 256),
 }  # fmt: skip
 BARS = {"out": 3e-3, "lse": 1e-6, "dq": 4e-3, "dk": 4e-3, "dv": 4e-3}  # relative L2 for bfloat16 with float32 sums

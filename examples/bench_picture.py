@@ -1,5 +1,6 @@
 """The bars of a benchmark, drawn from the rows that its table shows."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,6 +43,12 @@ class Panel(NamedTuple):
                     found.setdefault(label, {})[series] = row[value]
         return found
 
+    def unit(self) -> str:
+        """The words that all columns of numbers end with: "ms" of "fwd ms" and "bwd ms"."""
+        ends = zip(*(name.split()[::-1] for name in self.chart.values), strict=False)
+        same = [words[0] for words in itertools.takewhile(lambda words: len(set(words)) == 1, ends)]
+        return " ".join(same[::-1])
+
     def lines(self) -> int:
         """Bars below one another, and a gap a group."""
         return sum((1 if self.chart.stacked else len(bars)) + 1 for bars in self.groups().values())
@@ -68,12 +75,9 @@ class Panel(NamedTuple):
                 at += 1
             ticks.append((first + at - 1) / 2)
             at += 1
-        unit = self.chart.values[0] if len(self.chart.values) == 1 else ""
-        if len(self.chart.values) > 1 and all(name.endswith(" ms") for name in self.chart.values):
-            unit = "ms"
         axes.set_yticks(ticks, list(groups), fontsize=8)
         axes.tick_params(labelsize=8)
-        axes.set_xlabel(unit, fontsize=8)
+        axes.set_xlabel(self.unit(), fontsize=8)
         axes.set(xlim=(0, 1.08 * most), ylim=(at - 1, -1))
         axes.set_title(self.title, loc="left", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)

@@ -62,6 +62,8 @@ def test_the_bars_are_the_rows():
     side = Panel("", Chart(("fwd ms",), ("rank",), ("by",)), ROWS)
     assert side.groups() == {"rank 0": {"a": 1.0, "b": 3.0}, "rank 1": {"a": 4.0}}
     both = Panel("", Chart(("fwd ms", "bwd ms"), ("rank", "by"), stacked=True), ROWS)
+    assert (side.unit(), both.unit()) == ("fwd ms", "ms")
+    assert Panel("", Chart(("time / causal", "lock step / causal"), ("rank",)), ROWS).unit() == "/ causal"
     assert both.groups() == {
         "rank 0 a": {"fwd ms": 1.0, "bwd ms": 2.0},
         "rank 0 b": {"fwd ms": 3.0},

@@ -79,26 +79,53 @@ def without_attribute(monkeypatch) -> None:
     monkeypatch.setattr(zigzag_jax.ring, "set_xla_metadata", lambda **_: contextlib.nullcontext())
 
 
-def test_without_barriers_the_check_fails(monkeypatch):
-    assert alone(32768, False) == 0
+def without_barriers(monkeypatch) -> None:
     monkeypatch.setattr(zigzag_jax.ring.lax, "optimization_barrier", lambda x: x)
-    assert alone(32768, False) > 0
+
+
+def plain_loop(monkeypatch) -> None:
+    """One hop an iteration."""
+
+    def loop(hop, first, count, x):
+        if count == 1:  # the backward's last: nothing follows
+            return hop(first, x)
+        return lax.fori_loop(0, count, lambda i, x: hop(first._replace(step=first.step + i), x), x)
+
+    monkeypatch.setattr(zigzag_jax.ring, "_run_equal", loop)
+
+
+def test_without_barriers_a_third_of_the_bytes_flies_alone(monkeypatch):
+    assert alone(32768, False) == 0
+    without_barriers(monkeypatch)
+    assert alone(32768, False) == pytest.approx(1 / 3)
+
+
+@pytest.mark.slow
+def test_the_rules_refuse_a_ring_as_one_would_write_it(monkeypatch):
+    """A plain loop: no barriers, no attribute, and half of the bytes fly alone."""
+    without_barriers(monkeypatch)
+    without_attribute(monkeypatch)
+    plain_loop(monkeypatch)
+    program = attention(8, 8192)
+    found = flown(program)
+    assert found["nothing"] > 0.5 * sum(found.values())
+    with pytest.raises(AssertionError):
+        check(program, 8, 8192, VALUES)
 
 
 @pytest.mark.slow
 def test_a_loop_of_one_hop_an_iteration_copies_the_payload(monkeypatch):
-    def loop(hop, first, count, x):
-        return lax.fori_loop(0, count, lambda i, x: hop(first._replace(step=first.step + i), x), x)
-
-    monkeypatch.setattr(zigzag_jax.ring, "_run_equal", loop)
+    plain_loop(monkeypatch)
     program = attention(8, 8192, gradient=False, implementation="reference")
     assert copied(program, 8192, 4 * 128) == {"bf16[1,8192,4,128]": 2 * 6}  # k and v at each of six hops
 
 
 @pytest.mark.slow
 def test_without_the_attribute_half_of_the_bytes_fly_alone(monkeypatch):
+    assert alone(32768, True) == 0
     without_attribute(monkeypatch)
     assert alone(32768, True) == 0.5
+    assert alone(8192, True) == pytest.approx(1 / 3)
 
 
 @pytest.mark.slow
@@ -109,7 +136,7 @@ def test_one_flag_of_xla_would_do_in_the_attributes_place(monkeypatch):
 
 @pytest.mark.slow
 def test_the_scheduler_that_hides_latency_is_needed():
-    assert alone(8192, True, xla_gpu_enable_latency_hiding_scheduler=False) > 0.5
+    assert alone(8192, True, xla_gpu_enable_latency_hiding_scheduler=False) == pytest.approx(7 / 12)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import Sharding, abstract_state, init_state, param
 from zigzag_jax.train.accumulate import losses_and_gradients, micro_batches
 from zigzag_jax.train.config import Config, OptimConfig, RouterConfig
+from zigzag_jax.train.data.tokenizer import train_tokenizer
 from zigzag_jax.train.identity import identity_of
 from zigzag_jax.train.task import Losses, Task
 
@@ -125,7 +126,7 @@ def test_shares_of_the_auxiliary_loss_against_float64(form: AuxLoss, counted: bo
 
 
 def test_only_the_batch_loss_ties_a_run_to_its_micro_batches():
-    dataset: Any = SimpleNamespace(digest="0" * 64, tokenizer=SimpleNamespace(to_str=lambda: ""))
+    dataset: Any = SimpleNamespace(digest="0" * 64, tokenizer=train_tokenizer(["a b c " * 50], characters=300))
     known = lambda form: identity_of(
         Config(accumulate=2, router=RouterConfig(form), optim=OptimConfig(groups=("*norm*=1",))),
         PRESETS["tiny-qwen3-moe"], dataset,
