@@ -161,11 +161,8 @@ def test_no_line(text: bytes):
         sent.result()
 
 
-def test_the_same_number_twice():
-    errors = call(2, there=[1, 1], timeout=1)
-    assert isinstance(errors[1], PeerError)  # no process 0; with it:
-    port = free_port()
-    hosts = [HostsConfig(f"127.0.0.1:{port}", 3, i, 2) for i in (0, 1, 1)]
+def outcomes(*hosts: HostsConfig) -> list[str]:
+    """What calling the roll ends with in each."""
 
     def one(mine: HostsConfig):
         try:
@@ -173,32 +170,25 @@ def test_the_same_number_twice():
         except Exception as error:
             return error
 
-    with ThreadPoolExecutor(3) as pool:
-        found = [str(error) for error in pool.map(one, hosts)]
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return [str(found) for found in pool.map(one, hosts)]
+
+
+def test_the_same_number_twice():
+    errors = call(2, there=[1, 1], timeout=1)
+    assert isinstance(errors[1], PeerError)  # no process 0; with it:
+    port = free_port()
+    found = outcomes(*(HostsConfig(f"127.0.0.1:{port}", 3, i, 2) for i in (0, 1, 1)))
     assert "process 2 of 3 did not come within 2 s" in found
     assert "hosts.process-id: must be given to one process each, got 1" in found
 
 
 def test_another_number_of_processes_is_a_mistake_and_no_absence():
     port = free_port()
-    hosts = [HostsConfig(f"127.0.0.1:{port}", size, i, 60) for i, size in enumerate((3, 3, 6))]
-
-    def one(mine: HostsConfig):
-        try:
-            return call_roll(Config(hosts=mine), {})
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(3) as pool:
-        first = pool.submit(one, hosts[0])
-        second = pool.submit(one, hosts[1])
-        time.sleep(1.0)  # else the second may come when nobody takes calls any more
-        found = [pool.submit(one, hosts[2]), first, second]
-        errors = [task.result(30) for task in found]
-    for error in errors:
-        assert isinstance(error, UserError)
-        assert str(error).startswith("hosts.num-processes: must be the same in all processes, 3 in process 0 (")
-        assert "), got 6 in process 2 (" in str(error)
+    found = outcomes(HostsConfig(f"127.0.0.1:{port}", 3, 0, 60), HostsConfig(f"127.0.0.1:{port}", 6, 2, 60))
+    for error in found:
+        assert error.startswith("hosts.num-processes: must be the same in all processes, 3 in process 0 (")
+        assert "), got 6 in process 2 (" in error
 
 
 def test_a_port_that_is_taken():

@@ -43,6 +43,7 @@ _TICK = 0.5
 _GRACE = 3.0  # seconds that a process has to end by itself once a peer is known to be gone
 _STORAGE = 5.0  # seconds that storage has to say what lies there
 _LAST_WORDS = 30  # seconds until the kernel ends a process that is ending
+_LONGEST = 10**9  # seconds that alarm() takes
 _SLACK = 60  # seconds beyond an activity's own until it ends one in which nothing looks any more
 
 
@@ -109,7 +110,7 @@ class Watchdog:
         while not self._done.wait(_TICK):
             now = time.monotonic()
             if self.link is not None:  # a run of one process may be stopped by Ctrl-Z for as long as one likes
-                signal.alarm(int(self._limit) + _SLACK)
+                signal.alarm(min(int(self._limit), _LONGEST) + _SLACK)
             self._spent += min(now - last, 2 * _TICK)  # a process that was stopped, or a laptop's sleep, is no hang
             last = now
             gone = None if self.link is None or self.link.closing else self.link.gone
