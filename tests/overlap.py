@@ -7,7 +7,8 @@ it runs,
     (cp - 2) P + (cp - 1) G          above a backward kernel,
     P                                above the matmul that makes dout: the backward's first hop, posted early,
 
-and nothing above nothing; each kernel runs cp times, and nobody gathers keys or values. What is copied, `copied` says.
+and nothing above nothing; a hop sends each array of the payload once, 3 (cp - 1) times in all; each kernel runs cp
+times, and nobody gathers keys or values. What is copied, `copied` says.
 """
 
 import math
@@ -30,13 +31,15 @@ def flown(program: Program, kernels=KERNELS) -> dict[str, float]:
     return dict(found)
 
 
-def check(program: Program, cp: int, length: int, payload: int, layers: int = 1) -> None:
+def check(program: Program, cp: int, length: int, payload: int, layers: int = 1, arrays: int = 2) -> None:
     """The rules, for forward and backward of `layers` layers with `length` tokens a rank whose hop is of `payload`
-    bfloat16 values a token.
+    bfloat16 values a token, in so many arrays.
     """
     values = payload * length * layers
     want = {"flash_fwd": 2 * (cp - 1) * values, "flash_bwd": (2 * (cp - 2) + 4 * (cp - 1)) * values}
     assert flown(program) == want | {"matmul": 2 * values}
+    sent = sum(flight.times * len(flight.sent) for flight in program.flights() if flight.kind == "collective-permute")
+    assert sent == layers * 3 * (cp - 1) * arrays
     kernels = program.kernels()
     assert (kernels["flash_fwd"], kernels["flash_bwd"]) == (layers * cp, layers * cp)
     gathered = [x for f in program.flights() if f.kind == "all-gather" for x in f.got]

@@ -56,7 +56,7 @@ def test_three_arrays_and_their_gradients_fly_above_one_kernel():
     args += [array(P(), 512, 16, 256, dtype=jnp.float32), array(P(), 16 * 128, 2048)]
     program = Program(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text() or "")
     sizes = LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
-    check(program, cp, length, sizes.payloads["expanded"])
+    check(program, cp, length, sizes.payloads["expanded"], arrays=3)
     assert copied(program, length, 64, 16 * 64, 16 * 128, 16 * 192) == {
         "bf16[1,8192,16,192]": cp,
         "f32[1,8192,16,128]": 1,  # the gradient that is home, cut off
