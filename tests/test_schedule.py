@@ -102,13 +102,13 @@ def test_without_barriers_a_third_of_the_bytes_flies_alone(monkeypatch):
 
 @pytest.mark.slow
 def test_the_rules_refuse_a_ring_as_one_would_write_it(monkeypatch):
-    """A plain loop: no barriers, no attribute, and half of the bytes fly alone."""
+    """A plain loop: no barriers, no attribute, and more than half of the bytes fly alone."""
     without_barriers(monkeypatch)
     without_attribute(monkeypatch)
     plain_loop(monkeypatch)
     program = attention(8, 8192)
     found = flown(program)
-    assert found["nothing"] > 0.5 * sum(found.values())
+    assert found["nothing"] == pytest.approx(29 / 54 * sum(found.values()))
     with pytest.raises(AssertionError):
         check(program, 8, 8192, VALUES)
 
