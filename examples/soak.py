@@ -54,7 +54,7 @@ def start(out: Path, steps: int, flags: list[str]) -> subprocess.Popen:
 def main() -> int:
     """Both runs; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=3000, help="optimiser steps of each run")
+    parser.add_argument("--steps", type=int, default=5000, help="optimiser steps of each run")
     parser.add_argument("--kill-after", type=float, nargs=2, default=(20, 60), metavar=("FROM", "TO"), help="seconds")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     parser.add_argument("--out", type=Path, help="folder of both runs, empty or new; default: a temporary one")
