@@ -1,6 +1,7 @@
 """What ends a command, as every command line here tells it: a user's mistake, or storage that is away."""
 
 import errno
+import sys
 
 DONE, FAILED, USER_ERROR, MACHINE_FAILED = 0, 1, 2, 70
 
@@ -29,3 +30,9 @@ def may_come_back(error: BaseException) -> bool:
     """Whether an error of the system is one of storage that is away and may be there again later."""
     named = TimeoutError | ConnectionResetError | ConnectionAbortedError | ConnectionRefusedError  # with no number, too
     return isinstance(error, named) or (isinstance(error, OSError) and error.errno in _AWAY)
+
+
+def fail(error: Exception) -> int:
+    """Say on stderr what ends a command; its exit code."""
+    sys.stderr.write(f"error: {error}\n")
+    return MACHINE_FAILED if may_come_back(error) else USER_ERROR

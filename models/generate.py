@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from zigzag_jax.models.decode import Writer, write
 from zigzag_jax.models.devices import ring_mesh, start_ring, use_cpu_without_gpu
-from zigzag_jax.models.errors import DONE, MACHINE_FAILED, USER_ERROR, may_come_back
+from zigzag_jax.models.errors import DONE, fail
 from zigzag_jax.models.hf.saved import open_source, read_state
 from zigzag_jax.models.progress import ByteBar
 from zigzag_jax.models.registry import model_of, read_config
@@ -32,8 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _continue(args)
     except (ValueError, NotImplementedError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return MACHINE_FAILED if may_come_back(error) else USER_ERROR
+        return fail(error)
     return DONE
 
 

@@ -61,6 +61,11 @@ def test_flops_of_the_measured_step():
     assert flops(heads, count, "bwd") == 2.5 * flops(heads, count, "fwd")
 
 
+def test_mla_s_hop_is_that_of_the_expanded_ring():
+    sizes = cost.LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
+    assert MODELS["mla"].layer().payload == sizes.payloads["expanded"]
+
+
 def test_steps_of_a_rank():
     assert [shapes(rank, 3) for rank in range(3)] == [
         {"diag": 0, "back": 1},

@@ -30,16 +30,15 @@ Look = Callable[[Path], tuple[dict[str, Any] | None, dict[int, str]]]
 
 def identity_of(config: Config, sizes: ModelConfig, dataset: Dataset[Tokens]) -> dict[str, Any]:
     """What may not change when a run is resumed; the mesh, --steps and what is only said or saved may."""
-    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()[:12]
+    digest = lambda text: hashlib.sha256(text.encode()).hexdigest()
     # a field that a later version adds, with a default that changes nothing, is no other model
     own = {x.name: getattr(sizes, x.name) for x in dataclasses.fields(sizes) if getattr(sizes, x.name) != x.default}
-    model = f"{config.model} (digest {digest(repr(own))})"
     fixed: dict[str, Any] = {
-        "model": model,
+        "model": _with_digest(config.model, digest(repr(own))),
         "weights": weights_digest(config),
-        "data": f"{config.data or 'the default'} (digest {dataset.digest[:12]})",
+        "data": _with_digest(config.data or "the default", dataset.digest),
+        "tokenizer": _with_digest(tokenizer_file(config) or "of the data", same_ids(dataset.tokenizer)),
     }
-    fixed["tokenizer"] = f"{tokenizer_file(config) or 'of the data'} (digest {same_ids(dataset.tokenizer)[:12]})"
     fixed |= {"seq-len": config.seq_len, "batch": config.batch, "seed": config.seed, "dtype": config.dtype}
     if (config.router.aux_loss or sizes.aux_loss) == "batch":  # the one loss that micro-batches change
         fixed["accumulate"] = config.accumulate
@@ -98,7 +97,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> None:
             raise UserError(name, f"must stay what the run was begun with, {old[name]} (or give another --out)", value)
 
 
+def _with_digest(name: object, digest: str) -> str:
+    """What a message says of something that is compared by its content."""
+    return f"{name} (digest {digest[:12]})"
+
+
 def _compared(value: Any) -> Any:
+    """The digest of what `_with_digest` made, anything else itself."""
     found = re.search(r"\(digest (\w+)\)$", value) if isinstance(value, str) else None
     return value if found is None else found[1]
 

@@ -13,7 +13,7 @@ import sys
 from rich.console import Console
 
 from zigzag_jax.models.devices import start_ring, use_cpu_without_gpu
-from zigzag_jax.models.errors import DONE, MACHINE_FAILED, USER_ERROR, may_come_back
+from zigzag_jax.models.errors import DONE, fail
 from zigzag_jax.models.hf.golden import compare
 from zigzag_jax.models.hf.saved import export_model, import_model
 from zigzag_jax.models.progress import ByteBar
@@ -37,8 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
                 export_model(args.source, args.target, dtype=args.dtype, wrote=wrote)
         print(f"wrote {args.target}")  # noqa: T201
     except (ValueError, NotImplementedError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return MACHINE_FAILED if may_come_back(error) else USER_ERROR
+        return fail(error)
     return DONE
 
 

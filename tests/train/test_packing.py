@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 
+from zigzag_jax.train.data import packing
 from zigzag_jax.train.data.packing import _pack, cut_count, make_plan
 from zigzag_jax.train.errors import UserError
 
@@ -112,6 +113,12 @@ def test_each_epoch_visits_every_row_once_in_another_order():
     assert not np.array_equal(epochs[0], epochs[1])
     assert not np.array_equal(epochs[1], epochs[2])
     assert not np.array_equal(epochs[0], np.arange(plan.rows))
+
+
+def test_only_the_newest_epoch_s_order_is_kept():
+    plan = make_plan(lengths_of(300), 256, seed=3)
+    plan.stream(0, 5 * plan.rows)
+    assert packing._newest(plan.rows, 3).keys() == {4}
 
 
 def test_any_place_of_the_stream_is_found_without_what_came_before():

@@ -14,7 +14,7 @@ import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,8 @@ def _call(host: str, port: int, me: dict[str, Any], end: float, timeout: int) ->
     return Link(me["process"], {0: peer}, answer["hosts"], patience(timeout))
 
 
-def _refuse(lines: Iterable[socket.socket], answer: dict[str, Any]) -> Link:
+def _refuse(lines: Collection[socket.socket], answer: dict[str, Any]) -> Link:
     """Tell the others what they are to raise too, hang up, and raise it."""
-    lines = list(lines)
     _tell(lines, answer)
     for peer in lines:
         peer.close()
@@ -173,7 +172,7 @@ def _refuse(lines: Iterable[socket.socket], answer: dict[str, Any]) -> Link:
     raise UserError(*answer["user"])
 
 
-def _tell(lines: Iterable[socket.socket], answer: dict[str, Any]) -> None:
+def _tell(lines: Collection[socket.socket], answer: dict[str, Any]) -> None:
     for peer in lines:
         with contextlib.suppress(OSError):  # it died meanwhile; the wire will say so
             peer.sendall(json.dumps(answer).encode() + b"\n")
