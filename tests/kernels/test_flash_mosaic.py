@@ -13,7 +13,7 @@ import pytest
 
 from zigzag_jax import kernels
 from zigzag_jax.kernels import FLASH, SplitKeys, flash_bwd, flash_fwd, flash_implementation, hopper
-from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_fwd
+from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_chunks, mosaic_fwd
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
@@ -158,13 +158,10 @@ def test_the_longest_key_tile_comes_first_and_a_window_is_walked_by_head(kind, b
 @pytest.mark.parametrize(("lo", "hi", "group"), [(3, 8, 4), (5, 6, 1), (0, 7, 1), (2, 2, 3)])
 def test_a_walk_visits_every_pair_once(lo, hi, group, index, by_head):
     walk = mosaic_bwd._Walk(jnp.int32(lo), jnp.int32(hi), jnp.bool_(by_head), group, jnp.int32(index))
-    pair, seen = (jnp.int32(0), walk.first), []
-    for _ in range(int(walk.count)):
-        seen.append((int(pair[0]), int(pair[1])))
-        pair = walk.next(*pair)
-        assert 0 <= int(pair[0]) < group
-        assert lo <= int(pair[1]) < hi
+    seen = [tuple(int(x) for x in walk.at(jnp.int32(i))) for i in range(group * (hi - lo))]
     assert sorted(seen) == list(itertools.product(range(group), range(lo, hi)))
+    slow = [pair[0 if by_head else 1] for pair in seen]  # what changes only when the other has been through
+    assert len(list(itertools.groupby(slow))) == len(set(slow))
 
 
 @pytest.mark.parametrize("tuning", [BackwardTuning(), BackwardTuning(column_parts=2)])
@@ -172,19 +169,55 @@ def test_a_walk_visits_every_pair_once(lo, hi, group, index, by_head):
     ("batch", "kv_heads", "group", "key_tiles", "together"),
     [(1, 1, 16, 4, 1), (2, 4, 8, 3, 8), (1, 8, 1, 20, 8), (1, 6, 1, 100, 3), (1, 4, 2, 256, 1)],
 )
-def test_every_key_tile_and_head_has_one_block(batch, kv_heads, group, key_tiles, together, tuning):
-    blocks = mosaic_bwd._Blocks(batch, kv_heads, group, key_tiles, tuning)
-    assert blocks.together == together  # heads whose 256 key tiles or more run side by side
+def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles, together, tuning):
+    items = mosaic_bwd._Items(batch, kv_heads, group, key_tiles, tuning)
+    assert items.together == together  # heads whose 256 key tiles or more run side by side
     seen = []
-    at = jax.jit(jax.vmap(blocks.at))(jnp.arange(blocks.count, dtype=jnp.int32))
+    at = jax.jit(jax.vmap(items.at))(jnp.arange(items.count, dtype=jnp.int32))
     for b, kv_head, place, part, _, head in zip(*(np.asarray(x).tolist() for x in at), strict=True):
-        for h in range(head, head + blocks.group):
+        for h in range(head, head + items.group):
             assert h // group == kv_head
             seen.append((b, place, part, h))
     every = itertools.product(range(batch), range(key_tiles), range(tuning.column_parts), range(kv_heads * group))
     assert sorted(seen) == sorted(every)
     if kv_heads == 1:
-        assert blocks.count >= 64  # 4 tiles alone would leave the card idle: the group's heads are shared out
+        assert items.count >= 64  # 4 tiles alone would leave the card idle: the group's heads are shared out
+
+
+@pytest.mark.parametrize(("batch_rows", "kv_heads", "parts"), [(1, 3, 1), (2, 2, 2)])
+def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads, parts):
+    keys = random_keys(np.random.default_rng(0), batch_rows, 512, 768)
+    visits = mosaic_bwd._visits(keys, 768)
+    order = mosaic_bwd._order(visits, ascending=False)
+    items = mosaic_bwd._Items(2, kv_heads, 4, 6, BackwardTuning(column_parts=parts))
+    lengths = np.asarray(items.tiles(visits, order))
+    assert lengths.shape == (items.count,)
+    for item, length in enumerate(lengths.tolist()):
+        b, _, place, *_ = (int(x) for x in items.at(jnp.int32(item)))
+        lo, *_, hi = np.asarray(visits)[b % batch_rows, order[place]]
+        assert length == (hi - lo) * items.group
+
+
+@pytest.mark.parametrize(
+    ("tiles", "blocks", "whole", "chunk"),
+    [
+        ([1000] * 256, 132, False, 60),  # 32 chunks a block
+        ([100, 7, 0, 8, 9], 132, False, mosaic_chunks.SHORTEST),
+        ([1 << 17] * 32768, 132, False, mosaic_chunks.LONGEST),  # a million tokens: the sum passes 2^31
+        ([100, 7, 0], 2, True, 100),
+        ([0, 0], 2, True, 1),
+    ],
+)
+def test_chunks_are_the_whole_of_each_item(tiles, blocks, whole, chunk):
+    lengths, counters = mosaic_chunks.shares(jnp.asarray(tiles, jnp.int32), blocks, whole)
+    assert [*np.asarray(lengths)] == [*tiles, chunk]
+    left, ended, stored = np.asarray(counters).reshape(3, -1)
+    assert left.size % 4 == 0  # four are read at once
+    assert not ended.any()
+    assert not stored.any()
+    # the owner has the first chunk from the beginning: the next is number 1, so many are left
+    assert [*left[: len(tiles)]] == [max(-(-n // chunk) - 1, 0) * 2**16 + 1 for n in tiles]
+    assert not left[len(tiles) :].any()
 
 
 # ---------------------------------------------------------------- what runs

@@ -47,7 +47,7 @@ STACK = {
     ("forward", 192, "split"): 24,
     ("forward", 256, ""): 40,
     ("forward", 256, "softcap"): 40,
-    ("backward", 192, "softcap"): 64,
+    ("backward", 192, "softcap"): 88,
 }
 # heads whose keys come in two parts are given whole ones by few: these forms do
 WHOLE = ("plain", "carry")

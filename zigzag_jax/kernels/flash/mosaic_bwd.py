@@ -1,18 +1,24 @@
 """Flash attention backward for Hopper: five matmuls in one kernel, in Pallas Mosaic GPU.
 
-A block owns 128 keys of one kv head, 64 for each of two consumer warpgroups, and walks over the query tiles (64 rows)
-of all heads of the group that see any of them. With keys along the rows of every score tile (FlashAttention-2, Dao
-2023, algorithm 2; FlashAttention-3, Shah et al. 2024, section 3),
+A block owns 128 keys of one kv head (an *item*), 64 for each of two consumer warpgroups, and walks over the query tiles
+(64 rows) of all heads of the group that see any of them; blocks that would idle help it (mosaic_chunks.py). With keys
+along the rows of every score tile (FlashAttention-2, Dao 2023, algorithm 2; FlashAttention-3, Shah et al. 2024,
+section 3),
 
     S = K Q^T - lse / scale      P = exp2(scale log2(e) S)      dP = V dO^T - delta      dS = P dP
     dV += P dO                   dK += dS Q                     dQ = dS^T K
 
-P and dS stay in registers for dV and dK, which are complete when the block ends. lse and delta enter as the *starting
+P and dS stay in registers for dV and dK, which are complete when the item ends. lse and delta enter as the *starting
 values* of the accumulators. dS goes through shared memory, so that each warpgroup computes half of dQ's columns over
-all 128 keys; dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the producer:
+all 128 keys; dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the producer,
+and at the end dK and dV the same way:
 
     producer warp 0   Q dO of the next tile                          tensor core   S dP | dV dQ dK | S dP | ...
     producer warp 1   dQ of the last tile, added to global memory    other units      P dS      dQ out
+    producer warp 3   what to do next
+
+What differs from tile to tile and item to item (is there a mask, is it the last one) the producer leaves in shared
+memory as a *note*, so that the consumers need no registers for it.
 
 Shared memory bandwidth is the limit (82% busy): S, dP and dQ read both operands from it and run beside exp2, which
 reads none. More wgmma in flight lose (docs/kernels.md). So does another order of statements: ptxas allocates registers
@@ -37,6 +43,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from zigzag_jax.kernels.flash import mosaic_chunks
 from zigzag_jax.kernels.flash.contract import LOG2E, Settings
 from zigzag_jax.kernels.hopper import (
     ACC,
@@ -60,6 +67,11 @@ QUERY_TILE, KEY_TILE = 64, 128
 TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: Q, dO and dQ stay in L2
 CONSUMERS = 2
 KEYS = KEY_TILE // CONSUMERS  # of a warpgroup: the M of its wgmmas
+
+# notes, behind the records of chunks: of the item, its first key and the batch row of its ranges; of each tile of Q,
+# its first query and, as the lowest bits: the mask cuts the scores, another tile follows, the second part of columns
+_EDGE, _MORE, _PART = 1, 2, 4
+_FIRST_KEY, _RANGES, _STAGE_NOTE = mosaic_chunks.SIZE, mosaic_chunks.SIZE + 1, mosaic_chunks.SIZE + 2
 
 _keep = lax.optimization_barrier  # holds LLVM back from moving a use above the wait that makes the value valid
 
@@ -101,12 +113,14 @@ def flash_bwd(
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * (-1 / settings.scale if settings.softcap is None else -LOG2E)
     visits = _visits(keys, key_rows)
     order = _order(visits, deterministic)
-    blocks = _Blocks(batch, kv_heads, heads // kv_heads, key_rows // KEY_TILE, tuning)
-    dq_ref, turns = jax.new_ref(dq), ()
+    items = _Items(batch, kv_heads, heads // kv_heads, key_rows // KEY_TILE, tuning)
+    tiles, counters = mosaic_chunks.shares(items.tiles(visits, order), sm_count(), whole=deterministic)
+    helpers = 0 if deterministic else mosaic_chunks.HELPERS * sm_count()
+    dq_ref, counters, turns = jax.new_ref(dq), jax.new_ref(counters), ()
     if deterministic:
-        tiles = rows // QUERY_TILE
-        counters = jnp.zeros(batch * heads * tiles * tuning.column_parts, jnp.int32)
-        turns = (_first_visitor(visits, tiles), jax.new_ref(counters))
+        query_tiles = rows // QUERY_TILE
+        turn = jnp.zeros(batch * heads * query_tiles * tuning.column_parts, jnp.int32)
+        turns = (_first_visitor(visits, query_tiles), jax.new_ref(turn))
     scratch = {
         "q_smem": smem((tuning.stages, QUERY_TILE, dim), dt, narrow),
         "do_smem": smem((tuning.stages, QUERY_TILE, out_dim), dt),
@@ -114,20 +128,21 @@ def flash_bwd(
         "v_smem": smem((KEY_TILE, out_dim), dt),
         "ds_smem": smem((tuning.ds_buffers, KEY_TILE, QUERY_TILE), dt, math.gcd(narrow, QUERY_TILE)),
         "dq_smem": smem((tuning.staging, QUERY_TILE, narrow), jnp.float32),
-        "lse_smem": plgpu.SMEM((tuning.stages, QUERY_TILE), jnp.float32),
-        "delta_smem": plgpu.SMEM((tuning.stages, QUERY_TILE), jnp.float32),
+        "stats_smem": plgpu.SMEM((tuning.stages, 2, QUERY_TILE), jnp.float32),
+        "notes": plgpu.SMEM((_STAGE_NOTE + tuning.stages,), jnp.int32),
         "kv_full": plgpu.Barrier(num_arrivals=2),
         "q_full": plgpu.Barrier(num_arrivals=3, num_barriers=tuning.stages),
         "do_full": plgpu.Barrier(num_barriers=tuning.stages),
+        "record_full": plgpu.Barrier(num_barriers=mosaic_chunks.RECORDS),
     }
-    gradient = lambda columns: jax.ShapeDtypeStruct((blocks.splits, batch, key_rows, kv_heads, columns), jnp.float32)
+    gradient = lambda columns: jax.ShapeDtypeStruct((items.splits * batch, key_rows, kv_heads, columns), jnp.float32)
     dk, dv = launch(
-        functools.partial(_kernel, settings, tuning, blocks, deterministic),
-        q, k, v, dout, lse, -delta, *keys, visits, order, dq_ref, *turns,
+        functools.partial(_kernel, settings, tuning, items, deterministic),
+        q, k, v, dout, lse, -delta, jnp.stack(keys), visits, order, tiles, dq_ref, counters, *turns,
         out_type=(gradient(dim), gradient(out_dim)), scratch_types=scratch,
-        grid=(blocks.count,), grid_names=("block",), warpgroups=CONSUMERS + 1, name="flash_bwd",
+        grid=(items.count + helpers,), grid_names=("block",), warpgroups=CONSUMERS + 1, name="flash_bwd",
     )  # fmt: skip
-    total = (lambda x: x[0]) if blocks.splits == 1 else (lambda x: x.sum(0))
+    total = (lambda x: x) if items.splits == 1 else (lambda x: x.reshape(items.splits, batch, *x.shape[1:]).sum(0))
     return jax.freeze(dq_ref), total(dk), total(dv)
 
 
@@ -164,25 +179,25 @@ def _first_visitor(visits, query_tiles: int):
     return jnp.sum(visits[..., 3, None] <= tile, axis=1, dtype=jnp.int32)
 
 
-class _Blocks:
-    """The grid: which keys, kv head and share of its group each block has.
+class _Items:
+    """Which keys, kv head and share of its group each item has.
 
     The tiles of some kv heads side by side (see TOGETHER); `order` says which key tile is behind the number given here.
     """
 
     def __init__(self, batch: int, kv_heads: int, group: int, key_tiles: int, tuning: BackwardTuning) -> None:
         self.kv_heads, self.key_tiles, self.parts = kv_heads, key_tiles, tuning.column_parts
-        every = batch * kv_heads
+        self.every = every = batch * kv_heads
         self.together = next(
             n for n in range(1, every + 1) if every % n == 0 and n * key_tiles >= min(TOGETHER, every * key_tiles)
         )
         fill = [n for n in range(1, group + 1) if group % n == 0 and every * key_tiles * self.parts * n >= sm_count()]
-        self.splits = fill[0] if fill else group  # blocks that share a group's heads: as few as fill the card
+        self.splits = fill[0] if fill else group  # items that share a group's heads: as few as fill the card
         self.group = group // self.splits
         self.count = every * key_tiles * self.parts * self.splits
 
     def at(self, index):
-        """(batch row, kv head, key tile, column part, split, first query head) of block `index`."""
+        """(batch row, kv head, key tile, column part, split, first query head) of item `index`."""
         index, part = lax.div(index, i32(self.parts)), lax.rem(index, i32(self.parts))
         index, split = lax.div(index, i32(self.splits)), lax.rem(index, i32(self.splits))
         index, inner = lax.div(index, i32(self.together)), lax.rem(index, i32(self.together))
@@ -191,58 +206,57 @@ class _Blocks:
         batch, kv_head = lax.div(head, i32(self.kv_heads)), lax.rem(head, i32(self.kv_heads))
         return batch, kv_head, tile, part, split, (kv_head * self.splits + split) * self.group
 
+    def tiles(self, visits, order):
+        """int32 [count]: the length of each item's walk, with _visits and _order."""
+        length = jnp.take(visits[..., 3] - visits[..., 0], order[: self.key_tiles], axis=1) * self.group
+        batch = self.every // self.kv_heads
+        of_heads = jnp.broadcast_to(length[:, None], (batch, self.kv_heads, self.key_tiles))
+        of_heads = of_heads.reshape(-1, self.together, self.key_tiles).swapaxes(1, 2)
+        return jnp.repeat(of_heads.reshape(-1), self.splits * self.parts)
+
 
 class _Walk:
-    """The order in which a block visits its (head of the group, query tile) pairs.
+    """The order in which an item visits its (head of the group, query tile) pairs.
 
-    Blocks of one kv head should stand at the same tile of the same head at the same time, so that Q, dO and dQ come
+    Blocks with one kv head should stand at the same tile of the same head at the same time, so that Q, dO and dQ come
     from L2. Where key tiles end at the same query tile (causal, documents) they walk q tiles outside and heads inside,
-    down in one wave of blocks and up in the next: a wave starts where the sweep of the one before it passes. Where the
+    down in one wave of items and up in the next: a wave starts where the sweep of the one before it passes. Where the
     end moves with the key tile (a sliding window) each head is walked down by itself.
     """
 
     def __init__(self, lo, hi, by_head, group: int, index) -> None:
-        self.lo, self.hi, self.group, self.by_head = lo, hi, group, by_head
         wave = lax.div(index, i32(sm_count()))
-        down = self.by_head | (lax.rem(wave, i32(2)) == 0)
-        self.first = jnp.where(down, hi - 1, lo)
-        self.last = jnp.where(down, lo, hi - 1)
-        self.inc = jnp.where(down, i32(-1), i32(1))
-        self.count = (hi - lo) * group
+        down = by_head | (lax.rem(wave, i32(2)) == 0)
+        self.by_head = by_head
+        self.inside = jnp.where(by_head, lax.max(hi - lo, i32(1)), i32(group))
+        self.first, self.inc = jnp.where(down, hi - 1, lo), jnp.where(down, i32(-1), i32(1))
 
-    def next(self, g, qi):
-        """The pair after (g, qi); after the last one any pair in range."""
-        wrap = jnp.where(self.by_head, qi == self.last, g == self.group - 1)
-        stay_in_tile = jnp.where(wrap, lax.max(lax.min(qi + self.inc, self.hi - 1), self.lo), qi)
-        stay_in_head = jnp.where(wrap, self.first, qi + self.inc)
-        next_g = jnp.where(
-            wrap,
-            jnp.where(self.by_head, lax.min(g + 1, i32(self.group - 1)), i32(0)),
-            jnp.where(self.by_head, g, g + 1),
-        )
-        return next_g, jnp.where(self.by_head, stay_in_head, stay_in_tile)
+    def at(self, position):
+        """The pair at a position of the walk."""
+        outside, inside = lax.div(position, self.inside), lax.rem(position, self.inside)
+        g = jnp.where(self.by_head, outside, inside)
+        return g, self.first + self.inc * jnp.where(self.by_head, inside, outside)
 
 
 def _kernel(
-    settings: Settings, tuning: BackwardTuning, blocks: _Blocks, deterministic: bool,
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, start_ref, stop_ref, visits_ref, order_ref, dq_ref, *refs,
-    q_smem, k_smem, v_smem, do_smem, ds_smem, dq_smem, lse_smem, delta_smem, kv_full, q_full, do_full,
+    settings: Settings, tuning: BackwardTuning, items: _Items, deterministic: bool,
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, bounds_ref, visits_ref, order_ref, tiles_ref,
+    dq_ref, counters_ref, *refs,
+    q_smem, k_smem, v_smem, do_smem, ds_smem, dq_smem, stats_smem, notes,
+    kv_full, q_full, do_full, record_full,
 ):  # fmt: skip
     *turns, dk_ref, dv_ref = refs
-    _, rows, heads, dim = q_ref.shape
+    batch, rows, heads, dim = q_ref.shape
     out_dim, dt, parts = v_ref.shape[3], q_ref.dtype, tuning.column_parts
     dim_part, out_part = dim // parts, out_dim // parts
     narrow = dim_part // CONSUMERS
     scale, cap = settings.scale, settings.softcap
     to_log2 = scale * LOG2E
 
-    wg, index = lax.axis_index("wg"), lax.axis_index("block")
-    b, kv_head, place, part, split, first_head = blocks.at(index)
-    key_tile = order_ref[place]
-    bs = i32(0) if start_ref.shape[0] == 1 else b  # the batch row of the ranges
-    first_key = key_tile * KEY_TILE
-    lo, whole_lo, whole_hi, hi = [visits_ref[bs, key_tile, j] for j in range(4)]
-    walk = _Walk(lo, hi, order_ref[blocks.key_tiles] > 0, blocks.group, index)
+    wg, block = lax.axis_index("wg"), lax.axis_index("block")
+    own = block < items.count  # else it is a helper
+    mine = lambda record: jnp.where(own, block, record.item)  # the block's item; -1: there is none
+    chunks = mosaic_chunks.Chunks(tiles_ref, counters_ref, notes, record_full)
 
     stages, adders = tuning.stages, 2 if deterministic else 1
     everyone = CONSUMERS * WARPGROUP + WARP
@@ -252,6 +266,7 @@ def _kernel(
     ds_free = NamedBarriers(ds_full.end, 2 - tuning.ds_buffers, CONSUMERS * WARPGROUP)
     dq_full = NamedBarriers(ds_free.end, CONSUMERS * adders, WARPGROUP + WARP)
     dq_free = NamedBarriers(dq_full.end, CONSUMERS, WARPGROUP + WARP)
+    half_way = NamedBarriers(dq_free.end, 0 if deterministic else 1, 2 * WARP)  # of a chunk: time to claim the next
 
     def zero(i):
         """0, but LLVM cannot know: without it the descriptors of operand slices leave the loop and are spilled."""
@@ -260,8 +275,15 @@ def _kernel(
     def slot(i, count):
         return lax.rem(i, i32(count)) if count > 1 else zero(i)
 
-    def columns(part_columns, start=0, width=None):
-        """Slice of this block's part of D or E columns, from `start`; all of them where there is one part."""
+    def pieces():
+        """What an item's dk and dv are handed over by, as (0 for dk or 1 for dv, first column): as wide as dQ's buffer.
+
+        Of the last piece TMA leaves out the columns that are not there.
+        """
+        return [(x, start) for x, columns in enumerate((dim_part, out_part)) for start in range(0, columns, narrow)]
+
+    def columns(part_columns, part, start=0, width=None):
+        """Slice of a part of D or E columns, from `start`; all of them where there is one part."""
         width = width or part_columns
         if parts == 1 and width == part_columns:
             return slice(None)
@@ -270,27 +292,28 @@ def _kernel(
 
     def consumer():
         plgpu.set_max_registers(tuning.registers[0], action="increase")
-        keys = pl.ds(first_key + wg * KEYS, KEYS)
         acc = lambda m, n: plgpu.ACC((m, n), jnp.float32)
         down_rows = lambda x: down(x, QUERY_TILE)
         load = lambda ref: plgpu.load(ref, layout=COLUMN)
         my_rows = lambda z: pl.ds(pl.multiple_of((wg + z) * KEYS, KEYS), KEYS)
-        my_columns = lambda z: columns(dim_part, (wg + z) * narrow, narrow)
+        my_columns = lambda z, s: columns(dim_part, part_of(s), (wg + z) * narrow, narrow)
+        part_of = lambda s: lax.div(notes[_STAGE_NOTE + s] & _PART, i32(_PART)) if parts > 1 else 0
 
-        def masked(x, qi, fill):
+        def masked(x, s, fill):
             """What `x()` [keys, queries] is where the query sees the key, else fill.
 
             Two selects with a barrier between them keep register pressure low.
             """
-            at = pl.ds(qi * QUERY_TILE, QUERY_TILE)
-            start = plgpu.load(start_ref.at[bs, at], layout=COLUMN, optimized=False) - (first_key + wg * KEYS)
-            stop = plgpu.load(stop_ref.at[bs, at], layout=COLUMN, optimized=False) - (first_key + wg * KEYS)
+            row, b = pl.multiple_of(notes[_STAGE_NOTE + s] & -QUERY_TILE, QUERY_TILE), notes[_RANGES]
+            at, first_key = pl.ds(row, QUERY_TILE), notes[_FIRST_KEY] + wg * KEYS
+            start = plgpu.load(bounds_ref.at[0, b, at], layout=COLUMN, optimized=False) - first_key
+            stop = plgpu.load(bounds_ref.at[1, b, at], layout=COLUMN, optimized=False) - first_key
             key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)
             x = _keep(jnp.where(key >= down_rows(start), x(), fill))
             return jnp.where(key < down_rows(stop), x, fill)
 
-        def on_edge(qi):
-            return (qi < whole_lo) | (qi >= whole_hi)
+        def on_edge(s):
+            return notes[_STAGE_NOTE + s] & _EDGE > 0
 
         def put_ds(ds, i, z):
             if tuning.ds_buffers == 1:
@@ -299,22 +322,29 @@ def _kernel(
             ds_smem[at, pl.ds(wg * KEYS, KEYS)] = ds
             return at
 
-        def put_dq(dq, i, z):
-            dq = dq * scale
-            dq_free.sync(wg)
-            dq_smem[wg + z if tuning.staging == CONSUMERS else z] = dq
+        def put(x, z, adder):
+            """Hand over [64, columns] to be added."""
+            w = wg + z
+            dq_free.sync(w)
+            at = w if tuning.staging == CONSUMERS else z
+            if x.shape[1] == narrow:
+                dq_smem[at] = x
+            else:
+                dq_smem[at, :, : x.shape[1]] = x
             fence_smem()
-            dq_full.arrive(wg if adders == 1 else lax.rem(i, i32(2)) * 2 + wg)
+            dq_full.arrive(adder * CONSUMERS + w)
 
-        def overlapped(dk_acc, dv_acc, i, state):
-            g, qi = state
+        def put_dq(dq, i, z):
+            put(dq * scale, z, 0 if adders == 1 else lax.rem(i, i32(2)))
+
+        def overlapped(dk_acc, dv_acc, i):
             z, s = zero(i), slot(i, stages)
             plgpu.barrier_wait(q_full.at[s])
 
             def scores(s_acc, dp_acc):
-                lse = load(lse_smem.at[s])
-                s0 = lax.cond(on_edge(qi), lambda: masked(lambda: down_rows(lse), qi, -jnp.inf), lambda: down_rows(lse))
-                dp0 = down_rows(load(delta_smem.at[s]))
+                lse = load(stats_smem.at[s, 0])
+                s0 = lax.cond(on_edge(s), lambda: masked(lambda: down_rows(lse), s, -jnp.inf), lambda: down_rows(lse))
+                dp0 = down_rows(load(stats_smem.at[s, 1]))
                 s_acc[...] = s0  # both before any wgmma is in flight
                 dp_acc[...] = dp0
                 plgpu.wgmma(s_acc, k_smem.at[my_rows(z)], q_smem.at[s].T)
@@ -325,7 +355,7 @@ def _kernel(
                 p32, dp = _keep((p, dp))
                 ds = (p32.astype(jnp.float32) * dp).astype(dt)
                 at = put_ds(ds, i, z)
-                plgpu.wgmma(dv_acc, p, do_smem.at[s, :, columns(out_part)])
+                plgpu.wgmma(dv_acc, p, do_smem.at[s, :, columns(out_part, part_of(s))])
                 fence_smem()
                 ds_full.sync()
                 return ds, at
@@ -333,23 +363,23 @@ def _kernel(
             ds, at = pl.run_scoped(scores, acc(KEYS, QUERY_TILE), acc(KEYS, QUERY_TILE))
 
             def gradients(dq_acc):
-                plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z)])
-                plgpu.wgmma(dk_acc, ds, q_smem.at[s, :, columns(dim_part)])
+                plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z, s)])
+                plgpu.wgmma(dk_acc, ds, q_smem.at[s, :, columns(dim_part, part_of(s))])
                 plgpu.wgmma_wait(2)
                 do_free.arrive(s)
                 put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
+                following = notes[_STAGE_NOTE + s] & _MORE
                 plgpu.wgmma_wait(0)
                 q_free.arrive(s)
+                return following
 
-            pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
-            return walk.next(g, qi)
+            return pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
 
-        def serial(dk_acc, dv_acc, i, state):
+        def serial(dk_acc, dv_acc, i):
             """As overlapped, with S, P, dP and dS one after the other; with the softcap's slope, 1 - tanh^2."""
-            g, qi = state
             z, s = zero(i), slot(i, stages)
             plgpu.barrier_wait(q_full.at[s])
-            lse = down_rows(load(lse_smem.at[s]))
+            lse = down_rows(load(stats_smem.at[s, 0]))
 
             def probabilities(s_acc):
                 if cap is None:
@@ -362,14 +392,14 @@ def _kernel(
                 return jnp.exp2(t * (cap * LOG2E) + lse).astype(dt), (1 - t * t).astype(dt)
 
             p, slope = pl.run_scoped(probabilities, acc(KEYS, QUERY_TILE))
-            p = lax.cond(on_edge(qi), lambda: masked(lambda: p, qi, jnp.zeros((), dt)), lambda: p)
+            p = lax.cond(on_edge(s), lambda: masked(lambda: p, s, jnp.zeros((), dt)), lambda: p)
             plgpu.barrier_wait(do_full.at[s])
 
             def dscores(dp_acc):
-                dp_acc[...] = down_rows(load(delta_smem.at[s]))
+                dp_acc[...] = down_rows(load(stats_smem.at[s, 1]))
                 plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[s].T)
                 dp = plgpu.wgmma_accumulator_load(dp_acc)
-                plgpu.wgmma(dv_acc, p, do_smem.at[s, :, columns(out_part)])
+                plgpu.wgmma(dv_acc, p, do_smem.at[s, :, columns(out_part, part_of(s))])
                 p32, dp = _keep((p, dp))
                 ds = p32.astype(jnp.float32) * dp
                 return (ds if slope is None else ds * slope.astype(jnp.float32)).astype(dt)
@@ -382,105 +412,201 @@ def _kernel(
             ds_full.sync()
 
             def gradients(dq_acc):
-                plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z)])
-                plgpu.wgmma(dk_acc, ds_smem.at[at, my_rows(z)], q_smem.at[s, :, columns(dim_part)])
+                plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z, s)])
+                plgpu.wgmma(dk_acc, ds_smem.at[at, my_rows(z)], q_smem.at[s, :, columns(dim_part, part_of(s))])
                 put_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), i, z)
+                following = notes[_STAGE_NOTE + s] & _MORE
                 plgpu.wgmma_wait(0)
                 q_free.arrive(s)
+                return following
 
-            pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
-            return walk.next(g, qi)
+            return pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
 
-        def store(dk, dv):
-            dk_ref.at[split, b, keys, kv_head, pl.ds(part * dim_part, dim_part)][...] = dk
-            dv_ref.at[split, b, keys, kv_head, pl.ds(part * out_part, out_part)][...] = dv
+        step = overlapped if tuning.overlap and cap is None else serial
 
-        def run(dk_acc, dv_acc):
+        def run(end, dk_acc, dv_acc):
             for s in range(stages):
                 q_free.arrive(s)
                 do_free.arrive(s)
             plgpu.barrier_wait(kv_full)
-            step = overlapped if tuning.overlap and cap is None else serial
-            lax.fori_loop(i32(0), walk.count, functools.partial(step, dk_acc, dv_acc), (i32(0), walk.first))
-            dk = plgpu.wgmma_accumulator_load(dk_acc)
-            dv = plgpu.wgmma_accumulator_load(dv_acc)
-            store(dk * scale, dv)
 
-        def nothing():
-            zeros = lambda n: plgpu.layout_cast(jnp.zeros((KEYS, n), jnp.float32), ACC)
-            store(zeros(dim_part), zeros(out_part))
+            def tile(state):
+                i, _ = state
+                return i + 1, step(dk_acc, dv_acc, i)
 
-        pl.when(walk.count > 0)(lambda: pl.run_scoped(run, acc(KEYS, dim_part), acc(KEYS, out_part)))
-        pl.when(walk.count == 0)(nothing)
+            done, _ = lax.while_loop(lambda state: state[1] > 0, tile, (i32(0), end))
+            results = plgpu.wgmma_accumulator_load(dk_acc) * scale, plgpu.wgmma_accumulator_load(dv_acc)
+            for x, start in pieces():
+                put(results[x][:, start : start + narrow], zero(done), 0)
 
-    def load_tiles():
-        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(first_key, KEY_TILE), kv_head, :], k_smem, kv_full)
-        plgpu.copy_gmem_to_smem(v_ref.at[b, pl.ds(first_key, KEY_TILE), kv_head, :], v_smem, kv_full)
+        record = chunks.take(i32(0))
+        scopes = acc(KEYS, dim_part), acc(KEYS, out_part)
+        pl.when(mine(record) >= 0)(lambda: pl.run_scoped(functools.partial(run, record.end), *scopes))
 
-        def step(i, state):
-            g, qi = state
-            h, at, s = first_head + g, pl.ds(qi * QUERY_TILE, QUERY_TILE), slot(i, stages)
-            q_free.sync(s)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, at, h, :], q_smem.at[s], q_full.at[s])
-            plgpu.copy_gmem_to_smem(lse_ref.at[b, h, at], lse_smem.at[s], q_full.at[s])
-            plgpu.copy_gmem_to_smem(delta_ref.at[b, h, at], delta_smem.at[s], q_full.at[s])
-            do_free.sync(s)
-            plgpu.copy_gmem_to_smem(do_ref.at[b, at, h, :], do_smem.at[s], do_full.at[s])
-            return walk.next(g, qi)
+    class Place:
+        """Where the producer is: its item."""
 
-        lax.fori_loop(i32(0), walk.count, step, (i32(0), walk.first))
+        def __init__(self, index) -> None:
+            self.b, self.kv_head, place, self.part, split, self.first_head = items.at(index)
+            self.key_tile = order_ref[place]
+            self.bs = i32(0) if bounds_ref.shape[1] == 1 else self.b  # the batch row of the ranges
+            self.first_key = self.key_tile * KEY_TILE
+            self.out_b = split * batch + self.b
+            lo, self.whole_lo, self.whole_hi, hi = [visits_ref[self.bs, self.key_tile, j] for j in range(4)]
+            self.walk = _Walk(lo, hi, order_ref[items.key_tiles] > 0, items.group, index)
 
-    def add_tiles(adder: int):
-        """Adds the dQ of every tile, or of every other one where two warps take turns."""
+    def load_item(place: Place):
+        """Producer's first warp: what its block needs once."""
+        keys = pl.ds(place.first_key, KEY_TILE)
+        plgpu.copy_gmem_to_smem(k_ref.at[place.b, keys, place.kv_head, :], k_smem, kv_full)
+        plgpu.copy_gmem_to_smem(v_ref.at[place.b, keys, place.kv_head, :], v_smem, kv_full)
+        notes[_FIRST_KEY], notes[_RANGES] = place.first_key, place.bs
+
+    def load_tile(place: Place, position, i, flags):
+        """Producer's first warp: the tile of Q at a position of the walk, as the block's i-th."""
+        g, qi = place.walk.at(position)
+        b, h, at, s = place.b, place.first_head + g, pl.ds(qi * QUERY_TILE, QUERY_TILE), slot(i, stages)
+        edge = (qi < place.whole_lo) | (qi >= place.whole_hi)
+        note = qi * QUERY_TILE + jnp.where(edge, i32(_EDGE), i32(0)) + place.part * _PART + flags
+        q_free.sync(s)
+        notes[_STAGE_NOTE + s] = note
+        plgpu.copy_gmem_to_smem(q_ref.at[b, at, h, :], q_smem.at[s], q_full.at[s])
+        plgpu.copy_gmem_to_smem(lse_ref.at[b, h, at], stats_smem.at[s, 0], q_full.at[s])
+        plgpu.copy_gmem_to_smem(delta_ref.at[b, h, at], stats_smem.at[s, 1], q_full.at[s])
+        do_free.sync(s)
+        plgpu.copy_gmem_to_smem(do_ref.at[b, at, h, :], do_smem.at[s], do_full.at[s])
+
+    def load_chunk(place: Place, record: mosaic_chunks.Record, at, begin):
+        """All tiles of a chunk but the last, which waits until it is known whether another chunk follows."""
+        step = lambda i, _: load_tile(place, record.first + i - begin, i, _MORE)
+        half = lax.div(begin + record.end, i32(2))
+        lax.fori_loop(begin, half, step, None)
+        if deterministic:  # an item is one chunk: there is no next, and no barrier left to say so with
+            chunks.claim(chunks.after(at), own, record)
+        else:
+            half_way.arrive()
+        lax.fori_loop(half, record.end - 1, step, None)
+
+    def claim_next(record: mosaic_chunks.Record, at):
+        """A warp of the producer of its own, for it takes as long as a tile."""
+        half_way.sync()
+        chunks.claim(chunks.after(at), own, record)
+
+    def each_result(adder: int, add):
+        """Call add(w) for what each consumer w hands over, and give its buffer back."""
         shared = tuning.staging == 1
-        if adder == 0:
-            for w in range(1 if shared else CONSUMERS):
+        for w in range(CONSUMERS):
+            dq_full.sync(adder * CONSUMERS + w)
+            add(w, 0 if shared else w)
+            if shared:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dq_free.arrive(1 - w)
+        if not shared:
+            for w in range(CONSUMERS):
+                plgpu.wait_smem_to_gmem(1 - w, wait_read_only=True)
                 dq_free.arrive(w)
 
-        def add(w, g, qi):
-            dq_full.sync(adder * 2 + w)
-            at = pl.ds(qi * QUERY_TILE, QUERY_TILE), first_head + g, pl.ds(part * dim_part + w * narrow, narrow)
-            plgpu.copy_smem_to_gmem(dq_smem.at[0 if shared else w], dq_ref.at[b, *at], reduction_op="add")
+    def add_chunk(adder: int, place: Place, record: mosaic_chunks.Record, begin):
+        """A warp of the producer: adds the dQ of every tile, or of every other one where two warps take turns."""
 
         def tile(g, qi):
+            def add(w, buffer):
+                at = pl.ds(qi * QUERY_TILE, QUERY_TILE), place.first_head + g
+                to = dq_ref.at[place.b, *at, pl.ds(place.part * dim_part + w * narrow, narrow)]
+                plgpu.copy_smem_to_gmem(dq_smem.at[buffer], to, reduction_op="add")
+
             if deterministic:
                 first_ref, turn_ref = turns
-                mine = ((b * heads + first_head + g) * (rows // QUERY_TILE) + qi) * parts + part
-                wait_turn(turn_ref, mine, key_tile - first_ref[bs, qi])
-            if shared:
-                for w in range(CONSUMERS):
-                    add(w, g, qi)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    dq_free.arrive(1 - w)
-            else:
-                for w in range(CONSUMERS):
-                    add(w, g, qi)
-                for w in range(CONSUMERS):
-                    plgpu.wait_smem_to_gmem(1 - w, wait_read_only=True)
-                    dq_free.arrive(w)
+                turn = ((place.b * heads + place.first_head + g) * (rows // QUERY_TILE) + qi) * parts + place.part
+                wait_turn(turn_ref, turn, place.key_tile - first_ref[place.bs, qi])
+            each_result(adder, add)
             if deterministic:
                 plgpu.wait_smem_to_gmem(0)
-                next_turn(turn_ref, mine)
+                next_turn(turn_ref, turn)
 
-        def step(i, state):
+        def step(i, _):
+            pair = place.walk.at(record.first + i - begin)
             if adders == 1:
-                tile(*state)
+                tile(*pair)
             else:
-                pl.when(lax.rem(i, i32(2)) == adder)(lambda: tile(*state))
-            return walk.next(*state)
+                pl.when(lax.rem(i, i32(2)) == adder)(lambda: tile(*pair))
 
-        lax.fori_loop(i32(0), walk.count, step, (i32(0), walk.first))
-        plgpu.wait_smem_to_gmem(0)
+        lax.fori_loop(begin, record.end, step, None)
+
+    def add_item(place: Place, item, done):
+        """The producer's first adding warp: dk and dv when the item has ended."""
+
+        def write(how):
+            for x, start in pieces():
+                ref, part_columns = ((dk_ref, dim_part), (dv_ref, out_part))[x]
+
+                def add(w, buffer, ref=ref, column=place.part * part_columns + start):
+                    keys = pl.ds(place.first_key + w * KEYS, KEYS)
+                    to = ref.at[place.out_b, keys, place.kv_head, pl.ds(column, narrow)]
+                    plgpu.copy_smem_to_gmem(dq_smem.at[buffer], to, reduction_op=how)
+
+                each_result(0, add)
+
+        chunks.add_up(item, done, write)
 
     def producer():
+        """Four warps that run this each for itself: one loads, one or two add, one claims."""
         plgpu.set_max_registers(tuning.registers[1], action="decrease")
 
-        @pl.when(walk.count > 0)
-        def _():
+        @plgpu.warp_map
+        def _(warp):
+            def begin():
+                load_item(Place(block))
+                chunks.begin(block)
+
+            @pl.when(warp == 0)
+            def _():
+                lax.cond(own, begin, lambda: chunks.claim(0, False, mosaic_chunks.NOTHING))
+
+        first = chunks.take(i32(0))
+        item = mine(first)
+        pl.when(item >= 0)(lambda: produce(item, first))
+
+    def produce(item, first: mosaic_chunks.Record):
+        place = Place(item)
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when((warp == 0) & (block >= items.count))(lambda: load_item(place))
+
+            @pl.when(warp == 1)
+            def _():
+                for w in range(1 if tuning.staging == 1 else CONSUMERS):
+                    dq_free.arrive(w)
+
+        def chunk(state):
+            (at, begin), record = state[:2], mosaic_chunks.Record(*state[2:])
+
             @plgpu.warp_map
             def _(warp):
-                pl.when(warp == 0)(load_tiles)
+                pl.when(warp == 0)(lambda: load_chunk(place, record, at, begin))
                 for adder in range(adders):
-                    pl.when(warp == 1 + adder)(functools.partial(add_tiles, adder))
+                    pl.when(warp == 1 + adder)(functools.partial(add_chunk, adder, place, record, begin))
+                if not deterministic:
+                    pl.when(warp == 3)(lambda: claim_next(record, at))
+
+            at = chunks.after(at)
+            following = chunks.take(at)
+
+            @plgpu.warp_map
+            def _(warp):
+                flags = jnp.where(following.end > record.end, i32(_MORE), i32(0))
+                last = functools.partial(load_tile, place, record.first + record.end - 1 - begin, record.end - 1, flags)
+                pl.when(warp == 0)(last)
+
+            return at, record.end, *following
+
+        state = lax.while_loop(lambda state: state[1] < state[-1], chunk, (i32(0), i32(0), *first))
+
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 1)(lambda: add_item(place, item, done=state[1]))
+            for adder in range(adders):
+                pl.when(warp == 1 + adder)(lambda: plgpu.wait_smem_to_gmem(0))
 
     lax.cond(wg < CONSUMERS, consumer, producer)

@@ -1,0 +1,245 @@
+"""Chunks: how blocks share the items of the backward, so that none idles while another has work left.
+
+An *item* is a walk over the query tiles that see 128 keys. It is long (a millisecond at 8192 tokens) and there may be
+fewer than two a multiprocessor, so that the last ones to begin end alone. So a walk is cut into *chunks*. The block
+that has the item claims them from the first on, in step with the blocks that read the same queries; *helpers*, blocks
+behind those of the items, which begin where the card has nothing else left, claim from the last on, of the item with
+most left. A block may begin late, too, because another kernel (NCCL's, which moves the next step's keys) holds its
+multiprocessor.
+
+What claims is a warp of the producer, half a chunk ahead; it leaves a *record* in shared memory for the rest of the
+block. An item's first chunk is its own block's without a claim. Blocks that had parts of one item add up what they
+found: the first to end stores, the others add to it.
+"""
+
+# Pallas' annotations do not know refs
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPrivateImportUsage=false
+
+from typing import NamedTuple
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+
+from zigzag_jax.kernels.hopper import i32, next_turn, wait_turn
+
+RECORDS = 2  # the next chunk is claimed when the whole block has begun this one
+_FIELDS = 4  # of which three are used: 16 bytes are one store
+_LEFT = 1 << 16  # a counter of chunks holds the number left times this, and the first of them
+SIZE = RECORDS * _FIELDS  # int32 numbers of all records
+CHUNKS = 32  # that a multiprocessor has in all, where one has then
+SHORTEST, LONGEST = 8, 64  # tiles; the record that is claimed half a chunk ahead needs 8
+HELPERS = 2  # blocks a multiprocessor
+
+
+class Record(NamedTuple):
+    """What a block does next: int32 scalars."""
+
+    item: jax.Array
+    """-1: nothing."""
+    first: jax.Array
+    """Where in the item's walk the chunk begins."""
+    end: jax.Array
+    """The tiles that the block has done when it is done with the chunk: no more than before where there is none."""
+
+
+NOTHING = Record(-1, 0, 0)  # what a helper has before it claims
+
+
+def shares(tiles, blocks: int, whole: bool):
+    """What blocks share in global memory, of the length of each item's walk, int32 [items].
+
+    Returns the lengths and behind them that of a chunk, which is all of an item where `whole`, int32 [items + 1]; and
+    the counters, int32 [3 x items, padded to fours]: which chunks of an item are left (their number times 2^16, and the
+    first of them), the blocks that ended it, and whether one of them has stored.
+    """
+    of_block = jnp.sum(tiles.astype(jnp.float32)) / (CHUNKS * blocks)  # the sum may pass 2^31
+    some = jnp.clip(of_block.astype(jnp.int32), SHORTEST, LONGEST)
+    chunk = lax.max(jnp.max(tiles), i32(1)) if whole else some
+    left = lax.max(lax.div(tiles - 1, jnp.broadcast_to(chunk, tiles.shape)), jnp.zeros_like(tiles))  # behind the first
+    left = jnp.pad(left * _LEFT + 1, (0, -tiles.size % 4))
+    return jnp.append(tiles, chunk), jnp.append(left, jnp.zeros(2 * left.size, jnp.int32))
+
+
+class Chunks:
+    """A block's view.
+
+    tiles, counters: the refs of `shares`; records: shared memory, int32 [SIZE or more]; full: RECORDS barriers.
+    """
+
+    def __init__(self, tiles, counters, records, full) -> None:
+        self.tiles, self.counters, self.records, self.full = tiles, counters, records, full
+        self.items, self.pitch = tiles.shape[0] - 1, counters.shape[0] // 3
+
+    @staticmethod
+    def after(at):
+        """The record after this one."""
+        return lax.rem(at + 1, i32(RECORDS))
+
+    def begin(self, item) -> None:
+        """The item's first chunk is this block's: record 0. One warp."""
+        count = lax.min(self.tiles[item], self.tiles[self.items])
+        for i, value in enumerate(Record(item, i32(0), count)):
+            self.records[i] = value
+        plgpu.barrier_arrive(self.full.at[0])
+
+    def claim(self, at, own, last: Record) -> None:
+        """Claim a chunk, hand it over as record `at`. One warp.
+
+        own: whether the item of the `last` record is the block's own; NOTHING where a helper looks for one.
+        """
+        numbers = (i32(x) for x in (at, own, last.item, last.end))
+        _claim(self.tiles, self.counters, self.records, self.items, self.pitch, *numbers)
+        plgpu.barrier_arrive(self.full.at[at])
+
+    def take(self, at) -> Record:
+        """Wait for record `at` and read it: once by each warp."""
+        plgpu.barrier_wait(self.full.at[at])
+        return Record(*(self.records[at * _FIELDS + i] for i in range(len(Record._fields))))
+
+    def add_up(self, item, done, write) -> None:
+        """Store what this block found of the item, `done` tiles, or add it to what other blocks found. One warp.
+
+        write(None) stores by TMA, write("add") adds.
+        """
+
+        def alone():
+            write(None)
+
+        def shared():
+            first = _count_up(self.counters, i32(self.pitch) + item) == 0
+            stored = i32(2 * self.pitch) + item
+
+            def store():
+                write(None)
+                plgpu.wait_smem_to_gmem(0)
+                next_turn(self.counters, stored)
+
+            def add():
+                wait_turn(self.counters, stored, i32(1))
+                write("add")
+
+            lax.cond(first, store, add)
+
+        lax.cond(done == self.tiles[item], alone, shared)
+
+
+def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done) -> None:
+    """Write record `at`; see Record and `shares`. own: whether the block has the item; item -1: look for one."""
+
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[plgpu.Layout.WG_SPLAT] * 4))
+    def claim(_, tiles, counters, records, at, own, item, done):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p, owner, leader, looking;
+            .reg .b32 lane, item, chunk, place, left, most, i, n0, n1, n2, n3;
+            .reg .b64 a;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 leader, lane, 0;
+            setp.ne.s32 owner, $4, 0;
+            mov.b32 item, $5;
+            setp.lt.s32 looking, item, 0;
+            @!looking bra take;
+
+            search:
+            mov.b32 most, {_LEFT - 1};
+            shl.b32 i, lane, 2;
+            next:
+            setp.ge.s32 p, i, {pitch};
+            @p bra searched;
+            mad.wide.s32 a, i, 4, $1;
+            ld.relaxed.gpu.global.v4.b32 {{n0, n1, n2, n3}}, [a];
+            setp.gt.s32 p, n0, most;
+            selp.b32 item, i, item, p;
+            max.s32 most, most, n0;
+            add.s32 i, i, 1;
+            setp.gt.s32 p, n1, most;
+            selp.b32 item, i, item, p;
+            max.s32 most, most, n1;
+            add.s32 i, i, 1;
+            setp.gt.s32 p, n2, most;
+            selp.b32 item, i, item, p;
+            max.s32 most, most, n2;
+            add.s32 i, i, 1;
+            setp.gt.s32 p, n3, most;
+            selp.b32 item, i, item, p;
+            max.s32 most, most, n3;
+            add.s32 i, i, 125;
+            bra next;
+            searched:
+            bar.warp.sync 0xffffffff;
+            redux.sync.max.s32 left, most, 0xffffffff;
+            setp.lt.s32 p, left, {_LEFT};
+            @p bra nothing;
+            setp.eq.s32 p, left, most;
+            vote.sync.ballot.b32 i, p, 0xffffffff;
+            bfind.u32 i, i;
+            shfl.sync.idx.b32 item, item, i, 31, 0xffffffff;
+
+            take:
+            mad.wide.s32 a, item, 4, $1;
+            mov.b32 i, {-_LEFT};
+            @owner add.s32 i, i, 1;
+            @leader atom.relaxed.gpu.global.add.u32 place, [a], i;
+            shfl.sync.idx.b32 place, place, 0, 31, 0xffffffff;
+            shr.s32 left, place, 16;
+            and.b32 place, place, {_LEFT - 1};
+            setp.gt.s32 p, left, 0;
+            @p bra found;
+            @looking bra search;
+
+            nothing:
+            mov.b32 item, -1;
+            mov.b32 left, 0;
+            bra write;
+
+            found:
+            @owner bra first;
+            add.s32 place, place, left;
+            sub.s32 place, place, 1;
+            first:
+            ld.global.b32 chunk, [$0 + {4 * items}];
+            mad.wide.s32 a, item, 4, $0;
+            ld.global.b32 left, [a];
+            mul.lo.s32 place, place, chunk;
+            sub.s32 left, left, place;
+            min.s32 left, left, chunk;
+
+            write:
+            add.s32 left, left, $6;
+            mad.lo.s32 i, $3, {4 * _FIELDS}, $2;
+            @leader st.shared.v4.b32 [i], {{item, place, left, 0}};
+            }}""",
+            mgpu.utils.memref_ptr(tiles), mgpu.utils.memref_ptr(counters), mgpu.utils.memref_ptr(records),
+            at.registers[()], own.registers[()], item.registers[()], done.registers[()], convergent=True,
+        )  # fmt: skip
+
+    claim(tiles, counters, records, at, own, item, done)
+
+
+def _count_up(counters, index):
+    """What counters[index] was, which is one more now: the same for all threads of the calling warp."""
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT), return_type=result)
+    def up(_, ref, i):
+        before = mgpu.utils.inline_ptx(
+            """{
+            .reg .pred p;
+            .reg .b32 t;
+            .reg .b64 a;
+            mad.wide.s32 a, $2, 4, $1;
+            mov.u32 t, %laneid;
+            setp.eq.u32 p, t, 0;
+            @p atom.relaxed.gpu.global.add.u32 t, [a], 1;
+            shfl.sync.idx.b32 $0, t, 0, 31, 0xffffffff;
+            }""",
+            mgpu.utils.memref_ptr(ref), i.registers[()],
+            result_types=mgpu.utils.dtype_to_ir_type(jnp.int32), has_side_effects=True, convergent=True,
+        )  # fmt: skip
+        return mgpu.FragmentedArray.splat(before, (), is_signed=True)
+
+    return up(counters, index)
