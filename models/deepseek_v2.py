@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zigzag_jax.cost import LatentSizes
+from zigzag_jax.cost import LatentSizes, choose_payload
 from zigzag_jax.mla import latent_attention
 from zigzag_jax.models.balance import AuxLoss
 from zigzag_jax.models.config import Fields
@@ -102,9 +102,16 @@ class DeepseekV2Config(DecoderConfig):
     @property
     def hop_values(self) -> dict[str, int]:
         """Values a token that travel round the ring in a layer's forward, for each payload of zigzag_jax/mla.py."""
-        dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        rope = self.qk_rope_head_dim
-        return LatentSizes(self.kv_lora_rank, rope, self.num_attention_heads, dim, self.v_head_dim).payloads
+        return self._latent_sizes.payloads
+
+    def travels(self, cp, rows, length, itemsize, strategy="ring"):
+        """What the cost rule chooses, as latent_attention does."""
+        return choose_payload(cp, rows, length, self._latent_sizes, itemsize, strategy=strategy)
+
+    @property
+    def _latent_sizes(self) -> LatentSizes:
+        dim, rope = self.qk_nope_head_dim + self.qk_rope_head_dim, self.qk_rope_head_dim
+        return LatentSizes(self.kv_lora_rank, rope, self.num_attention_heads, dim, self.v_head_dim)
 
     @property
     def sparse_layers(self) -> list[bool]:
