@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from zigzag_jax.models.deepseek_v2 import Attention
 from zigzag_jax.models.hf.convert import separate, to_hf
 from zigzag_jax.models.hf.files import Tensor, write
 from zigzag_jax.models.hf.saved import Source, read_state
@@ -216,8 +217,9 @@ def test_a_payload_that_the_model_has_not():
 @pytest.mark.parametrize("payload", [None, "latent", "expanded"])
 def test_the_model_is_told_what_travels(payload: Literal["latent", "expanded"] | None):
     sharding = Sharding(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]))
-    made = nnx.eval_shape(lambda: maker(Config(payload=payload), PRESETS["tiny-deepseek-v2"], sharding)(nnx.Rngs(0)))
-    assert made.groups[0].attention.options.payload == payload
+    build = maker(Config(payload=payload), PRESETS["tiny-deepseek-v2"], sharding)
+    made = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    assert [m.options.payload for _, m in nnx.iter_modules(made) if isinstance(m, Attention)] == [payload] * 2
 
 
 def test_dry_run_says_what_travels_to_the_experts():
