@@ -215,8 +215,9 @@ class Decoder(nnx.Module):
 
         `real` [B, S] bool is False on padding, which is computed and not counted. `rope_positions` are the numbers
         that the rotary embedding turns by, where they are not the positions inside a document. `routes` int32
-        [MoE layers, B, S, k] are the experts to use (another pass's RouterStats.routes, or `balanced_routes`); without
-        it the routers choose.
+        [MoE layers, B, S, k] are the experts to use (another pass's RouterStats.routes, or `balanced_routes`), in the
+        order of `tokens`: the zigzag order of this cp, so that routes of another cp are to be laid out anew; without it
+        the routers choose.
         """
         real = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
         rope_positions = positions if rope_positions is None else rope_positions
