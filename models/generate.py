@@ -1,7 +1,8 @@
 """`python -m zigzag_jax.models.generate FOLDER --prompt TEXT`: hear whether a model speaks.
 
 FOLDER is Hugging Face's, an imported one, or a training run (its newest checkpoint), with a tokenizer.json beside the
-weights. The prompt goes through the ring over --cp devices, however long it is; then it is token by token (decode.py).
+weights. The prompt goes through the ring over --cp devices of this process, however long it is; then it is token by
+token (decode.py).
 """
 
 import argparse

@@ -210,6 +210,16 @@ def test_the_text_ends_at_the_turns_end(model, tmp_path: Path, capsys: pytest.Ca
     assert capsys.readouterr().out.endswith(f"[{ids.shape[1]} tokens given, 1 written]\n")
 
 
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_generate_refuses_to_be_several_processes(
+    model, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(name, "2")
+    assert generate.main([str(model[0]), "--prompt", "x"]) == 2
+    rule = "must be 1 or not set, this command runs in one process"
+    assert capsys.readouterr().err == f"error: {name}: {rule}, got 2\n"
+
+
 def test_characters_of_several_tokens_are_printed_when_they_are_whole(capsys: pytest.CaptureFixture[str]):
     tokenizer = train_tokenizer(TEXT, characters=sum(map(len, TEXT)), vocab_size=300)
     text, shown = "a é 中文 \U0001f600 b", []
