@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
@@ -112,8 +112,12 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
     say = say if hosts.process_id == 0 else lambda text: None
     start_devices(trainer)
     with ExitStack() as stack:
-        doing = _together(config, trainer, found, stack, say)
-        whole = _scored(config, trainer, say, doing)
+        watchdog = _together(config, trainer, found, stack, say)
+        doing = watchdog.doing if watchdog else lambda *what: None
+        mesh = make_mesh(trainer)
+        if watchdog:
+            watchdog.on(mesh)
+        whole = _scored(config, trainer, mesh, say, doing)
         doing(0, "writing after batch", PATIENT)
         if config.out is not None and hosts.process_id == 0:
             _write(config.out, {name: whole[name] for name in ("tokens", "labels", "positions", "losses")})
@@ -124,22 +128,24 @@ def evaluate(config: EvaluateConfig, say: Callable[[str], None]) -> float:
 
 def _together(
     config: EvaluateConfig, trainer: Config, found: str, stack: ExitStack, say: Callable[[str], None]
-) -> Callable[..., None]:
-    """Meet the other processes, if any. What comes back is to be told what goes on: Watchdog.doing, or nothing."""
+) -> Watchdog | None:
+    """Meet the other processes, if any; who watches that they stay."""
     if trainer.hosts.num_processes == 1:
-        return lambda *what: None
+        return None
     own = {"rows": str(config.rows), "part": config.part}
     link = meet(trainer, facts(trainer) | own, found, stack, say)
     watchdog = stack.enter_context(Watchdog(None, trainer.hosts.timeout, link))
     check_devices(jax.devices(), link.hosts)
-    return watchdog.doing
+    return watchdog
 
 
-def _scored(config: EvaluateConfig, trainer: Config, say: Callable[[str], None], doing: Callable[..., None]) -> Block:
-    """All rows in natural order, and their losses."""
+def _scored(
+    config: EvaluateConfig, trainer: Config, mesh: Mesh, say: Callable[[str], None], doing: Callable[..., None]
+) -> Block:
+    """All rows in natural order, and their losses; `doing` is told what goes on, as Watchdog.doing is."""
     preparing = lambda what: doing(0, f"{what} before batch", PATIENT)
     source, sizes = _open(config.folder)
-    sharding = make_sharding(trainer, sizes, make_mesh(trainer))
+    sharding = make_sharding(trainer, sizes, mesh)
     dataset = open_data(
         config.data, config.tokenizer or source.beside / "tokenizer.json", process_index=trainer.hosts.process_id,
         say=say, working=lambda: preparing("reading the data"), wait_s=PATIENT * trainer.hosts.timeout,
