@@ -31,6 +31,8 @@ class Bench(NamedTuple):
     clock: Clock
     out: Path | None
     quick: bool = False
+    balanced: bool = False
+    """Whether the slices' experts all have the same work."""
 
     def check(self) -> list[dict]:
         """Against one GPU, with random cotangents."""

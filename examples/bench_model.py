@@ -19,6 +19,7 @@ from zigzag_jax.models.flops import H100_FLOPS, training_flops
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of
+from zigzag_jax.models.router import balanced_routes
 from zigzag_jax.models.sharding import Sharding, abstract_state
 from zigzag_jax.train.step import TrainState, make_step, state_shardings
 from zigzag_jax.train.task import Losses, Task
@@ -30,6 +31,21 @@ CHECKED = 1024  # tokens of the check: float32 arithmetic in plain XLA is slow
 BARS = {"loss": 2e-3, "worst gradient": 0.4}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BalancedTask(Task):
+    """Tokens go to all experts in turn: a random model's router gives some of them many times what others get."""
+
+    config: ModelConfig
+    """The model's sizes."""
+
+    def _forward(self, params: nnx.State, batch: dict[str, jax.Array]):
+        model, c = nnx.merge(self.graphdef, params), self.config
+        places = batch["positions"]  # of one document: in the order of the tokens, as routes must be
+        routes = balanced_routes(places, sum(c.sparse_layers), c.expert_count, c.num_experts_per_tok)
+        hidden, stats = model(batch["tokens"], batch["positions"], real=batch["real"], routes=routes)
+        return hidden, stats, model.head_weight
+
+
 class Slice(NamedTuple):
     """Some layers of a model, embedding and head, on the devices of a ring."""
 
@@ -37,13 +53,15 @@ class Slice(NamedTuple):
     sharding: Sharding
     remat: str
     options: KernelOptions
+    balanced: bool = False
+    """Whether all experts have the same work."""
 
     @classmethod
-    def of(cls, name: str, layers: int, remat: str, cp: int = 1, **options: Any) -> "Slice":
+    def of(cls, name: str, layers: int, remat: str, cp: int = 1, *, balanced: bool = False, **options: Any) -> "Slice":
         """So many layers of a preset, on the first cp devices; `options` are fields of KernelOptions."""
         mesh = Mesh(np.array(jax.devices()[:cp]).reshape(1, 1, cp), AXES)
         config = dataclasses.replace(PRESETS[name], num_hidden_layers=layers)
-        return cls(config, Sharding(mesh), remat, KernelOptions(**options))
+        return cls(config, Sharding(mesh), remat, KernelOptions(**options), balanced)
 
     @property
     def cp(self) -> int:
@@ -58,7 +76,8 @@ class Slice(NamedTuple):
     def task(self, dtype: Any = jnp.bfloat16, options: KernelOptions | None = None) -> Task:
         """What it is trained for, in arithmetic of `dtype`."""
         graphdef = abstract_state(lambda rngs: self.make(rngs, dtype, options))[0]
-        return Task(graphdef, self.sharding, dtype, self.config.aux_loss, self.config.aux_coefficient)
+        what = graphdef, self.sharding, dtype, self.config.aux_loss, self.config.aux_coefficient
+        return BalancedTask(*what, config=self.config) if self.balanced else Task(*what)
 
     def batch(self, length: int) -> dict[str, jax.Array]:
         """One document of random tokens, in zigzag order."""

@@ -63,12 +63,12 @@ def tell_trace(report: Report, bench: Bench) -> None:
         draw(gpus, report.out / "trace.png")
 
 
-def sliced(devices: int, quick: bool) -> dict[str, Slice]:
+def sliced(devices: int, quick: bool, balanced: bool) -> dict[str, Slice]:
     """The slices by what tells them apart."""
     layers = 2 if quick else 4
     return {
         f"{layers} layers of {model}{', ' if payload else ''}{payload or ''}": Slice.of(
-            model, layers, "attention", devices, payload=payload
+            model, layers, "attention", devices, payload=payload, balanced=balanced
         )
         for model, payloads in (TINY if quick else SLICED).items()
         for payload in payloads
@@ -78,7 +78,7 @@ def sliced(devices: int, quick: bool) -> dict[str, Slice]:
 def tell_slices(report: Report, bench: Bench) -> None:
     """A training step of real layers."""
     rows, checks, length = [], [], (64 if bench.quick else 32768) * bench.devices
-    for name, this in sliced(bench.devices, bench.quick).items():
+    for name, this in sliced(bench.devices, bench.quick, bench.balanced).items():
         params = init_state(this.make, this.sharding, jax.random.key(0))[1]
         checks += [{**row, "by": name} for row in this.check(params, min(length, CHECKED))]
         if name in report.check("slices' check", checks):
@@ -103,6 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), default=parts, help=f"of {', '.join(parts)}")
     parser.add_argument("--devices", type=int, help="GPUs of the ring (all)")
     parser.add_argument("--tokens", type=int, help="of the whole sequence (8192 a GPU; with --quick 64)")
+    parser.add_argument("--balanced", action="store_true", help="the slices' tokens go to all experts in turn")
     parser.add_argument("--cpu-devices", type=int, help="that many devices on this CPU in the place of GPUs")
     flags(parser)
     args = parser.parse_args(argv)
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
         jax_clock(args.quick),
         args.out,
         args.quick,
+        args.balanced,
     )
     parts = [part for part in args.only if part != "check"]
     if args.only != ["slices"]:  # whose check is their own

@@ -3,6 +3,7 @@
     python examples/bench_slice.py                            4 layers of Qwen3-30B-A3B, 32k tokens
     python examples/bench_slice.py --model deepseek-v2-lite
     python examples/bench_slice.py --cp 4 --tokens 131072
+    python examples/bench_slice.py --balanced                 all experts have the same work
     python examples/bench_slice.py --peer                     beside `transformers`, where it is installed
     python examples/bench_slice.py --quick                    does it run at all? (no GPU needed)
 
@@ -69,6 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--remat", default="attention", choices=list(REMAT))
     parser.add_argument("--cp", type=int, default=1, help="GPUs of a ring")
     parser.add_argument("--payload", choices=["latent", "expanded"], help="what of DeepSeek's keys travels")
+    parser.add_argument("--balanced", action="store_true", help="tokens go to all experts in turn, past the router")
     parser.add_argument("--fused", action="store_true", help="SwiGLU inside the experts' matmuls")
     parser.add_argument("--only", choices=["gradient", "step"], help="one of the two")
     parser.add_argument("--peer", action="store_true", help="bench_transformers.py first, in a process of its own")
@@ -96,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     """Check, time and print; 1 where the loss or a gradient is wrong."""
     args = parse(argv)
     rows = beside = peer(args) if args.peer else []
-    this = Slice.of(args.model, args.layers, args.remat, args.cp, fused=args.fused, payload=args.payload)
+    options = {"balanced": args.balanced, "fused": args.fused, "payload": args.payload}
+    this = Slice.of(args.model, args.layers, args.remat, args.cp, **options)
     shapes = abstract_state(this.make)[1]
     flops, count = training_flops(this.config, args.tokens), sum(x.size for x in jax.tree.leaves(shapes))
     sizes = {"parameters": count, "training TFLOP": flops / 1e12}

@@ -11,7 +11,7 @@ folder's.
 For one host of 8 H100 (80 GB), one cp ring. A step is one row. Any flag of `python -m zigzag_jax.train` may be
 given too. srun starts one task a GPU, each of which must see all GPUs of the host (docs/hosts.md).
 
-What to expect: 7.5 GiB of float32 weights and 15 GiB of AdamW's moments a device; a step of 16,384 tokens a device
+What to expect: 7.3 GiB of float32 weights and 15 GiB of AdamW's moments a device; a step of 16,384 tokens a device
 takes about 3 s at an MFU of 0.4 (69 GFLOPs a token). The published model was stretched to 32k by yarn and takes the
 rest of the length from your text. Tried with tiny models only.
 """

@@ -8,7 +8,7 @@ For 2 hosts of 8 H100 (80 GB): a cp ring of 4 inside a host, fsdp over 4 rings. 
 of `python -m zigzag_jax.train` may be given too. srun starts one task a GPU, each of which must see all GPUs of its
 host (docs/hosts.md).
 
-What to expect: 3.9 GiB of float32 weights and 7.7 GiB of AdamW's moments a device. A hop is 36 MiB of latent (expanded
+What to expect: 3.7 GiB of float32 weights and 7.3 GiB of AdamW's moments a device. A hop is 36 MiB of latent (expanded
 keys and values would be 260). A token is 42 GFLOPs of training at this length: at an MFU of 0.4 a step of 32,768 tokens
 a device takes about 3.5 s. What has been measured is one H100 (docs/benchmarks.md); 16 devices have not.
 """

@@ -14,7 +14,7 @@ A model is a `Decoder` that says how its attention and its feed-forward blocks a
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +97,14 @@ class DecoderConfig:
     def hop_values(self) -> dict[str, int]:
         """Values a token that travel round the ring in a layer's forward, by what they are."""
         raise NotImplementedError
+
+    def travels(
+        self, cp: int, rows: int, length: int, itemsize: int, strategy: Literal["ring", "allgather"] = "ring"
+    ) -> str:
+        """Which of `hop_values` it is where nobody says so: on a rank of cp with `rows` of `length` tokens."""
+        del cp, rows, length, itemsize, strategy
+        (only,) = self.hop_values
+        return only
 
     @property
     def aux_coefficient(self) -> float:
@@ -207,8 +215,9 @@ class Decoder(nnx.Module):
 
         `real` [B, S] bool is False on padding, which is computed and not counted. `rope_positions` are the numbers
         that the rotary embedding turns by, where they are not the positions inside a document. `routes` int32
-        [MoE layers, B, S, k] are the experts to use (another pass's RouterStats.routes, or `balanced_routes`); without
-        it the routers choose.
+        [MoE layers, B, S, k] are the experts to use (another pass's RouterStats.routes, or `balanced_routes`), in the
+        order of `tokens`: the zigzag order of this cp, so that routes of another cp are to be laid out anew; without it
+        the routers choose.
         """
         real = jnp.ones(tokens.shape, bool) if real is None else real.astype(bool)
         rope_positions = positions if rope_positions is None else rope_positions

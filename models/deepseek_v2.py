@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zigzag_jax.cost import LatentSizes
+from zigzag_jax.cost import LatentSizes, choose_payload
 from zigzag_jax.mla import latent_attention
 from zigzag_jax.models.balance import AuxLoss
 from zigzag_jax.models.config import Fields
@@ -29,7 +29,7 @@ from zigzag_jax.models.moe import LayerStats, MoE
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.rope import Rope, Rotary, Yarn, rotate_pairs, stretch
 from zigzag_jax.models.router import GroupLimitedTopK
-from zigzag_jax.models.sharding import Sharding
+from zigzag_jax.models.sharding import Sharding, whole
 
 INNER_EPS = 1e-6
 TOPK_METHODS = ("greedy", "group_limited_greedy")
@@ -102,9 +102,16 @@ class DeepseekV2Config(DecoderConfig):
     @property
     def hop_values(self) -> dict[str, int]:
         """Values a token that travel round the ring in a layer's forward, for each payload of zigzag_jax/mla.py."""
-        dim = self.qk_nope_head_dim + self.qk_rope_head_dim
-        rope = self.qk_rope_head_dim
-        return LatentSizes(self.kv_lora_rank, rope, self.num_attention_heads, dim, self.v_head_dim).payloads
+        return self._latent_sizes.payloads
+
+    def travels(self, cp, rows, length, itemsize, strategy="ring"):
+        """What the cost rule chooses, as latent_attention does."""
+        return choose_payload(cp, rows, length, self._latent_sizes, itemsize, strategy=strategy)
+
+    @property
+    def _latent_sizes(self) -> LatentSizes:
+        dim, rope = self.qk_nope_head_dim + self.qk_rope_head_dim, self.qk_rope_head_dim
+        return LatentSizes(self.kv_lora_rank, rope, self.num_attention_heads, dim, self.v_head_dim)
 
     @property
     def sparse_layers(self) -> list[bool]:
@@ -213,7 +220,7 @@ class Attention(nnx.Module):
             q,
             latent,
             k_pe,
-            self._kv_b,
+            self._kv_b(x.dtype),
             positions=positions,
             scale=c.softmax_scale,
             mesh=self.sharding.mesh,
@@ -236,7 +243,7 @@ class Attention(nnx.Module):
         (arXiv:2405.04434, section 2.1.2), which makes this attention of all heads over one key head.
         """
         c, nope = self.config, self.config.qk_nope_head_dim
-        q, kv_b = self._queries(x, turn), self._kv_b.astype(x.dtype)
+        q, kv_b = self._queries(x, turn), self._kv_b(x.dtype).astype(x.dtype)
         wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         narrow = wide("bshn,rhn->bshr", q[..., :nope], kv_b[..., :nope]).astype(x.dtype)
         q = jnp.concatenate([narrow, q[..., nope:]], axis=-1)
@@ -257,10 +264,10 @@ class Attention(nnx.Module):
         compressed, rank = self.kv_a(x), self.config.kv_lora_rank
         return self.kv_norm(compressed[..., :rank]), rotate_pairs(compressed[..., None, rank:], turn)[:, :, 0]
 
-    @property
-    def _kv_b(self) -> jax.Array:
-        """[R, H, N + E]."""
-        return self.kv_b.weight[...].reshape(self.config.kv_lora_rank, self.config.num_attention_heads, -1)
+    def _kv_b(self, dtype: Any) -> jax.Array:
+        """[R, H, N + E], float32 values of `dtype`."""
+        kv_b = whole(self.sharding, ("latent", "heads"), dtype, self.kv_b.weight[...])
+        return kv_b.reshape(self.config.kv_lora_rank, self.config.num_attention_heads, -1)
 
 
 class SharedMoE(nnx.Module):

@@ -1,6 +1,7 @@
 """The CPU where there is no GPU: what a command line decides before JAX starts."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -25,11 +26,23 @@ def on_cpu() -> bool:
     return jax.config.jax_platforms == "cpu"
 
 
+_COUNTS = ("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")  # as train/hosts/discover.py
+
+
+def check_alone(environment: Mapping[str, str]) -> None:
+    """ValueError where this process was started as one of several: each would do the whole by itself."""
+    for name in _COUNTS:
+        if environment.get(name, "1") != "1":
+            rule = "must be 1 or not set, this command runs in one process"
+            raise ValueError(f"{name}: {rule}, got {environment[name]}")
+
+
 def start_ring(cp: int, cpu_devices: int | None) -> None:
     """Have at least `cp` devices, where this is the CPU by letting it pose as them; before any JAX computation.
 
-    ValueError where there are too few.
+    ValueError where there are too few, or where this is one of several processes.
     """
+    check_alone(os.environ)
     if cp < 1:
         raise ValueError(f"cp: must be >= 1, got {cp}")
     if on_cpu():

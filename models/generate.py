@@ -1,20 +1,24 @@
 """`python -m zigzag_jax.models.generate FOLDER --prompt TEXT`: hear whether a model speaks.
 
 FOLDER is Hugging Face's, an imported one, or a training run (its newest checkpoint), with a tokenizer.json beside the
-weights. The prompt goes through the ring over --cp devices, however long it is; then it is token by token (decode.py).
+weights. The prompt goes through the ring over --cp devices of this process, however long it is; then it is token by
+token (decode.py).
 """
 
 import argparse
 import functools
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from zigzag_jax.models.config import read_json
 from zigzag_jax.models.decode import Writer, write
 from zigzag_jax.models.devices import ring_mesh, start_ring, use_cpu_without_gpu
 from zigzag_jax.models.errors import DONE, fail
@@ -46,6 +50,7 @@ def _continue(args: argparse.Namespace) -> None:
     prompt = [*_begin(source.beside, tokenizer), *tokenizer.encode(text).ids]
     if not prompt:
         raise ValueError(f"prompt: must hold a token, got {text!r}")
+    ends = _ends(source.config, source.beside)
     if max(prompt) >= config.vocab_size:
         raise ValueError(f"tokenizer: ids must be under the model's {config.vocab_size}, got {max(prompt)}")
     where, dtype = Sharding(ring_mesh(args.cp)), jnp.dtype(args.dtype)
@@ -57,8 +62,6 @@ def _continue(args: argparse.Namespace) -> None:
     print(text, end="", flush=True)  # noqa: T201
     shown: list[int] = []
     told = functools.partial(_tell, tokenizer, shown)
-    end = source.config.get("eos_token_id")
-    ends = end if isinstance(end, list) else [] if end is None else [end]
     ids = write(
         Writer(make, where), params, [prompt], args.tokens, temperature=args.temperature, top_p=args.top_p,
         seed=args.seed, ends=ends, told=told,
@@ -92,6 +95,17 @@ def _begin(folder: Path, tokenizer: Tokenizer) -> list[int]:
     token = token.get("content") if isinstance(token, dict) else token
     number = tokenizer.token_to_id(token) if values.get("add_bos_token") and token else None
     return [] if number is None or number in tokenizer.encode("a").ids else [number]
+
+
+def _ends(config: Mapping[str, Any], folder: Path) -> list[int]:
+    """The tokens that end a text, by config.json and by generation_config.json, which may know more (a turn's end)."""
+    file, found = folder / "generation_config.json", []
+    for values in (config, read_json(file) if file.is_file() else {}):
+        end = values.get("eos_token_id")
+        found += end if isinstance(end, list) else [] if end is None else [end]
+    if wrong := [end for end in found if not isinstance(end, int)]:
+        raise ValueError(f"eos_token_id must be a number or a list of numbers, got {wrong[0]!r}")
+    return list(dict.fromkeys(found))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -8,6 +8,8 @@ exception where every device has all of them: grouped_matmul gives their gradien
 once a device, summed in float32. With expert parallelism it is float32 throughout.)
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,22 +24,25 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
     return std * jax.random.normal(rngs.params(), shape, jnp.float32)
 
 
-@jax.custom_vjp
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Rows x [..., k] times w [k, n] in x's dtype; the gradient of w is float32 from the first addition on."""
-    return x @ w.astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, w: jax.Array, precision: lax.Precision | None = None) -> jax.Array:
+    """Rows x [..., k] times w [k, n] in x's dtype; the gradient of w is float32 from the first addition on.
+
+    `precision` is that of all three products, where the default is not enough: of float32 a GPU rounds the factors.
+    """
+    return jnp.matmul(x, w.astype(x.dtype), precision=precision)
 
 
-def _linear_bwd(residuals, dy):
+def _linear_bwd(precision, residuals, dy):
     x, w = residuals
     rows = tuple(range(x.ndim - 1))
-    dw = lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    dw = lax.dot_general(x, dy, ((rows, rows), ((), ())), precision, preferred_element_type=jnp.float32)
     # contracted where it lies: of a transposed weight XLA would gather a second copy
-    dx = lax.dot_general(dy, w.astype(dy.dtype), (((dy.ndim - 1,), (1,)), ((), ())))
+    dx = lax.dot_general(dy, w.astype(dy.dtype), (((dy.ndim - 1,), (1,)), ((), ())), precision)
     return dx, dw.astype(w.dtype)
 
 
-linear.defvjp(lambda x, w: (linear(x, w), (x, w)), _linear_bwd)
+linear.defvjp(lambda x, w, precision: (linear(x, w, precision), (x, w)), _linear_bwd)
 
 
 class Linear(nnx.Module):

@@ -144,7 +144,9 @@ def _local_moe(x, real, weights, extras, *, router: Router, experts, specs, axes
     with jax.named_scope("router"):
         if "experts" in extras:
             extras = extras | {"experts": extras["experts"].reshape(-1, router.top_k)}
-        routes = router(linear(x.astype(jnp.float32) if router.wide else x, route), **extras)
+        # float32 that a GPU would round to ten bits (TF32) sends tokens to other experts; the product is small
+        logits = linear(x.astype(jnp.float32), route, lax.Precision.HIGHEST) if router.wide else linear(x, route)
+        routes = router(logits, **extras)
         chosen = routes.experts[:, :, None] == jnp.arange(route.shape[1])[None, None]
         taken = jnp.sum(chosen, axis=1, dtype=jnp.int32)
         counts = jnp.sum(taken.reshape(*shape[:2], -1) * real[:, :, None], axis=1, dtype=jnp.int32)

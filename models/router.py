@@ -44,7 +44,7 @@ class Router(Protocol):
 
     @property
     def wide(self) -> bool:
-        """Whether the logits are computed in float32, not in the model's dtype."""
+        """Whether the logits are computed in whole float32 (no TF32 either), not in the model's dtype."""
         ...
 
     def __call__(

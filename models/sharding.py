@@ -5,6 +5,8 @@ which mesh axes a meaning is cut over. `Sharding.spec` joins the two for a given
 
     activations           ("batch", "sequence", "embed")            ->  P(("dp", "fsdp"), "cp", None)
     an attention weight   ("embed", "heads")                        ->  P(("fsdp", "cp"), None)
+    one into a latent     ("embed", "latent")                       ->  P(("fsdp", "cp"), None)
+    one out of it         ("latent", "heads")                       ->  P(("fsdp", "cp"), None)
     the experts' weights  ("layers", "experts", "embed", "mlp")     ->  P(None, None, ("fsdp", "cp"), None)
 
 Three things make one table enough:
@@ -47,7 +49,7 @@ RULES: Rules = (
     ("heads", ()),
     ("kv_heads", ()),
     ("head_dim", ()),
-    ("latent", ()),
+    ("latent", ("fsdp", "cp")),
     ("norm", ()),
     ("mlp", ()),
     ("experts", ()),
@@ -175,6 +177,23 @@ def scatter(x: jax.Array, spec: P) -> jax.Array:
 
 
 _gather.defvjp(lambda spec, dtype, w: (_gather(spec, dtype, w), None), _gather_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def whole(sharding: Sharding, names: tuple[str, ...], dtype: Any, w: jax.Array) -> jax.Array:
+    """Outside of shard_map: a parameter cut by its logical axes -> the whole one on every device, float32, rounded to
+    `dtype` before it travels.
+
+    For a shard_map that takes it as P(): the sum of its gradients over the devices stays float32.
+    """
+    w = lax.with_sharding_constraint(w.astype(dtype), NamedSharding(sharding.mesh, P()))
+    return w.astype(jnp.float32)
+
+
+whole.defvjp(
+    lambda sharding, names, dtype, w: (whole(sharding, names, dtype, w), None),
+    lambda sharding, names, dtype, _, grad: (sharding.constrain(grad, *names),),
+)
 
 
 def param(value: jax.Array, *names: str) -> nnx.Param:

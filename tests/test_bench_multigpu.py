@@ -6,15 +6,18 @@ import bench_layer
 import bench_multigpu
 import bench_slice
 import jax
+import jax.numpy as jnp
 import pytest
 from bench import Report
 from bench_gpus import TRACED, Bench
 from bench_inputs import Heads
+from bench_model import Slice
 from clock import Clock
 from test_read_trace import RING, plane, write
 from trace_events import read
 
 from zigzag_jax.kernels import FLASH
+from zigzag_jax.models.sharding import abstract_state
 
 pytestmark = pytest.mark.source
 QUICK = ["--quick", "--devices", "2"]
@@ -103,6 +106,18 @@ def test_a_slice_that_is_wrong_is_not_timed(monkeypatch, capsys):
     monkeypatch.setattr(Clock, "in_turn", lambda self, calls: pytest.fail("timed"))
     assert bench_slice.main(["--quick", "--only", "gradient", "--remat", "none"]) == 1
     assert "FAIL worst gradient" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_balanced_slice_gives_all_experts_the_same_work(balanced):
+    """A router of zeros has no reason to."""
+    this = Slice.of("tiny-qwen3-moe", 2, "none", 4, balanced=balanced)
+    task = this.task(jnp.float32)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract_state(this.make)[1])
+    load = jax.jit(task.load, compiler_options={"xla_backend_optimization_level": 0})(params, this.batch(64))
+    assert load.shape == (2, this.config.expert_count)
+    level = 64 * this.config.num_experts_per_tok / this.config.expert_count
+    assert bool((load == level).all()) == balanced
 
 
 def test_a_peer_that_cannot_run_is_said_so(capsys):

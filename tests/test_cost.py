@@ -1,5 +1,8 @@
 """The cost model: its waiting is that of small rings worked out by hand, its seconds are those that were measured."""
 
+import itertools
+from typing import Literal
+
 import numpy as np
 import oracle
 import pytest
@@ -154,6 +157,22 @@ def test_payloads():
     assert choose_payload(4, 1, 8192, LITE, 2, machine=free) == "expanded"
     assert choose_payload(8, 1, 512, LITE, 2, machine=free) == "latent"  # a short step hides no large hop
     assert choose_payload(4, 1, 8192, LITE, 2, machine=free._replace(link=50e9)) == "latent"
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather"])
+@pytest.mark.parametrize("sizes", [LITE, LITE._replace(heads=128)], ids=["lite", "full"])
+def test_every_link_between_gpus_carries_the_latent(sizes: LatentSizes, strategy: Literal["ring", "allgather"]):
+    """From a port of 200 Gb/s to NVLink: which link it is need not be known."""
+    for cp, length, link in itertools.product((2, 8, 64), (512, 8192, 65536), (25e9, 50e9, 200e9, 400e9)):
+        machine = H100._replace(link=link)
+        assert choose_payload(cp, 1, length, sizes, 2, strategy=strategy, machine=machine) == "latent"
+
+
+def test_an_all_gather_waits_for_every_byte():
+    """Where hops hide the ring need not save them, but an all-gather hides none."""
+    free = H100._replace(toll=0.0)
+    assert choose_payload(4, 1, 8192, LITE, 2, machine=free) == "expanded"
+    assert choose_payload(4, 1, 8192, LITE, 2, strategy="allgather", machine=free) == "latent"
 
 
 def test_dead_steps_send_nothing():

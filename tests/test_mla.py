@@ -96,6 +96,17 @@ def test_hop_bytes(cp, payload):
     assert sent(both) == ({"bfloat16": 2 * 2 * values, "float32": 4 * values} if values else {})
 
 
+@pytest.mark.parametrize(("given", "asked"), [(None, "ring"), ("ring", "ring"), ("allgather", "allgather")])
+def test_the_cost_rule_is_asked_for_the_strategy(monkeypatch, given, asked):
+    """A rule that takes more time for the one than for the other must know which it is."""
+    rule = lambda *sizes, strategy: calls.append((sizes, strategy)) or "latent"
+    calls = []
+    monkeypatch.setattr("zigzag_jax.mla.choose_payload", rule)
+    x = {name: jnp.asarray(v, jnp.float32) for name, v in draw().items() if name != "dout"}
+    jax.eval_shape(functools.partial(latent_attention, mesh=mesh(4), spec=SPEC, strategy=given), *x.values())
+    assert set(calls) == {((4, B, S // 4, LatentSizes(R, ROPE, H, N + ROPE, E), 4), asked)}
+
+
 def test_bfloat16_error_does_not_grow_with_cp():
     want, want_grads, _ = wanted(False)
     errors = {}

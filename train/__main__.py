@@ -2,7 +2,6 @@
 
 import errno
 import faulthandler
-import os
 import sys
 import traceback
 
@@ -10,7 +9,7 @@ import jax
 import tyro
 
 from zigzag_jax.train.config import Config
-from zigzag_jax.train.errors import FAILED, RunError, UserError, exit_code, may_come_back
+from zigzag_jax.train.errors import FAILED, RunError, UserError, exit_code, leave, may_come_back
 from zigzag_jax.train.loop import run
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -28,26 +27,17 @@ def main(arguments: list[str] | None = None, default: Config | None = None, abou
     try:
         return run(config)
     except (UserError, RunError) as error:
-        return _fail(f"error: {error}", exit_code(error))
+        return leave(f"error: {error}", exit_code(error))
     except KeyboardInterrupt as error:
         text = f"interrupted; the same command again goes on from what is saved in {config.folder}"
-        return _fail(text, exit_code(error))
+        return leave(text, exit_code(error))
     except Exception as error:
         code = exit_code(error)
         if isinstance(error, OSError) and (error.errno in _FULL or may_come_back(error)):
-            return _fail(f"error: {error.strerror or error}: {error.filename or config.folder}", code)
+            return leave(f"error: {error.strerror or error}: {error.filename or config.folder}", code)
         if code == FAILED and not jax.distributed.is_initialized():
             raise
-        return _fail(traceback.format_exc().rstrip(), code)
-
-
-def _fail(text: str, code: int) -> int:
-    sys.stderr.write(text + "\n")
-    if jax.distributed.is_initialized():  # at its exit JAX would wait for the other processes, which wait for this one
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+        return leave(traceback.format_exc().rstrip(), code)
 
 
 if __name__ == "__main__":

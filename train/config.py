@@ -133,6 +133,10 @@ class Config:
     strategy: Literal["ring", "allgather"] = "ring"
     """How queries meet keys; with many short documents in a row allgather waits less, for cp times the memory of k, v.
     """
+    payload: Literal["latent", "expanded"] | None = None
+    """What of DeepSeek's keys and values travels: what they are made of, or themselves; default: what a cost rule
+    predicts to take less time.
+    """
     cpu_devices: int | None = None
     """CPU devices of this process where there is no GPU; default: as many as the mesh needs."""
     wandb: str | None = None

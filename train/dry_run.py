@@ -46,12 +46,25 @@ def describe(config: Config, sizes: ModelConfig, say: Callable[[str], None]) -> 
         say(f"accumulate    {config.accumulate} micro-batches a step; what follows is of one; a gradient more is held")
     say(f"tokens        {rows} rows of {length} a device (rows of {config.seq_len}, padded to {length * cp})")
     itemsize = 2 if config.dtype == "bfloat16" else 4
-    for what, values in sizes.hop_values.items():
-        count = rows * length * values
-        say(f"ring          {cp - 1} hops of {count * itemsize / 2**20:.2f} MiB ({what}) a layer forward")
-        say(f"              {cp - 1} of the same and {cp - 1} of {count * 4 / 2**20:.2f} MiB (their gradient) backward")
+    _describe_ring(config, sizes, (rows, length), cp, itemsize, say)
     if axes := sharding.expert_axes:
         _describe_exchange(config.mesh.ep or 1, axes, sizes, rows * length, itemsize, say)
+
+
+def _describe_ring(
+    config: Config, sizes: ModelConfig, tokens: tuple[int, int], cp: int, itemsize: int, say: Callable[[str], None]
+) -> None:
+    """What a device with rows of `tokens` = (rows, length) sends to the others of its ring, in each form."""
+    sent = "hops" if config.strategy == "ring" else "shards"
+    for what, values in sizes.hop_values.items():
+        count = math.prod(tokens) * values
+        first = f"{cp - 1} {sent} of {count * itemsize / 2**20:.2f} MiB ({what}) a layer forward"
+        say(f"{config.strategy:14s}{first}")
+        say(f"              {cp - 1} of the same and {cp - 1} of {count * 4 / 2**20:.2f} MiB (their gradient) backward")
+    if len(sizes.hop_values) > 1 and cp > 1:
+        why = "by the cost rule, --payload overrides it" if config.payload is None else "by --payload"
+        form = config.payload or sizes.travels(cp, *tokens, itemsize, config.strategy)
+        say(f"payload       {form} ({why})")
 
 
 def _describe_exchange(

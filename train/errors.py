@@ -3,6 +3,9 @@
 Of several processes all end with the code of the first that failed (train/hosts/link.py).
 """
 
+import os
+import sys
+
 import jax
 
 from zigzag_jax.models.errors import DONE, FAILED, MACHINE_FAILED, USER_ERROR, UserError, may_come_back
@@ -56,7 +59,19 @@ def exit_code(error: BaseException) -> int:
     return MACHINE_FAILED if machine else FAILED
 
 
+def leave(text: str, code: int) -> int:
+    """Say what ends a command; its exit code. One of several processes ends here and now: at its exit JAX would wait
+    for the others, which wait for this one.
+    """
+    sys.stderr.write(text + "\n")
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 __all__ = [
     "DONE", "FAILED", "INTERRUPTED", "MACHINE_FAILED", "PREEMPTED", "USER_ERROR", "MachineError", "PeerError",
-    "RunError", "SaveError", "UserError", "exit_code", "may_come_back", "refusal",
+    "RunError", "SaveError", "UserError", "exit_code", "leave", "may_come_back", "refusal",
 ]  # fmt: skip

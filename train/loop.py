@@ -25,16 +25,16 @@ from zigzag_jax.train.config import Config, check
 from zigzag_jax.train.dry_run import describe
 from zigzag_jax.train.ending import report
 from zigzag_jax.train.errors import DONE, PREEMPTED, UserError
-from zigzag_jax.train.hosts.agree import call_roll, check_devices, facts
+from zigzag_jax.train.hosts.agree import check_devices, facts
 from zigzag_jax.train.hosts.discover import find_hosts
-from zigzag_jax.train.hosts.link import Link
+from zigzag_jax.train.hosts.meet import meet
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.hosts.watchdog import PATIENT, Watchdog
 from zigzag_jax.train.lock import sole_run
 from zigzag_jax.train.logs.display import Display
 from zigzag_jax.train.logs.trace import Profile, profile_steps
 from zigzag_jax.train.logs.wandb_run import check_wandb
-from zigzag_jax.train.mesh import join, make_mesh, start_devices
+from zigzag_jax.train.mesh import make_mesh, start_devices
 from zigzag_jax.train.models import model_config, model_folder
 from zigzag_jax.train.setup import set_up
 from zigzag_jax.train.steps import Steps
@@ -58,21 +58,9 @@ def run(config: Config) -> int:
         return DONE
     start_devices(config)
     with ExitStack() as last, ExitStack() as stack:  # `last`: signals are heeded until all else is closed
-        link = _join(config, found, stack, say)
+        link = meet(config, facts(config), found, stack, say) if config.hosts.num_processes > 1 else None
         watchdog = stack.enter_context(Watchdog(config.folder, config.hosts.timeout, link))
         return _run(config, sizes, console, say, watchdog, last)
-
-
-def _join(config: Config, found: str, stack: ExitStack, say: Callable[[str], None]) -> Link | None:
-    """The wire to the other processes, where there are any."""
-    hosts = config.hosts
-    if hosts.num_processes == 1:
-        return None
-    say(f"process {hosts.process_id} of {hosts.num_processes}, coordinator {hosts.coordinator} (from {found})")
-    link = stack.enter_context(call_roll(config, facts(config)))
-    say(f"all processes are there and run the same: {', '.join(map(link.name, range(min(len(link.hosts), 16))))}")
-    join(hosts)
-    return link
 
 
 def _run(

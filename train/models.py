@@ -114,8 +114,12 @@ def fit_vocabulary(sizes: ModelConfig, name: str, vocab_size: int) -> ModelConfi
 def maker(
     config: Config, sizes: ModelConfig, sharding: Sharding, implementation: str | None = None
 ) -> Callable[[nnx.Rngs], Decoder]:
-    """What builds the model from random keys; `implementation` as in KernelOptions."""
-    options = KernelOptions(implementation=implementation, strategy=config.strategy)
+    """What builds the model from random keys; `implementation` as in KernelOptions. UserError for a --payload that the
+    model has not.
+    """
+    if config.payload is not None and config.payload not in sizes.hop_values:
+        raise UserError("payload", "must be left out for a model whose keys are made of no latent", config.payload)
+    options = KernelOptions(implementation=implementation, strategy=config.strategy, payload=config.payload)
     bias = config.router.bias_rate > 0
     return lambda rngs: model_of(sizes)(
         sizes,

@@ -96,7 +96,7 @@ def latent_attention(
       mesh: see positions.
       spec: PartitionSpec(batch axes, axis_name, None, None) of q.
       axis_name: see positions.
-      payload: "latent", "expanded", or None, which is the cost rule's for this mesh (cost.choose_payload).
+      payload: "latent", "expanded", or None, which is the cost rule's for this mesh and strategy (cost.choose_payload).
       strategy: see positions.
       implementation: see positions.
       deterministic: see positions.
@@ -119,9 +119,10 @@ def latent_attention(
         make = Latent(nope)
         batch, length, heads, dim = q.shape
         sizes = LatentSizes(latent.shape[2], k_pe.shape[2], heads, dim, kv_b.shape[2] - nope)
-        form = payload or choose_payload(mesh.shape[axis_name], batch, length, sizes, q.dtype.itemsize)
+        way, cp = strategy or "ring", mesh.shape[axis_name]
+        form = payload or choose_payload(cp, batch, length, sizes, q.dtype.itemsize, strategy=way)
         plan = attention_plan(
-            q, axis_name=axis_name, window=window, scale=scale, softcap=None, strategy=strategy or "ring",
+            q, axis_name=axis_name, window=window, scale=scale, softcap=None, strategy=way,
             implementation=implementation, deterministic=deterministic, grad_dtype=grad_dtype, layout="zigzag",
             expand=make if form == "latent" else None,
         )  # fmt: skip

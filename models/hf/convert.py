@@ -20,7 +20,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from zigzag_jax.models.balance import BIAS
-from zigzag_jax.models.hf.files import Tensor
+from zigzag_jax.models.hf.files import Tensor, listed
 from zigzag_jax.models.hf.names import EMBEDDING, HEAD, Entry, Path, entries
 from zigzag_jax.models.progress import Told, silent
 from zigzag_jax.models.registry import ModelConfig, model_of
@@ -43,7 +43,7 @@ def from_hf(
 
     Each process makes the pieces that its own devices keep, one at a time: with `files.Folder`, which maps files into
     memory, a host holds one device's piece of one parameter beside what is on the devices. ValueError that lists the
-    tensors that are missing, have another shape, or that nothing here takes.
+    tensors that are missing, have another shape, or that nothing here takes (`check_tensors`).
     """
     tensors = _without_copied_head(tensors, config)
     flat = {path: v.get_value().shape for path, v in nnx.to_flat_state(shapes)}
@@ -215,19 +215,19 @@ def _separate_shapes(shapes: Mapping[Path, tuple[int, ...]], parts: Mapping[Path
 
 
 def check_tensors(tensors: Arrays, wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError that lists what is missing, unexpected, or of another shape."""
+    """ValueError that lists what is missing, what is unexpected, and what has another shape: all three at once."""
     wrong = [
         f"{n} {tuple(tensors[n].shape)} instead of {s}"
         for n, s in wanted.items()
         if n in tensors and tuple(tensors[n].shape) != s
     ]
-    for words, names in (
-        ("must hold", [n for n in wanted if n not in tensors]),
-        ("must hold nothing else than its config says, but has", sorted(set(tensors) - wanted.keys())),
-        ("must have the shapes of its config, but has", wrong),
-    ):
-        if names:
-            raise ValueError(f"a saved model {words} {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}")
+    faults = (
+        ("missing", [n for n in wanted if n not in tensors]),
+        ("unexpected", sorted(set(tensors) - wanted.keys())),
+        ("of another shape", wrong),
+    )
+    if found := "; ".join(f"{len(names)} {words}: {listed(names)}" for words, names in faults if names):
+        raise ValueError(f"a saved model must hold the tensors of its config and no others, got {found}")
 
 
 def _read(tensors: Arrays, parts: Parts, shape: tuple[int, ...], dtype: Any, index) -> np.ndarray:

@@ -26,6 +26,13 @@ DTYPES: dict[str, np.dtype] = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 META = "__metadata__"  # the one key of a header that is no tensor
 INDEX = ".safetensors.index.json"
+_LISTED = 20  # names that a message tells
+
+
+def listed(names: list[str]) -> str:
+    """Names as a message tells them: all of a few, the first of many."""
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
 
 
 class Folder(Mapping[str, np.ndarray]):
@@ -50,11 +57,13 @@ class Folder(Mapping[str, np.ndarray]):
         if not path.exists():
             return
         try:
-            names = json.loads(path.read_text())["weight_map"].keys()
+            places = dict(json.loads(path.read_text())["weight_map"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"an index must be JSON with a weight_map ({error!r}), got {path}") from None
-        if lost := names - self.tensors.keys():
-            raise ValueError(f"a saved model must hold all tensors of {path.name}, got none for {sorted(lost)[:3]}")
+        if lost := sorted(places.keys() - self.tensors.keys()):
+            homes = listed(sorted({str(places[name]) for name in lost}))
+            found = f"{len(lost)} missing (of {homes}): {listed(lost)}"
+            raise ValueError(f"a saved model must hold all tensors of {path.name}, got {found}")
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.tensors[name]

@@ -1,7 +1,9 @@
 """DeepSeek-V2's sizes, its router, and that its two ring payloads are one model. Parity: test_hf_parity.py."""
 
 import dataclasses
+import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -148,32 +150,39 @@ def test_group_limited_routing_by_the_definition():
     np.testing.assert_allclose(routes.probs, probs, rtol=1e-6)  # of all experts: what the auxiliary loss needs
 
 
-@pytest.mark.parametrize(
-    "packed", [pytest.param(False, id="", marks=pytest.mark.slow), pytest.param(True, id="packed")]
-)
-def test_latent_and_expanded_and_any_cp_are_one_model(packed):
+@functools.cache
+def gradient(cp: int, payload: Payload) -> SimpleNamespace:
+    """Hidden states and gradients of one layer on a ring, compiled once for all batches."""
     config = dataclasses.replace(read_config(GOLDEN / "deepseek_v2_full"), num_hidden_layers=1)
+    where = sharding(cp=cp)
+    graphdef, shapes = abstract_state(maker(config, where, options=KernelOptions(payload=payload)))
+    state = jax.tree.map(jax.device_put, drawn(config), parameter_shardings(shapes, where))
+
+    def loss(state, batch):
+        hidden, _ = nnx.merge(graphdef, state)(batch["tokens"], batch["positions"])
+        return jnp.vdot(hidden, batch["cotangent"]), hidden
+
+    run = jit(jax.grad(loss, has_aux=True))
+
+    def of(batch: dict[str, np.ndarray]):
+        gradients, hidden = run(state, put(batch, where))
+        return natural(hidden, where), nnx.to_flat_state(gradients)
+
+    return SimpleNamespace(config=config, of=of)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
+def test_latent_and_expanded_and_any_cp_are_one_model(packed):
+    one = gradient(1, "expanded")
     rng = np.random.default_rng(0)
-    tokens = rng.integers(0, config.vocab_size, (2, 32)).astype(np.int32)
+    tokens = rng.integers(0, one.config.vocab_size, (2, 32)).astype(np.int32)
     positions = oracle.random_documents(rng, 2, 32, 3) if packed else np.tile(np.arange(32, dtype=np.int32), (2, 1))
-    cotangent = rng.standard_normal((2, 32, config.hidden_size)).astype(np.float32)
-    results = {}
-    forms: list[tuple[int, Payload]] = [(1, "expanded"), (4, "latent"), (4, "expanded")]
-    for cp, payload in forms:
-        where = sharding(cp=cp)
-        make = maker(config, where, options=KernelOptions(payload=payload))
-        graphdef, shapes = abstract_state(make)
-        state = jax.tree.map(jax.device_put, drawn(config), parameter_shardings(shapes, where))
-        batch = put({"tokens": tokens, "positions": positions, "cotangent": cotangent}, where)
-
-        def loss(state, batch, graphdef=graphdef):
-            hidden, _ = nnx.merge(graphdef, state)(batch["tokens"], batch["positions"])
-            return jnp.vdot(hidden, batch["cotangent"]), hidden
-
-        gradients, hidden = jit(jax.grad(loss, has_aux=True))(state, batch)
-        results[cp, payload] = natural(hidden, where), nnx.to_flat_state(gradients)
-    want_hidden, want = results.pop((1, "expanded"))
-    for hidden, gradients in results.values():
+    cotangent = rng.standard_normal((2, 32, one.config.hidden_size)).astype(np.float32)
+    batch = {"tokens": tokens, "positions": positions, "cotangent": cotangent}
+    want_hidden, want = one.of(batch)
+    payloads: tuple[Payload, ...] = ("latent", "expanded")
+    for payload in payloads:
+        hidden, gradients = gradient(4, payload).of(batch)
         oracle.check("hidden", hidden, np.asarray(want_hidden, np.float64), 1e-5)
         for (path, got), (_, expected) in zip(gradients, want, strict=True):
             oracle.check(str(path), got.get_value(), np.asarray(expected.get_value(), np.float64), 2e-5)

@@ -58,8 +58,16 @@ def test_shards_and_bfloat16_come_back_bit_for_bit(tmp_path):
         assert folder[name].dtype == want.dtype
         assert folder[name].tobytes() == want.tobytes()
     (tmp_path / names[1]).unlink()
-    with pytest.raises(ValueError, match=r"a saved model must hold all tensors of .*index.json, got none for \['w2'"):
+    (tmp_path / names[2]).unlink()
+    rule = r"^a saved model must hold all tensors of model.safetensors.index.json"
+    with pytest.raises(ValueError, match=rf"{rule}, got 3 missing \(of {names[1]}, {names[2]}\): w2, w3, w4$"):
         files.Folder(tmp_path)
+
+
+def test_a_long_list_is_told_by_its_beginning():
+    names = [f"w{i}" for i in range(25)]
+    assert files.listed(names[:20]) == ", ".join(names[:20])
+    assert files.listed(names) == ", ".join(names[:20]) + " and 5 more"
 
 
 def test_what_is_no_saved_model(tmp_path):

@@ -103,14 +103,18 @@ def test_names_are_read_and_written_alike():
     for name in saved:
         np.testing.assert_array_equal(again[name], saved[name], err_msg=name)
     shapes = abstract_state(maker(config, where))[1]
-    for change, message in (
-        ({"model.norm.weight": None}, "a saved model must hold model.norm.weight"),
-        (
-            {"model.norm.weight": np.zeros(3)},
-            r"must have the shapes of its config, but has model.norm.weight \(3,\) instead of \(32,\)",
-        ),
-        ({"model.norm.bias": np.zeros(3)}, "must hold nothing else than its config says, but has model.norm.bias"),
+    own = next(name for name in saved if name.endswith("q_proj.weight"))
+    rule = "^a saved model must hold the tensors of its config and no others, got "
+    missing, unexpected = "1 missing: model.norm.weight", "2 unexpected: model.norm.bias, model.norm.scale"
+    wrong = rf"1 of another shape: {own} \(3,\) instead of \({', '.join(map(str, saved[own].shape))}\)"
+    gone, more = {"model.norm.weight": None}, dict.fromkeys(("model.norm.scale", "model.norm.bias"), np.zeros(3))
+    other = {own: np.zeros(3)}
+    for change, found in (
+        (gone, missing),
+        (more, unexpected),
+        (other, wrong),
+        (gone | more | other, f"{missing}; {unexpected}; {wrong}"),
     ):
         tensors = {name: value for name, value in (saved | change).items() if value is not None}
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{rule}{found}$"):
             from_hf(tensors, config, shapes, where)

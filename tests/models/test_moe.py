@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hops import equations
 from model_helpers import draw, jit, natural, put, relative, sharding
 
 from zigzag_jax.models.moe import MoE
@@ -166,3 +167,20 @@ def test_a_bias_decides_who_is_chosen_and_not_how_much_they_count(router):
     np.testing.assert_allclose(routes.weights, chosen * scale, rtol=1e-6)
     gradient = jax.grad(lambda bias: jnp.sum(router(logits, bias=bias).weights ** 2))(bias)
     np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_wide_router_is_float32_all_through(wide):
+    """A GPU makes TF32 of a float32 product with the default precision, in the gradients' too."""
+    where = sharding()
+    make = lambda rngs: MoE(SIZE, INNER, EXPERTS, SoftmaxTopK(2, True, wide=wide), where, std=0.5, rngs=rngs)
+    graphdef, shapes = abstract_state(make)
+    loss = lambda state, x: jnp.sum(nnx.merge(graphdef, state)(x, jnp.ones(x.shape[:2], bool))[0])
+    x = jax.ShapeDtypeStruct((1, 7, SIZE), jnp.bfloat16)
+    dots = [e for e, _ in equations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(shapes, x))]
+    dots = [eqn for eqn in dots if eqn.primitive.name == "dot_general"]
+    both = {(7, SIZE), (SIZE, EXPERTS), (7, EXPERTS)}  # x, the router's weight, the logits: each is made of the others
+    own = [eqn for eqn in dots if {eqn.invars[0].aval.shape, eqn.invars[1].aval.shape} < both]
+    precisions = [eqn.params["precision"] for eqn in own]
+    assert precisions == [(jax.lax.Precision.HIGHEST,) * 2 if wide else None] * 3
+    assert {str(eqn.invars[0].aval.dtype) for eqn in own} == {"float32" if wide else "bfloat16"}

@@ -174,6 +174,52 @@ def test_generate_prints_the_prompt_and_what_follows(model, tmp_path: Path, caps
         assert capsys.readouterr().err.startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "want"),
+    [
+        ({}, None, []),
+        ({"eos_token_id": 7}, None, [7]),
+        ({"eos_token_id": None}, {"eos_token_id": 8}, [8]),
+        ({"eos_token_id": 7}, {"eos_token_id": [8, 7]}, [7, 8]),
+        ({"eos_token_id": [7, 9]}, {"temperature": 0.6}, [7, 9]),
+    ],
+)
+def test_a_text_ends_where_either_config_says(config, generation, want, tmp_path: Path):
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert generate._ends(config, tmp_path) == want
+
+
+def test_ends_that_are_no_tokens(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"^eos_token_id must be a number or a list of numbers, got 'x'$"):
+        generate._ends({"eos_token_id": [7, "x"]}, tmp_path)
+    (tmp_path / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"must be a JSON object, got .*generation_config\.json$"):
+        generate._ends({}, tmp_path)
+
+
+def test_the_text_ends_at_the_turns_end(model, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """What the model writes first is called an end in generation_config.json alone: it writes one token."""
+    folder, _, merged = model
+    other = shutil.copytree(folder, tmp_path / "other")
+    ids = jnp.asarray([read_tokenizer(folder / "tokenizer.json").encode("Line 3").ids], jnp.int32)
+    hidden, _ = merged(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None])
+    first = int(merged.logits(hidden)[0, -1].argmax())
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [first]}))
+    assert generate.main([str(other), "--prompt", "Line 3", "--tokens", "9", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.endswith(f"[{ids.shape[1]} tokens given, 1 written]\n")
+
+
+@pytest.mark.parametrize("name", ["JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_generate_refuses_to_be_several_processes(
+    model, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv(name, "2")
+    assert generate.main([str(model[0]), "--prompt", "x"]) == 2
+    rule = "must be 1 or not set, this command runs in one process"
+    assert capsys.readouterr().err == f"error: {name}: {rule}, got 2\n"
+
+
 def test_characters_of_several_tokens_are_printed_when_they_are_whole(capsys: pytest.CaptureFixture[str]):
     tokenizer = train_tokenizer(TEXT, characters=sum(map(len, TEXT)), vocab_size=300)
     text, shown = "a é 中文 \U0001f600 b", []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -183,6 +184,50 @@ def test_a_signal_to_one_stops_all_after_the_same_step(place: Path, tmp_path: Pa
     group.all[1].send_signal(signal.SIGTERM)
     assert group.codes(120) == [75, 75], [path.read_text() for path in group.errors]
     assert saved(group.out)[-1] == max(losses(group.out))
+
+
+def evaluated(place: Path, run: Path, out: Path, size: int) -> list[subprocess.CompletedProcess[str]]:
+    """What each process of an evaluation of `run` said."""
+    command = [sys.executable, "-m", "zigzag_jax.train.evaluate", str(run), "--data", str(place / "a.txt")]
+    command += ["--seq-len", "32", "--rows", "7", "--mesh.dp", "2", "--mesh.cp", "2", "--dtype", "float32"]
+    port, env = free_port(), os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
+
+    def start(i: int) -> subprocess.Popen[str]:
+        hosts = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num-processes", str(size)]
+        hosts += ["--hosts.process-id", str(i), "--hosts.timeout", "60"]
+        words = [*command, "--out", str(out), *(hosts if size > 1 else ())]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+    processes = [start(i) for i in range(size)]
+    try:
+        said = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [subprocess.CompletedProcess((), p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(place: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    assert Group(place, run, 1, 2).codes() == [0]
+    (one,) = evaluated(place, run, tmp_path / "one.npz", 1)
+    first, second = evaluated(place, run, tmp_path / "two.npz", 2)
+    assert [x.returncode for x in (one, first, second)] == [0, 0, 0], [x.stderr for x in (one, first, second)]
+    table = lambda done: re.findall(r"^ +(?:all|\d+ \.\. \d+) +[\d,]+ .*$", done.stdout, re.MULTILINE)  # gloo talks too
+    assert [len(table(x)) for x in (one, first, second)] == [2, 2, 0]  # the second process says nothing
+    assert table(first) == table(one)
+    want, got = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
+    assert want["losses"].shape == (7, 32)
+    for name in want:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5)
+    # what process 0 alone finds ends both: it cannot write there
+    (tmp_path / "folder.npz").mkdir()
+    both = evaluated(place, run, tmp_path / "folder.npz", 2)
+    assert [x.returncode for x in both] == [2, 2], [x.stderr for x in both]
+    rule = "out: must be a file that can be written (Is a directory), got "
+    assert both[0].stderr.splitlines()[-1].startswith(f"error: {rule}")
+    assert f"ended: {rule}" in both[1].stderr.splitlines()[-1]
 
 
 @pytest.mark.processes

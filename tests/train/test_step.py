@@ -27,9 +27,15 @@ from zigzag_jax.train.task import Task
 RATE = 1e-3  # of the routers' biases
 S, B, V, STEPS = 44, 4, 64, 5  # padded to 48 on cp 3 and 4, so that a pad that counts shows
 # wide weights, so that no token stands between two experts: a routing that flips with rounding is not what is tested
-SIZES = dataclasses.replace(fit_vocabulary(PRESETS["tiny-qwen3-moe"], "tiny-qwen3-moe", V), initializer_range=0.1)
+QWEN, DEEPSEEK = "tiny-qwen3-moe", "tiny-deepseek-v2"
+SIZES = {
+    name: dataclasses.replace(fit_vocabulary(PRESETS[name], name, V), initializer_range=0.1)
+    for name in (QWEN, DEEPSEEK)
+}
+# one layer, with experts: compile time is what these tests take
+SIZES[DEEPSEEK] = dataclasses.replace(SIZES[DEEPSEEK], num_hidden_layers=1, first_k_dense_replace=0)
 PADS = {"tokens": 0, "labels": -1, "positions": 0, "real": False}
-QUICK = {"xla_backend_optimization_level": 0}  # compile time is what these tests take
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def make_mesh(dp: int, fsdp: int, cp: int) -> Mesh:
@@ -66,12 +72,12 @@ def on_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 
 @functools.cache
-def program(axes: tuple[int, int, int], ep: int, micro: int = 1) -> SimpleNamespace:
+def program(axes: tuple[int, int, int], ep: int, micro: int = 1, name: str = QWEN) -> SimpleNamespace:
     """A compiled step on a mesh, where it begins, and its state as shapes with shardings."""
-    mesh = make_mesh(*axes)
+    mesh, sizes = make_mesh(*axes), SIZES[name]
     config = Config(mesh=MeshConfig(*axes[:2], ep, axes[2]))
-    sharding = make_sharding(config, SIZES, mesh)
-    make = maker(Config(router=RouterConfig(bias_rate=RATE)), SIZES, sharding)
+    sharding = make_sharding(config, sizes, mesh)
+    make = maker(Config(router=RouterConfig(bias_rate=RATE)), sizes, sharding)
     graphdef, shapes = abstract_state(make)
     task = Task(graphdef, sharding, jnp.dtype("float32"), "sequence", aux_coefficient=0.1)  # large: an error must show
     tx = optimizer(OptimConfig(warmup=2, learning_rate=1e-3), STEPS)
@@ -93,9 +99,9 @@ def flat(tree) -> list[np.ndarray]:
 
 
 @functools.cache
-def train(axes: tuple[int, int, int], ep: int, micro: int = 1) -> dict[bool, SimpleNamespace]:
+def train(axes: tuple[int, int, int], ep: int, micro: int = 1, name: str = QWEN) -> dict[bool, SimpleNamespace]:
     """Five steps, of unpacked and of packed rows, by one compiled program; `micro` micro-batches a step."""
-    made = program(axes, ep, micro)
+    made = program(axes, ep, micro, name)
 
     def run(packed: bool) -> SimpleNamespace:
         state, losses, grads = made.first, [], []
@@ -109,19 +115,21 @@ def train(axes: tuple[int, int, int], ep: int, micro: int = 1) -> dict[bool, Sim
     return {packed: run(packed) for packed in (False, True)}
 
 
-MESHES = [((1, 1, 4), 1, 1), ((2, 2, 2), 4, 1)]
-MORE = [((2, 2, 2), 1, 1), ((1, 1, 3), 1, 1), ((2, 1, 2), 1, 2)]
+MESHES = [(QWEN, (1, 1, 4), 1, 1), (QWEN, (2, 2, 2), 4, 1), (DEEPSEEK, (1, 1, 4), 1, 1)]
+MORE = [(QWEN, (2, 2, 2), 1, 1), (QWEN, (1, 1, 3), 1, 1), (QWEN, (2, 1, 2), 1, 2), (DEEPSEEK, (2, 2, 2), 4, 1)]
 CASES = [
-    pytest.param(axes, ep, micro, id=f"dp{axes[0]}-fsdp{axes[1]}-cp{axes[2]}-ep{ep}-micro{micro}", marks=marks)
+    pytest.param(
+        name, axes, ep, micro, id=f"{name}-dp{axes[0]}-fsdp{axes[1]}-cp{axes[2]}-ep{ep}-micro{micro}", marks=marks
+    )
     for meshes, marks in ((MESHES, ()), (MORE, pytest.mark.slow))
-    for axes, ep, micro in meshes
+    for name, axes, ep, micro in meshes
 ]
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["unpacked", "packed"])
-@pytest.mark.parametrize(("axes", "ep", "micro"), CASES)
-def test_every_mesh_is_one_device(axes: tuple[int, int, int], ep: int, micro: int, packed: bool):
-    one, other = train((1, 1, 1), 1)[packed], train(axes, ep, micro)[packed]
+@pytest.mark.parametrize(("name", "axes", "ep", "micro"), CASES)
+def test_every_mesh_is_one_device(name: str, axes: tuple[int, int, int], ep: int, micro: int, packed: bool):
+    one, other = train((1, 1, 1), 1, 1, name)[packed], train(axes, ep, micro, name)[packed]
     for a, b in zip(one.losses, other.losses, strict=True):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5), b, a)
     for a, b in zip(one.grads, other.grads, strict=True):

@@ -1,7 +1,9 @@
 """From --model to a model, and what --dry-run says of it."""
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
+from zigzag_jax.models.deepseek_v2 import Attention
 from zigzag_jax.models.hf.convert import separate, to_hf
 from zigzag_jax.models.hf.files import Tensor, write
 from zigzag_jax.models.hf.saved import Source, read_state
@@ -180,6 +183,43 @@ def test_dry_run_counts_parameters_and_hops():
     assert "parameters    14.2" in text
     assert "optimiser     28.4" in text
     assert "exchange" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({}, "payload       latent (by the cost rule, --payload overrides it)"),
+        ({"payload": "expanded"}, "payload       expanded (by --payload)"),
+        ({"strategy": "allgather"}, "payload       latent (by the cost rule, --payload overrides it)"),
+        ({"mesh": MeshConfig(dp=4)}, None),  # nothing travels
+    ],
+    ids=["rule", "given", "allgather", "cp1"],
+)
+def test_dry_run_says_which_form_of_deepseeks_keys_travels(changes: dict, line: str | None):
+    said: list[str] = []
+    config = Config(model="deepseek-v2-lite", mesh=MeshConfig(cp=4), seq_len=32768, batch=4, dtype="bfloat16")
+    config = dataclasses.replace(config, **changes)
+    describe(config, PRESETS["deepseek-v2-lite"], said.append)
+    assert [text for text in said if text.startswith("payload")] == ([line] if line else [])
+    if line:  # of 4 rows of 8192 tokens; the latent and its rotary key are 576 values of 2 bytes
+        way = "allgather     3 shards" if config.strategy == "allgather" else "ring          3 hops"
+        assert f"{way} of 36.00 MiB (latent) a layer forward" in said
+        assert f"{way} of 260.00 MiB (expanded) a layer forward" in said
+
+
+def test_a_payload_that_the_model_has_not():
+    config = Config(payload="latent", mesh=MeshConfig(cp=4))
+    rule = "^payload: must be left out for a model whose keys are made of no latent, got latent$"
+    with pytest.raises(UserError, match=rule):
+        describe(config, PRESETS["tiny-qwen3-moe"], print)
+
+
+@pytest.mark.parametrize("payload", [None, "latent", "expanded"])
+def test_the_model_is_told_what_travels(payload: Literal["latent", "expanded"] | None):
+    sharding = Sharding(jax.make_mesh((1,), ("cp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1]))
+    build = maker(Config(payload=payload), PRESETS["tiny-deepseek-v2"], sharding)
+    made = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    assert [m.options.payload for _, m in nnx.iter_modules(made) if isinstance(m, Attention)] == [payload] * 2
 
 
 def test_dry_run_says_what_travels_to_the_experts():

@@ -47,6 +47,17 @@ class Left(list[int]):
             time.sleep(0.05)
 
 
+def test_a_command_that_writes_nothing_leaves_its_stacks_on_stderr(capfd: pytest.CaptureFixture[str]):
+    left = Left()
+    with Watchdog(None, 1, None, leave=left) as dog:
+        dog.doing(3, "scoring batch")
+        left.wait()
+    assert left == [70]
+    *stacks, last = capfd.readouterr().err.strip().splitlines()
+    assert last == "error: step 3: process 0 has been scoring batch 3 for 1 s; --hosts.timeout gives it more"
+    assert any("most recent call first" in line for line in stacks)
+
+
 def test_a_hang_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     (tmp_path / "checkpoints" / "6").mkdir(parents=True)
     left = Left()

@@ -67,8 +67,12 @@ def axes_between(processes: np.ndarray, names: tuple[str, ...], mine: int, other
 class Watchdog:
     """Watches one process of a run from a thread of its own, while entered."""
 
-    def __init__(self, folder: Path, timeout: float, link: Link | None, *, leave: Callable[[int], Any] = os._exit):
-        """`folder` takes the stacks; `timeout` in seconds a step; `leave` ends the process at once."""
+    def __init__(
+        self, folder: Path | None, timeout: float, link: Link | None, *, leave: Callable[[int], Any] = os._exit
+    ):
+        """`folder` takes the stacks, None where nothing is written; `timeout` in seconds a step; `leave` ends the
+        process at once.
+        """
         self.folder, self.timeout, self.link, self._leave = folder, timeout, link, leave
         self.process = 0 if link is None else link.process
         self._mesh: Mesh | None = None
@@ -157,14 +161,21 @@ class Watchdog:
         if self.link is not None:
             self.link.close(why, code)
         where = self._stacks() if code == MACHINE_FAILED else ""  # a peer's own error is not found in them
-        saved = _in_time(lambda: newest(self.folder)) or f"{self.folder} does not answer"
-        sys.stderr.write(f"error: {why}; {saved}{where}\n")
+        sys.stderr.write(f"error: {why}{self._saved()}{where}\n")
         sys.stderr.flush()
         self._leave(code)
+
+    def _saved(self) -> str:
+        """What the folder holds, as words."""
+        if (folder := self.folder) is None:
+            return ""
+        return f"; {_in_time(lambda: newest(folder)) or f'{folder} does not answer'}"
 
     def _stacks(self) -> str:
         """Write what all threads are at, to stderr and into the folder; where to, as words."""
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr)
+        if self.folder is None:
+            return ""
         path = self.folder / f"stacks-process-{self.process}.txt"
 
         def write() -> str:
