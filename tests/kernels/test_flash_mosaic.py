@@ -204,6 +204,7 @@ def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads, parts):
         ([1000] * 256, 132, False, 60),  # 32 chunks a block
         ([100, 7, 0, 8, 9], 132, False, mosaic_chunks.SHORTEST),
         ([1 << 17] * 32768, 132, False, mosaic_chunks.LONGEST),  # a million tokens: the sum passes 2^31
+        ([1 << 22, 5], 132, False, 129),  # a counter holds 2^15 chunks
         ([100, 7, 0], 2, True, 100),
         ([0, 0], 2, True, 1),
     ],
@@ -344,9 +345,12 @@ def test_preference_by_device(backend, capability, preference, monkeypatch, capl
 def test_tuning_and_barriers_name_their_rules():
     with pytest.raises(ValueError, match=r"key_tile must be 64, 128 or 256 .*, got 96"):
         mosaic_fwd.ForwardTuning(key_tile=96)
-    for tuning in (mosaic_fwd.ForwardTuning, mosaic_bwd.BackwardTuning, GroupedTuning):
-        with pytest.raises(ValueError, match=r"registers of 2 consumers .* must be at most 3 x 168, got \(240, 32\)"):
-            tuning(registers=(240, 32))
+    with pytest.raises(ValueError, match=r"column_parts must be 1 or 2 .*, got 4"):
+        BackwardTuning(column_parts=4)
+    arrays = [*qkv(192, 128), *[jnp.zeros((1, 4, 128))] * 2]
+    keys = KeyRange(*jnp.zeros((2, 1, 128), jnp.int32))
+    with pytest.raises(ValueError, match="a part of 128 columns of v must be a multiple of 48"):
+        mosaic_bwd.flash_bwd(*arrays, arrays[2], keys, PLAIN, None, False, BackwardTuning(column_parts=2))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 15\.\.16"):
         hopper.NamedBarriers(15, 2, 128)
     for tuning in (mosaic_fwd.ForwardTuning, mosaic_bwd.BackwardTuning, GroupedTuning):

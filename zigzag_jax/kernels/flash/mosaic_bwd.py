@@ -15,7 +15,7 @@ and at the end dK and dV the same way:
 
     producer warp 0   Q dO of the next tile                          tensor core   S dP | dV dQ dK | S dP | ...
     producer warp 1   dQ of the last tile, added to global memory    other units      P dS      dQ out
-    producer warp 3   what to do next
+    producer warp 3   what to do next (`deterministic`: once, by warp 0)
 
 What differs from tile to tile and item to item (is there a mask, is it the last one) the producer leaves in shared
 memory as a *note*, so that the consumers need no registers for it.
@@ -87,7 +87,7 @@ class BackwardTuning:
     """Blocks that share the columns of dQ, dK and dV, each repeating S and dP: for head dims over 192."""
 
     stages: int = 2
-    """Tiles of Q and of dO in shared memory. More than 2 leave too few named barriers for `deterministic`."""
+    """Tiles of Q and of dO in shared memory. More than 2 leave too few named barriers."""
 
     staging: int = 2
     """Buffers of dQ on its way out: one a warpgroup, or one for both in turn."""
@@ -100,6 +100,8 @@ class BackwardTuning:
 
     def __post_init__(self) -> None:
         check_registers(CONSUMERS, self.registers)
+        if self.column_parts not in (1, 2):
+            raise ValueError(f"column_parts must be 1 or 2 (a tile's note has one bit for it), got {self.column_parts}")
 
 
 def flash_bwd(
@@ -109,6 +111,8 @@ def flash_bwd(
     batch, rows, heads, dim = q.shape
     key_rows, kv_heads, out_dim = v.shape[1:]
     dt, narrow = q.dtype, dim // tuning.column_parts // CONSUMERS  # columns of dQ that a warpgroup computes
+    if tuning.column_parts > 1 and out_dim // tuning.column_parts % narrow:
+        raise ValueError(f"a part of {out_dim} columns of v must be a multiple of {narrow}, a piece of dv")
     # -inf, the lse of a row that saw nothing, would give inf - inf
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * (-1 / settings.scale if settings.softcap is None else -LOG2E)
     visits = _visits(keys, key_rows)
@@ -266,7 +270,8 @@ def _kernel(
     ds_free = NamedBarriers(ds_full.end, 2 - tuning.ds_buffers, CONSUMERS * WARPGROUP)
     dq_full = NamedBarriers(ds_free.end, CONSUMERS * adders, WARPGROUP + WARP)
     dq_free = NamedBarriers(dq_full.end, CONSUMERS, WARPGROUP + WARP)
-    half_way = NamedBarriers(dq_free.end, 0 if deterministic else 1, 2 * WARP)  # of a chunk: time to claim the next
+    # of a chunk: time to claim the next; the producer's four warps but the adding one, which consumers keep in step
+    half_way = NamedBarriers(dq_free.end, 0 if deterministic else 1, 3 * WARP)
 
     def zero(i):
         """0, but LLVM cannot know: without it the descriptors of operand slices leave the loop and are spilled."""
@@ -588,6 +593,7 @@ def _kernel(
                 for adder in range(adders):
                     pl.when(warp == 1 + adder)(functools.partial(add_chunk, adder, place, record, begin))
                 if not deterministic:
+                    pl.when(warp == 2)(half_way.arrive)  # it has read the record that the next one overwrites
                     pl.when(warp == 3)(lambda: claim_next(record, at))
 
             at = chunks.after(at)

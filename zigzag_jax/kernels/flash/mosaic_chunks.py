@@ -26,13 +26,14 @@ from jax.experimental.mosaic import gpu as mgpu
 
 from zigzag_jax.kernels.hopper import i32, next_turn, wait_turn
 
-RECORDS = 2  # the next chunk is claimed when the whole block has begun this one
+RECORDS = 2  # the next chunk is claimed when every warp has read the record that lay in its place
 _FIELDS = 4  # of which three are used: 16 bytes are one store
 _LEFT = 1 << 16  # a counter of chunks holds the number left times this, and the first of them
 SIZE = RECORDS * _FIELDS  # int32 numbers of all records
-CHUNKS = 32  # that a multiprocessor has in all, where one has then
-SHORTEST, LONGEST = 8, 64  # tiles; the record that is claimed half a chunk ahead needs 8
-HELPERS = 2  # blocks a multiprocessor
+CHUNKS = 32  # of all items, for each multiprocessor: what ends last is one, so this is 3% of a call
+SHORTEST, LONGEST = 8, 64  # tiles of a chunk, which come first
+HELPERS = 2  # blocks a multiprocessor; each helps one item to its end
+_MOST = 1 << 15  # chunks that a counter can hold
 
 
 class Record(NamedTuple):
@@ -58,7 +59,8 @@ def shares(tiles, blocks: int, whole: bool):
     """
     of_block = jnp.sum(tiles.astype(jnp.float32)) / (CHUNKS * blocks)  # the sum may pass 2^31
     some = jnp.clip(of_block.astype(jnp.int32), SHORTEST, LONGEST)
-    chunk = lax.max(jnp.max(tiles), i32(1)) if whole else some
+    longest = lax.max(jnp.max(tiles), i32(1))
+    chunk = longest if whole else lax.max(some, lax.div(longest, i32(_MOST)) + 1)
     left = lax.max(lax.div(tiles - 1, jnp.broadcast_to(chunk, tiles.shape)), jnp.zeros_like(tiles))  # behind the first
     left = jnp.pad(left * _LEFT + 1, (0, -tiles.size % 4))
     return jnp.append(tiles, chunk), jnp.append(left, jnp.zeros(2 * left.size, jnp.int32))
