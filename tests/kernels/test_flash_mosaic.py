@@ -347,10 +347,10 @@ def test_tuning_and_barriers_name_their_rules():
         mosaic_fwd.ForwardTuning(key_tile=96)
     with pytest.raises(ValueError, match=r"column_parts must be 1 or 2 .*, got 4"):
         BackwardTuning(column_parts=4)
-    arrays = [*qkv(192, 128), *[jnp.zeros((1, 4, 128))] * 2]
-    keys = KeyRange(*jnp.zeros((2, 1, 128), jnp.int32))
+    q, k, v = qkv(192, 128)
+    stats, keys = jnp.zeros((1, 4, 128)), KeyRange(*jnp.zeros((2, 1, 128), jnp.int32))
     with pytest.raises(ValueError, match="a part of 128 columns of v must be a multiple of 48"):
-        mosaic_bwd.flash_bwd(*arrays, arrays[2], keys, PLAIN, None, False, BackwardTuning(column_parts=2))
+        mosaic_bwd.flash_bwd(q, k, v, stats, stats, v, keys, PLAIN, None, False, BackwardTuning(column_parts=2))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 15\.\.16"):
         hopper.NamedBarriers(15, 2, 128)
     for tuning in (mosaic_fwd.ForwardTuning, mosaic_bwd.BackwardTuning, GroupedTuning):
