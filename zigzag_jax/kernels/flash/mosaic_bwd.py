@@ -577,6 +577,7 @@ def _kernel(
 
         @plgpu.warp_map
         def _(warp):
+            # an item's own block has asked for its keys before; not `own`, spelt out: a warp has no `not` (jax 0.11.2)
             pl.when((warp == 0) & (block >= items.count))(lambda: load_item(place))
 
             @pl.when(warp == 1)

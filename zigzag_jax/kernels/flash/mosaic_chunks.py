@@ -131,6 +131,14 @@ class Chunks:
 
 def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done) -> None:
     """Write record `at`; see Record and `shares`. own: whether the block has the item; item -1: look for one."""
+    larger = """
+            add.s32 i, i, 1;
+            """.join(
+        f"""setp.gt.s32 p, {n}, most;
+            selp.b32 item, i, item, p;
+            max.s32 most, most, {n};"""
+        for n in ("n0", "n1", "n2", "n3")
+    )
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[plgpu.Layout.WG_SPLAT] * 4))
     def claim(_, tiles, counters, records, at, own, item, done):
@@ -154,21 +162,7 @@ def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done
             @p bra searched;
             mad.wide.s32 a, i, 4, $1;
             ld.relaxed.gpu.global.v4.b32 {{n0, n1, n2, n3}}, [a];
-            setp.gt.s32 p, n0, most;
-            selp.b32 item, i, item, p;
-            max.s32 most, most, n0;
-            add.s32 i, i, 1;
-            setp.gt.s32 p, n1, most;
-            selp.b32 item, i, item, p;
-            max.s32 most, most, n1;
-            add.s32 i, i, 1;
-            setp.gt.s32 p, n2, most;
-            selp.b32 item, i, item, p;
-            max.s32 most, most, n2;
-            add.s32 i, i, 1;
-            setp.gt.s32 p, n3, most;
-            selp.b32 item, i, item, p;
-            max.s32 most, most, n3;
+            {larger}
             add.s32 i, i, 125;
             bra next;
             searched:
