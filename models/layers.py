@@ -14,9 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax.models.sharding import Sharding, gather, param
+
+MATMUL_NAME = "matmul"
+"""Of every Linear's result, for `jax.checkpoint`."""
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float) -> jax.Array:
@@ -52,7 +56,7 @@ class Linear(nnx.Module):
         self.weight = param(normal(rngs, shape, std), *axes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return linear(x, self.weight[...])
+        return checkpoint_name(linear(x, self.weight[...]), MATMUL_NAME)
 
 
 class Embedding(nnx.Module):

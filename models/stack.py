@@ -7,6 +7,9 @@ time does not grow with the depth. Layers that are not alike (a dense block amon
 Without rematerialisation a layer keeps every intermediate for the backward pass. The policies, by name:
 
     none         keep everything: the fastest for small models (it keeps the gathered experts of every layer)
+    matmuls      as attention, and keep the results of the matmuls that the backward needs (queries, keys, values and
+                 attention's projection, gate and up): what is recomputed are norms, rotary embedding, router, gathers
+                 and SwiGLU
     attention    keep the layer's input and the attention's output and log-sum-exp, recompute the rest: the ring,
                  whose cost grows with the square of the context and which waits for the network, runs once
     full         keep the layer's input only; the ring runs again
@@ -22,11 +25,14 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from zigzag_jax.kernels.grouped.swiglu import HIDDEN_NAME
+from zigzag_jax.models.layers import MATMUL_NAME
 from zigzag_jax.ring import LSE_NAME, OUT_NAME
 
 INPUT_NAME = "layer_input"
 REMAT: dict[str, Callable | None] = {
     "none": None,
+    "matmuls": jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME, MATMUL_NAME, HIDDEN_NAME),
     "attention": jax.checkpoint_policies.save_only_these_names(OUT_NAME, LSE_NAME),
     "full": jax.checkpoint_policies.nothing_saveable,
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(

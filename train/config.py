@@ -127,9 +127,9 @@ class Config:
     """Checkpoints to keep."""
     eval_every: int = 100
     """Steps between looks at the held-out loss."""
-    remat: Literal["none", "attention", "full", "offload"] = "attention"
-    """What a layer keeps for its backward: everything, its input and the attention's result, its input only; offload:
-    as attention, in the host's memory."""
+    remat: Literal["none", "matmuls", "attention", "full", "offload"] = "attention"
+    """What a layer keeps for its backward: everything; its input and the results of attention and matmuls; its input
+    and the attention's result; its input only; offload: as attention, in the host's memory."""
     strategy: Literal["ring", "allgather"] = "ring"
     """How queries meet keys; with many short documents in a row allgather waits less, for cp times the memory of k, v.
     """

@@ -100,13 +100,34 @@ def test_what_a_recomputed_layer_runs():
     assert [times(forward, name) for name in ("tan", "asinh", "acosh")] == [0, 3, 3]
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_a_scan_over_fused_layers_is_traced(remat):
+@pytest.mark.parametrize(("saved", "products"), [((), 9), ((swiglu.HIDDEN_NAME,), 6)])
+def test_a_policy_can_spare_the_second_matmul_with_gate_and_up(saved, products):
+    """Three layers' products of the forward, and of the recomputation: without the name gate and up once more."""
+    *arrays, _ = draw()
+    x, gate_up, down, scale = arrays
+    sizes, matmul = jnp.asarray(SIZES["uneven"], jnp.int32), GROUPED["reference"]
+
+    def product(rows, matrices, sizes, *, transposed, out_dtype):
+        y = matmul.product(rows, matrices, sizes, transposed=transposed, out_dtype=out_dtype)
+        return y if transposed else jax.lax.acosh(y)
+
+    marked = matmul._replace(product=product)
+    layer = lambda x, w: (swiglu.differentiable(marked, swiglu.unfused(marked), x, *w, scale, sizes), None)
+    layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*saved))
+    loss = lambda x, w: jnp.sum(jax.lax.scan(layer, x, w)[0])
+    stacked = tuple(jnp.stack([w, w, w]) for w in (gate_up, down))
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, stacked)
+    assert sum(n for eqn, n in equations(jaxpr) if eqn.primitive.name == "acosh") == products
+
+
+@pytest.mark.parametrize("saved", [None, (), (swiglu.HIDDEN_NAME,)])
+def test_a_scan_over_fused_layers_is_traced(saved):
     """With the counters of drawn items, which a differentiated scan must not move out of its loop."""
     sizes = jnp.asarray([100, 28], jnp.int32)
     mlp = functools.partial(grouped_swiglu, group_sizes=sizes, fused=True, implementation="mosaic")
     layer = lambda x, w: (x + mlp(x, *w), None)
-    step = jax.checkpoint(layer) if remat else layer
+    policy = jax.checkpoint_policies.save_only_these_names(*saved or ())
+    step = layer if saved is None else jax.checkpoint(layer, policy=policy)
     gradient = jax.grad(lambda x, w: jnp.sum(jax.lax.scan(step, x, w)[0].astype(jnp.float32)), argnums=(0, 1))
     shape = lambda *size, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(size, dtype)
     arguments = shape(128, 64), (shape(3, 2, 64, 256), shape(3, 2, 128, 64), shape(3, 128, dtype=jnp.float32))

@@ -5,6 +5,7 @@ may go; and the transformations that a model wraps around it. The cases are the 
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -132,15 +133,20 @@ def test_scan_and_remat_do_not_change_the_gradient():
     draw = lambda *size: jnp.asarray(rng.standard_normal((3, groups, *size)) * size[0] ** -0.5, jnp.bfloat16)
     weights = draw(d, 2 * f), draw(f, d), jnp.asarray(rng.standard_normal((3, rows)), jnp.float32)
 
+    named = jax.checkpoint_policies.save_only_these_names
+    everything = jax.checkpoint_policies.everything_saveable  # as without jax.checkpoint
+
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def gradient(fused, remat):
+    def gradient(fused, policy):
         mlp = functools.partial(grouped_swiglu, group_sizes=sizes, fused=fused, implementation="mosaic")
         layer = lambda x, w: (x + mlp(x, *w), None)
-        step = jax.checkpoint(layer) if remat else layer
+        step = jax.checkpoint(layer, policy=policy)
         loss = lambda x, w: jnp.vdot(jax.lax.scan(step, x, w)[0].astype(jnp.float32), cotangent.astype(jnp.float32))
         return jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(x, weights))
 
-    plain = gradient(True, False)
-    for got, again, want in zip(plain, gradient(True, True), gradient(False, False), strict=True):
+    plain = {fused: gradient(fused, everything) for fused in (True, False)}
+    for got, want in zip(plain[True], plain[False], strict=True):
         oracle.check("against the unfused", got, np.asarray(want, np.float64), 2e-2)  # three layers in bfloat16
-        oracle.check("remat", again, np.asarray(got, np.float64), 4e-3)  # XLA may round the residual sum elsewhere
+    for fused, policy in itertools.product((True, False), (named(), named(swiglu.HIDDEN_NAME))):
+        for again, got in zip(gradient(fused, policy), plain[fused], strict=True):
+            oracle.check("remat", again, np.asarray(got, np.float64), 4e-3)  # XLA may round the residual sum elsewhere

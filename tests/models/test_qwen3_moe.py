@@ -92,7 +92,7 @@ def test_padding_changes_nothing():
     check((hidden[:, :SHORT], stats, gradients), want, np.ones((ROWS, SHORT), bool))
 
 
-@pytest.mark.parametrize("remat", ["attention", pytest.param("full", marks=pytest.mark.slow), "offload"])
+@pytest.mark.parametrize("remat", ["matmuls", "attention", pytest.param("full", marks=pytest.mark.slow), "offload"])
 def test_remat_changes_nothing(remat):
     check(run((1, 1, 4), "packed", remat=remat), run((1, 1, 4), "packed"), np.ones((ROWS, LENGTH), bool))
 
@@ -164,7 +164,7 @@ def test_kernel_options_reach_both_kernels():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="remat must be one of none, attention, full, offload, got 'some'"):
+    with pytest.raises(ValueError, match="remat must be one of none, matmuls, attention, full, offload, got 'some'"):
         init_state(lambda rngs: Qwen3Moe(TINY, sharding(), rngs=rngs, remat="some"), sharding(), jax.random.key(0))
     graphdef, state = build(TINY, sharding(2, 2, 2))
     tokens = jnp.zeros((3, LENGTH), jnp.int32)

@@ -43,6 +43,15 @@ def test_the_input_the_attention_and_its_lse(remat: str, accumulate: int):
     assert all(kind.on_host == (remat == "offload") for kind in found)
 
 
+def test_the_results_of_matmuls_besides():
+    """Queries, keys, values and attention's projection; gate and up of every choice of experts, but not down."""
+    found = kept("matmuls")
+    width = lambda heads: heads * SIZES.rotary_size
+    values = [*2 * [SIZES.hidden_size], 2 * SIZES.num_experts_per_tok * SIZES.moe_intermediate_size]
+    values += [width(SIZES.num_attention_heads)] * 2 + [SIZES.hop_values["k, v"]]  # q and the attention's result
+    assert sum(found.values()) == sum(a_device(n, 2) for n in values) + a_device(SIZES.num_attention_heads, 4)
+
+
 def test_the_input_alone():
     ((kind, size),) = kept("full").items()
     assert size == a_device(SIZES.hidden_size, 2)

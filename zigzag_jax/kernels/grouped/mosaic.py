@@ -15,7 +15,7 @@ from zigzag_jax.kernels.grouped import mosaic_outer, mosaic_rows, mosaic_swiglu,
 from zigzag_jax.kernels.grouped.contract import Implementation, narrow_limits
 from zigzag_jax.kernels.grouped.mosaic_pipeline import TILE
 from zigzag_jax.kernels.grouped.row_tiles import row_tiles, run_bounds, run_length
-from zigzag_jax.kernels.grouped.swiglu import Parts
+from zigzag_jax.kernels.grouped.swiglu import Parts, kept
 
 ROWS = 8  # TMA reads them by eights
 
@@ -48,8 +48,11 @@ def inward(x, gate_up, scale, group_sizes, *, keep: bool, tuning=None):
     """See swiglu.Inward; `tuning` in the place of what mosaic_tuning.py says."""
     padded, scale, schedule = _with_schedule(x, scale, group_sizes)
     tuning = tuning or (mosaic_tuning.INWARD_KEPT if keep else mosaic_tuning.INWARD)
-    inner, *hidden = mosaic_swiglu.inward(padded, gate_up, scale, schedule, keep, tuning)
-    return inner[: x.shape[0]], hidden[0][: x.shape[0]] if keep else None
+    results = [made[: x.shape[0]] for made in mosaic_swiglu.inward(padded, gate_up, scale, schedule, keep, tuning)]
+    if not keep:
+        return results[0], None
+    inner, hidden = kept(results)  # by one kernel: saved together
+    return inner, hidden
 
 
 @functools.partial(jax.jit, static_argnames="tuning", inline=True)

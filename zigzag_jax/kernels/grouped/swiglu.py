@@ -27,9 +27,15 @@ from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from zigzag_jax.kernels.grouped import contract
 from zigzag_jax.kernels.grouped.contract import Implementation
+
+HIDDEN_NAME = "experts_hidden"
+"""Of what the backward needs of the matmul with gate and up, for `jax.checkpoint`: a policy that saves it runs that
+matmul once."""
 
 
 class Inward(Protocol):
@@ -81,6 +87,15 @@ def swiglu_grad(z, hidden, scale) -> tuple[jax.Array, jax.Array]:
     return dhidden, jnp.sum(z * silu * up, axis=1)
 
 
+def kept(results):
+    """What a matmul made for the backward, named for policies.
+
+    The barrier keeps XLA from running the kernel twice where a policy saves them: once into the stack of all layers'
+    residuals, and once for what is made of them.
+    """
+    return jax.tree.map(lambda made: checkpoint_name(made, HIDDEN_NAME), lax.optimization_barrier(results))
+
+
 def _halves(hidden) -> list[jax.Array]:
     return jnp.split(hidden.astype(jnp.float32), 2, axis=1)
 
@@ -91,6 +106,7 @@ def unfused(matmul: Implementation) -> Parts:
 
     def inward(x, gate_up, scale, group_sizes, *, keep: bool):
         hidden = matmul.product(x, gate_up, group_sizes, transposed=False, out_dtype=x.dtype)
+        hidden = kept(hidden) if keep else hidden  # inner too is made of what was saved
         return swiglu(hidden, scale), hidden if keep else None
 
     def outward(dy, down, hidden, scale, group_sizes):
