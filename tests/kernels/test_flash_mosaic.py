@@ -13,7 +13,7 @@ import pytest
 
 from zigzag_jax import kernels
 from zigzag_jax.kernels import FLASH, SplitKeys, flash_bwd, flash_fwd, flash_implementation, hopper
-from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_chunks, mosaic_fwd
+from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_chunks, mosaic_fwd, mosaic_walk
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
@@ -122,11 +122,11 @@ def test_forward_visits_what_is_visible_and_masks_what_is_cut(seed):
 @pytest.mark.parametrize("seed", range(4))
 def test_visits_are_the_visible_tiles(seed):
     rng = np.random.default_rng(seed)
-    query_tile, key_tile, key_rows = mosaic_bwd.QUERY_TILE, mosaic_bwd.KEY_TILE, 768
+    query_tile, key_tile, key_rows = mosaic_walk.QUERY_TILE, mosaic_walk.KEY_TILE, 768
     keys = random_keys(rng, 2, 8 * query_tile, key_rows)
     some, whole = visible_tiles(keys, key_rows, query_tile, key_tile)
-    visits = np.asarray(mosaic_bwd._visits(keys, key_rows))
-    first = np.asarray(mosaic_bwd._first_visitor(jnp.asarray(visits), 8))
+    visits = np.asarray(mosaic_walk.visits(keys, key_rows))
+    first = np.asarray(mosaic_walk.first_visitor(jnp.asarray(visits), 8))
     for b, t in itertools.product(range(2), range(key_rows // key_tile)):
         lo, whole_lo, whole_hi, hi = visits[b, t]
         assert set(np.flatnonzero(some[b, :, t])) <= set(range(lo, hi))
@@ -144,33 +144,33 @@ def rows_of(kind: str, rows: int):
 
 @pytest.mark.parametrize(("kind", "by_head"), [("causal", 0), ("window", 1), ("documents", 0)])
 def test_the_longest_key_tile_comes_first_and_a_window_is_walked_by_head(kind, by_head):
-    visits = mosaic_bwd._visits(rows_of(kind, 4096), 4096)
-    *order, flag = np.asarray(mosaic_bwd._order(visits, ascending=False))
+    visits = mosaic_walk.visits(rows_of(kind, 4096), 4096)
+    *order, flag = np.asarray(mosaic_walk.order(visits, ascending=False))
     assert sorted(order) == list(range(32))
     cost = np.take(visits[0, :, 3] - visits[0, :, 0], order)
     assert (np.diff(cost) <= 0).all()
     assert flag == by_head
-    assert list(np.asarray(mosaic_bwd._order(visits, ascending=True))) == [*range(32), by_head]
+    assert list(np.asarray(mosaic_walk.order(visits, ascending=True))) == [*range(32), by_head]
 
 
 @pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("index", [0, 131, 132, 300])
 @pytest.mark.parametrize(("lo", "hi", "group"), [(3, 8, 4), (5, 6, 1), (0, 7, 1), (2, 2, 3)])
 def test_a_walk_visits_every_pair_once(lo, hi, group, index, by_head):
-    walk = mosaic_bwd._Walk(jnp.int32(lo), jnp.int32(hi), jnp.bool_(by_head), group, jnp.int32(index))
+    walk = mosaic_walk.Walk(jnp.int32(lo), jnp.int32(hi), jnp.bool_(by_head), group, jnp.int32(index))
     seen = [tuple(int(x) for x in walk.at(jnp.int32(i))) for i in range(group * (hi - lo))]
     assert sorted(seen) == list(itertools.product(range(group), range(lo, hi)))
     slow = [pair[0 if by_head else 1] for pair in seen]  # what changes only when the other has been through
     assert len(list(itertools.groupby(slow))) == len(set(slow))
 
 
-@pytest.mark.parametrize("tuning", [BackwardTuning(), BackwardTuning(column_parts=2)])
+@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("batch", "kv_heads", "group", "key_tiles", "together"),
     [(1, 1, 16, 4, 1), (2, 4, 8, 3, 8), (1, 8, 1, 20, 8), (1, 6, 1, 100, 3), (1, 4, 2, 256, 1)],
 )
-def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles, together, tuning):
-    items = mosaic_bwd._Items(batch, kv_heads, group, key_tiles, tuning)
+def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles, together, parts):
+    items = mosaic_walk.Items(batch, kv_heads, group, key_tiles, parts)
     assert items.together == together  # heads whose 256 key tiles or more run side by side
     seen = []
     at = jax.jit(jax.vmap(items.at))(jnp.arange(items.count, dtype=jnp.int32))
@@ -178,7 +178,7 @@ def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles,
         for h in range(head, head + items.group):
             assert h // group == kv_head
             seen.append((b, place, part, h))
-    every = itertools.product(range(batch), range(key_tiles), range(tuning.column_parts), range(kv_heads * group))
+    every = itertools.product(range(batch), range(key_tiles), range(parts), range(kv_heads * group))
     assert sorted(seen) == sorted(every)
     if kv_heads == 1:
         assert items.count >= 64  # 4 tiles alone would leave the card idle: the group's heads are shared out
@@ -187,9 +187,9 @@ def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles,
 @pytest.mark.parametrize(("batch_rows", "kv_heads", "parts"), [(1, 3, 1), (2, 2, 2)])
 def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads, parts):
     keys = random_keys(np.random.default_rng(0), batch_rows, 512, 768)
-    visits = mosaic_bwd._visits(keys, 768)
-    order = mosaic_bwd._order(visits, ascending=False)
-    items = mosaic_bwd._Items(2, kv_heads, 4, 6, BackwardTuning(column_parts=parts))
+    visits = mosaic_walk.visits(keys, 768)
+    order = mosaic_walk.order(visits, ascending=False)
+    items = mosaic_walk.Items(2, kv_heads, 4, 6, parts)
     lengths = np.asarray(items.tiles(visits, order))
     assert lengths.shape == (items.count,)
     for item, length in enumerate(lengths.tolist()):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
 from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
+from zigzag_jax.kernels.flash.mosaic_walk import KEY_TILE, QUERY_TILE
 from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows
 
 
@@ -50,14 +51,14 @@ def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, 
 @functools.partial(jax.jit, static_argnames=("settings", "deterministic"), inline=True)
 def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq, deterministic: bool):
     """The contract's backward; see contract.Backward."""
-    tuning, tile = HOPPER[q.shape[3], v.shape[3]].backward, mosaic_bwd.QUERY_TILE
+    tuning, tile = HOPPER[q.shape[3], v.shape[3]].backward, QUERY_TILE
     rows, key_rows = q.shape[1], k.shape[1]
     keys = pad_rows(clip_keys(keys, key_rows), tile)
     if dq is None:
         dq = jnp.zeros(q.shape, jnp.float32)
     q, dout, dq = (_pad(x, 1, tile) for x in (q, dout, dq))
     lse, delta = (_pad(x, 2, tile) for x in (lse, delta))
-    k, v = (_pad(x, 1, mosaic_bwd.KEY_TILE) for x in (k, v))
+    k, v = (_pad(x, 1, KEY_TILE) for x in (k, v))
     dq, dk, dv = mosaic_bwd.flash_bwd(q, k, v, lse, delta, dout, keys, settings, dq, deterministic, tuning)
     return dq[:, :rows], dk[:, :key_rows], dv[:, :key_rows]
 

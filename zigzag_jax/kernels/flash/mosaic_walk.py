@@ -1,0 +1,106 @@
+"""What the blocks of Hopper's backward do, in what order: decided from the key ranges, before any of them runs.
+
+An *item* is 128 keys of one kv head with some heads of its group. Its *walk* are the tiles of 64 queries that see any
+of the keys, head by head or tile by tile. mosaic_bwd.py computes them, mosaic_chunks.py shares them out.
+"""
+
+import jax.numpy as jnp
+from jax import lax
+
+from zigzag_jax.kernels.hopper import i32, sm_count
+from zigzag_jax.ranges import KeyRange, tile_rows
+
+QUERY_TILE, KEY_TILE = 64, 128
+TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: Q, dO and dQ stay in L2
+
+
+def visits(keys: KeyRange, key_rows: int):
+    """[B or 1, key tiles, 4] int32: query tiles lo..hi see some key of the tile, whole_lo..whole_hi all of it.
+
+    In the order lo, whole_lo, whole_hi, hi.
+    """
+    rows = tile_rows(keys, KEY_TILE, key_rows)
+    lo = rows.first // QUERY_TILE
+    hi = jnp.maximum(-(-rows.end // QUERY_TILE), lo)
+    whole_lo = jnp.clip(-(-rows.whole_first // QUERY_TILE), lo, hi)
+    whole_hi = jnp.clip(rows.whole_end // QUERY_TILE, whole_lo, hi)
+    return jnp.stack([lo, whole_lo, whole_hi, hi], -1)
+
+
+def order(visits, ascending: bool):
+    """int32 [key tiles + 1]: the order in which blocks take the key tiles, then 1 where they walk head by head.
+
+    The tile with most visitors first (a sort by counting, which is one small kernel), or ascending. Head by head where
+    the last visitor moves with the key tile: see Walk.
+    """
+    cost, tiles = jnp.sum(visits[..., 3] - visits[..., 0], axis=0), jnp.arange(visits.shape[1], dtype=jnp.int32)
+    before = (cost[None] > cost[:, None]) | ((cost[None] == cost[:, None]) & (tiles[None] < tiles[:, None]))
+    longest = jnp.sum(jnp.where(before.sum(1)[None] == tiles[:, None], tiles[None], 0), axis=1, dtype=jnp.int32)
+    moving = visits[:, 1:, 3] != visits[:, :-1, 3]
+    by_head = 4 * jnp.sum(moving, dtype=jnp.int32) > moving.size
+    return jnp.append(tiles if ascending else longest, by_head.astype(jnp.int32))
+
+
+def first_visitor(visits, query_tiles: int):
+    """[B or 1, query tiles] int32: the first key tile that sees each query tile; the others follow without a gap."""
+    tile = jnp.arange(query_tiles, dtype=jnp.int32)[None, None]
+    return jnp.sum(visits[..., 3, None] <= tile, axis=1, dtype=jnp.int32)
+
+
+class Items:
+    """Which keys, kv head and share of its group each item has.
+
+    The tiles of some kv heads side by side (see TOGETHER); `order` says which key tile is behind the number given here.
+    """
+
+    def __init__(self, batch: int, kv_heads: int, group: int, key_tiles: int, parts: int) -> None:
+        self.kv_heads, self.key_tiles, self.parts = kv_heads, key_tiles, parts
+        self.every = every = batch * kv_heads
+        self.together = next(
+            n for n in range(1, every + 1) if every % n == 0 and n * key_tiles >= min(TOGETHER, every * key_tiles)
+        )
+        fill = [n for n in range(1, group + 1) if group % n == 0 and every * key_tiles * self.parts * n >= sm_count()]
+        self.splits = fill[0] if fill else group  # items that share a group's heads: as few as fill the card
+        self.group = group // self.splits
+        self.count = every * key_tiles * self.parts * self.splits
+
+    def at(self, index):
+        """(batch row, kv head, key tile, column part, split, first query head) of item `index`."""
+        index, part = lax.div(index, i32(self.parts)), lax.rem(index, i32(self.parts))
+        index, split = lax.div(index, i32(self.splits)), lax.rem(index, i32(self.splits))
+        index, inner = lax.div(index, i32(self.together)), lax.rem(index, i32(self.together))
+        outer, tile = lax.div(index, i32(self.key_tiles)), lax.rem(index, i32(self.key_tiles))
+        head = outer * self.together + inner
+        batch, kv_head = lax.div(head, i32(self.kv_heads)), lax.rem(head, i32(self.kv_heads))
+        return batch, kv_head, tile, part, split, (kv_head * self.splits + split) * self.group
+
+    def tiles(self, visits, order):
+        """int32 [count]: the length of each item's walk, with `visits` and `order`."""
+        length = jnp.take(visits[..., 3] - visits[..., 0], order[: self.key_tiles], axis=1) * self.group
+        batch = self.every // self.kv_heads
+        of_heads = jnp.broadcast_to(length[:, None], (batch, self.kv_heads, self.key_tiles))
+        of_heads = of_heads.reshape(-1, self.together, self.key_tiles).swapaxes(1, 2)
+        return jnp.repeat(of_heads.reshape(-1), self.splits * self.parts)
+
+
+class Walk:
+    """The order in which an item visits its (head of the group, query tile) pairs.
+
+    Blocks with one kv head should stand at the same tile of the same head at the same time, so that Q, dO and dQ come
+    from L2. Where key tiles end at the same query tile (causal, documents) they walk q tiles outside and heads inside,
+    down in one wave of items and up in the next: a wave starts where the sweep of the one before it passes. Where the
+    end moves with the key tile (a sliding window) each head is walked down by itself.
+    """
+
+    def __init__(self, lo, hi, by_head, group: int, index) -> None:
+        wave = lax.div(index, i32(sm_count()))
+        down = by_head | (lax.rem(wave, i32(2)) == 0)
+        self.by_head = by_head
+        self.inside = jnp.where(by_head, lax.max(hi - lo, i32(1)), i32(group))
+        self.first, self.inc = jnp.where(down, hi - 1, lo), jnp.where(down, i32(-1), i32(1))
+
+    def at(self, position):
+        """The pair at a position of the walk."""
+        outside, inside = lax.div(position, self.inside), lax.rem(position, self.inside)
+        g = jnp.where(self.by_head, outside, inside)
+        return g, self.first + self.inc * jnp.where(self.by_head, inside, outside)
