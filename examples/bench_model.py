@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zigzag_jax import to_zigzag
+from zigzag_jax.hlo import Program
 from zigzag_jax.models.flops import H100_FLOPS, training_flops
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
@@ -139,7 +140,12 @@ class Training:
         where = state_shardings(jax.eval_shape(lambda: params), tx, this.sharding)
         self.state = TrainState(params, jax.jit(tx.init, out_shardings=where.opt_state)(params))
         self.batch = this.batch(length)
-        self.step = jax.jit(make_step(this.task(), tx), donate_argnums=0, out_shardings=(where, None))
+        step = jax.jit(make_step(this.task(), tx), donate_argnums=0, out_shardings=(where, None))
+        self.step = step.lower(self.state, self.batch).compile()
+
+    def program(self) -> Program:
+        """The step as XLA compiled it."""
+        return Program(self.step.as_text() or "")
 
     def once(self) -> Losses:
         """A step on the same batch; what it lost before it."""

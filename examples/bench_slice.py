@@ -12,7 +12,7 @@ the arithmetic is bfloat16, layers are rematerialised (--remat). Before any time
 gradient are compared with float32 arithmetic and plain XLA's kernels; where they are wrong nothing is timed and the
 exit status is 1. Time is the median of 7 steps on random tokens (clock.py). MFU counts what the model means
 (models/flops.py), so recomputation does not count. The peak of `step` is that of all that ran before: --only step for
-its own. --profile says which kernels a step's time goes to. --out DIR writes slice-MODEL.json and .png.
+its own. --profile says to which named scopes and kernels a step's time goes. --out DIR writes slice-MODEL.json, .png.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from zigzag_jax.models.flops import H100_FLOPS, training_flops
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.sharding import abstract_state, init_state
 from zigzag_jax.models.stack import REMAT
+from zigzag_jax.train.logs.scopes import by_scope, launches, table
 
 SPEED = Chart(("tokens/s",), ("pass",), ("by",))
 
@@ -89,6 +90,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--layers must be 1 to {most} ({args.model} has no more), got {args.layers}")
     if not 1 <= args.cp <= len(jax.devices()):
         parser.error(f"--cp must be 1 to {len(jax.devices())} (what there is), got {args.cp}")
+    if args.peer and args.cp > 1:
+        parser.error(f"--peer is one GPU's, got --cp {args.cp}")
     if args.tokens < 2 or args.tokens % (2 * args.cp):
         parser.error(f"--tokens must be a multiple of 2 * cp = {2 * args.cp} (two chunks a rank), got {args.tokens}")
     return args
@@ -127,7 +130,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.profile:
             with jax.profiler.trace(str(args.profile)):
                 jax.block_until_ready(training.once())
-            print(f"trace of one step in {args.profile}; kernels by their time:")
+            print(f"trace of one step in {args.profile}; its time by named scope, and by kernel:")
+            print("\n".join(table(by_scope(training.program(), launches(args.profile)), this.cp, steps=1)))
             print(busiest([e for events in read(args.profile).values() for e in events]))
     return report.status
 

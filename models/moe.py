@@ -126,6 +126,10 @@ class MoE(nnx.Module):
         if not (axes := sharding.expert_axes):
             mlp = functools.partial(grouped_swiglu, fused=self.options.fused, implementation=implementation)
             return functools.partial(_all_experts, mlp, pieces)
+        if self.options.fused:
+            raise ValueError(
+                f"fused must be False where experts are cut over mesh axes, got True and {' * '.join(axes)}"
+            )
         devices = math.prod(sharding.mesh.shape[axis] for axis in axes)
         cut = spec_axes(sharding.spec(("batch", "sequence"), tokens))
         own = math.prod(tokens) // math.prod(sharding.mesh.shape[axis] for axis in cut)

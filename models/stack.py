@@ -7,9 +7,9 @@ time does not grow with the depth. Layers that are not alike (a dense block amon
 Without rematerialisation a layer keeps every intermediate for the backward pass. The policies, by name:
 
     none         keep everything: the fastest for small models (it keeps the gathered experts of every layer)
-    matmuls      as attention, and keep the results of the matmuls that the backward needs (queries, keys, values and
-                 attention's projection, gate and up): what is recomputed are norms, rotary embedding, router, gathers
-                 and SwiGLU
+    matmuls      as attention, and keep the results of the matmuls that the backward needs: the projections of
+                 attention (DeepSeek's latent, not the keys and values made of it), gate and up (of experts with ep = 1:
+                 exchange.py keeps nothing). Recomputed are norms, rotary embedding, router, gathers and SwiGLU
     attention    keep the layer's input and the attention's output and log-sum-exp, recompute the rest: the ring,
                  whose cost grows with the square of the context and which waits for the network, runs once
     full         keep the layer's input only; the ring runs again

@@ -82,7 +82,10 @@ def test_a_slice_of_a_model_runs(tmp_path, monkeypatch, capsys):
     beside = [{"by": "transformers", "pass": "gradient", "ms": 1.0, "tokens/s": 2.0, "MFU": 0.5, "peak GiB": 1.0,
                "loss": 1.0, "tokens/s / peer": None}]  # fmt: skip
     monkeypatch.setattr(bench_slice, "peer", lambda args: beside)
-    assert bench_slice.main(["--quick", "--peer", "--out", str(tmp_path)]) == 0
+    traced = ["--remat", "matmuls", "--profile", str(tmp_path / "trace")]
+    assert bench_slice.main(["--quick", "--peer", "--out", str(tmp_path), *traced]) == 0
+    scopes = {line.split()[0] for line in capsys.readouterr().out.partition("by named scope")[2].splitlines() if line}
+    assert scopes >= {"attention", "mlp/experts", "mlp/router", "loss", "optimizer"}
     results = json.loads((tmp_path / "slice-tiny-qwen3-moe.json").read_text())["results"]
     assert [(row["by"], row["verdict"]) for row in results["check"]] == [("zigzag_jax", "ok")]
     peer, gradient, step = results["slice"]
@@ -133,6 +136,7 @@ def test_mistakes_of_a_slice(capsys):
         (["--cp", "2", "--tokens", "258"], "--tokens must be a multiple of 2 * cp = 4"),
         (["--cp", "0"], "--cp must be 1 to"),
         (["--profile", "x", "--only", "gradient"], "--profile is of a step"),
+        (["--peer", "--cp", "2"], "--peer is one GPU's, got --cp 2"),
     ):
         with pytest.raises(SystemExit):
             bench_slice.main(arguments)

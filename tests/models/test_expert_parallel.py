@@ -1,5 +1,6 @@
 """Experts on several devices are the same function as experts on every device, whatever the routing."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -250,6 +251,38 @@ def test_experts_lie_on_their_axes_and_nowhere_else():
 def test_a_block_of_no_rows():
     with pytest.raises(ValueError, match="exchange_rows must be None or at least 1, got 0"):
         KernelOptions(exchange_rows=0)
+
+
+def test_fused_kernels_need_all_experts():
+    where, options = over((1, 1, 3), ("cp",)), KernelOptions(fused=True)
+    make = lambda rngs: MoE(SIZE, INNER, EXPERTS, SoftmaxTopK(TOP_K, True), where, std=0.5, options=options, rngs=rngs)
+    graphdef, state = abstract_state(make)
+    batch = put(inputs(), where)
+    with pytest.raises(ValueError, match="fused must be False where experts are cut over mesh axes, got True and cp"):
+        jax.eval_shape(lambda state: nnx.merge(graphdef, state)(batch["x"], batch["real"]), state)
+
+
+def test_a_cut_mlp_axis_is_refused():
+    specs = exchange.Experts(P(None, None, "cp"), P(None, None, "cp"), P(None, "cp", None))
+    with pytest.raises(ValueError, match="the mlp axis of the experts' matrices must not be cut, got"):
+        exchange.gather_gate_up(specs, specs, jnp.float32)
+
+
+@pytest.mark.parametrize("remat", ["attention", "matmuls"])
+def test_a_model_with_the_kernels_of_a_gpu_is_lowered(remat):
+    """Their counters of drawn items inside the rounds' loop, in a scan of recomputed layers; nothing is compiled."""
+    sizes = dataclasses.replace(
+        TINY, hidden_size=128, head_dim=64, num_attention_heads=2, num_key_value_heads=1, moe_intermediate_size=64,
+        num_experts=8,
+    )  # fmt: skip
+    where, options = over((1, 1, 2), ("cp",)), KernelOptions(implementation="mosaic")
+    graphdef, state = abstract_state(maker(sizes, where, dtype=jnp.bfloat16, remat=remat, options=options))
+    tokens = put({"tokens": np.zeros((1, 512), np.int32)}, where)["tokens"]
+    loss = lambda state: jnp.sum(nnx.merge(graphdef, state)(tokens, tokens)[0].astype(jnp.float32))
+    text = jax.jit(jax.grad(loss)).trace(state).lower(lowering_platforms=("cuda",)).as_text()
+    # attention twice and once back; experts: two there, and in the backward two again and four gradients of two kinds
+    assert text.count("mosaic_gpu_v2") >= 8
+    assert text.count("all_to_all") >= 8
 
 
 def test_a_degree_is_whole_axes():

@@ -17,9 +17,9 @@ SIZES = PRESETS["tiny-qwen3-moe"]
 DEVICES = 4
 
 
-def kept(remat: Any, accumulate: int = 1) -> dict[Kept, int]:
+def kept(remat: Any, accumulate: int = 1, ep: int = 1) -> dict[Kept, int]:
     """Of a step of the tiny model in bfloat16 on dp 2 * cp 2; traced, not compiled."""
-    mesh_config = MeshConfig(dp=2, cp=2)
+    mesh_config = MeshConfig(dp=2, cp=2, ep=ep)
     config = Config(batch=ROWS, accumulate=accumulate, seq_len=LENGTH, remat=remat, dtype="bfloat16", mesh=mesh_config)
     mesh = make_mesh(config)
     program = make_program(config, SIZES, mesh)
@@ -43,11 +43,13 @@ def test_the_input_the_attention_and_its_lse(remat: str, accumulate: int):
     assert all(kind.on_host == (remat == "offload") for kind in found)
 
 
-def test_the_results_of_matmuls_besides():
-    """Queries, keys, values and attention's projection; gate and up of every choice of experts, but not down."""
-    found = kept("matmuls")
+@pytest.mark.parametrize("ep", [1, 2])
+def test_the_results_of_matmuls_besides(ep: int):
+    """Queries, keys, values and attention's projection; gate and up of every choice of experts here, but not down."""
+    found = kept("matmuls", ep=ep)
     width = lambda heads: heads * SIZES.rotary_size
-    values = [*2 * [SIZES.hidden_size], 2 * SIZES.num_experts_per_tok * SIZES.moe_intermediate_size]
+    values = [SIZES.hidden_size] * 2
+    values += [2 * SIZES.num_experts_per_tok * SIZES.moe_intermediate_size] * (ep == 1)
     values += [width(SIZES.num_attention_heads)] * 2 + [SIZES.hop_values["k, v"]]  # q and the attention's result
     assert sum(found.values()) == sum(a_device(n, 2) for n in values) + a_device(SIZES.num_attention_heads, 4)
 

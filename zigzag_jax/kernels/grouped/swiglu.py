@@ -18,8 +18,9 @@ implementation's matmuls and passes of XLA. mosaic_swiglu.py has kernels in whic
     unfused                             2 + 3                   2 + 3                   1 + 5
     fused                               1                       3                       4
 
-A forward that nobody differentiates keeps nothing. Under `jax.checkpoint` both forwards keep hidden, the first in vain:
-custom_vjp's `optimize_remat` would spare it, but cannot hold a kernel with a counter (jax 0.11.2).
+A forward that nobody differentiates keeps nothing. Under `jax.checkpoint` both forwards keep hidden, the first in vain
+unless the policy saves HIDDEN_NAME: custom_vjp's `optimize_remat` would spare it, but cannot hold a kernel with a
+counter (jax 0.11.2).
 """
 
 import functools
@@ -34,8 +35,8 @@ from zigzag_jax.kernels.grouped import contract
 from zigzag_jax.kernels.grouped.contract import Implementation
 
 HIDDEN_NAME = "experts_hidden"
-"""Of what the backward needs of the matmul with gate and up, for `jax.checkpoint`: a policy that saves it runs that
-matmul once."""
+"""Of what the backward needs of the matmul with gate and up (fused: inner too), for `jax.checkpoint`: a policy that
+saves it runs that matmul once."""
 
 
 class Inward(Protocol):
