@@ -4,7 +4,9 @@ recomputed, the hops fly above the kernels (overlap.py has the rules).
 Two layers of the real sizes but for the vocabulary and the number of experts, which cost compile time only.
 """
 
+import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,7 @@ from zigzag_jax.hlo import Program
 from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of
-from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.sharding import Sharding, abstract_state, expert_rules
 from zigzag_jax.train.config import OptimConfig
 from zigzag_jax.train.mesh import AXES, ROWS
 from zigzag_jax.train.optim import optimizer
@@ -32,10 +34,10 @@ LENGTH = 8192  # tokens a rank: longer than any dimension of a weight
 LESS = {"vocab_size": 1024, "num_hidden_layers": LAYERS}
 
 
-def step_schedule(sizes: ModelConfig, cp: int, options: KernelOptions) -> Program:
+def step_schedule(sizes: ModelConfig, cp: int, options: KernelOptions, expert_axes: tuple[str, ...] = ()) -> Program:
     """One step of AdamW on one row."""
     mesh = Mesh(h100s(cp).devices.reshape(1, 1, cp), AXES)
-    sharding = Sharding(mesh)
+    sharding = Sharding(mesh, expert_rules(expert_axes))
     build = lambda rngs: model_of(sizes)(
         sizes, sharding, rngs=rngs, dtype=jnp.bfloat16, remat="attention", options=options
     )
@@ -57,6 +59,27 @@ def test_qwen3_moe():
         "bf16[8192,512]": 2 * LAYERS,  # v is cut out of one matmul with q and k, forward and recomputed
         "bf16[1,1,8192,4096]": 2 * LAYERS,  # attention's result: into the stack of what is kept, and back
     }
+
+
+def test_experts_on_several_devices():
+    """The exchange with a GPU's kernels, whose counters of drawn items stand in a loop of unknown length."""
+    sizes = dataclasses.replace(PRESETS["qwen3-30b-a3b"], **LESS, num_experts=16)
+    program = step_schedule(sizes, 4, KernelOptions(implementation="mosaic"), ("cp",))
+    check(program, 4, LENGTH, sizes.hop_values["k, v"], LAYERS)
+    kernels = collections.Counter(
+        re.sub(r".*/(\w+)/mpmd_map.*", r"\1", x.source)
+        for instructions in program.computations.values()
+        for x in instructions
+        if x.opcode == "custom-call" and x.source.endswith("mpmd_map")
+    )
+    # gate and up, and down, there; the first again in the backward; a matrix's gradient is a launch a run
+    bodies = kernels["grouped_dx"] // 2  # XLA writes the backward's loop over layers out twice
+    assert bodies > 0
+    assert [kernels[name] for name in ("grouped", "grouped_dx", "grouped_dw")] == [
+        2 + bodies,
+        2 * bodies,
+        2 * 4 * bodies,
+    ]
 
 
 def test_deepseek_v2_with_its_latent_on_the_ring():
