@@ -51,6 +51,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def environment(place: Path) -> dict[str, str]:
+    """Of every process here: what one compiles, the next one reads."""
+    programs = {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    return os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"} | programs
+
+
 class Group:
     """Processes of one run."""
 
@@ -64,9 +73,8 @@ class Group:
             if size > 1:
                 command += ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num-processes", str(size)]
                 command += ["--hosts.process-id", str(i)]
-            env = os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
             with (place / f"{out.name}-{i}.err").open("w") as error:
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, env=env)
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, env=environment(place))
             self.all = [*getattr(self, "all", []), process]
         self.errors = [place / f"{out.name}-{i}.err" for i in range(size)]
 
@@ -190,7 +198,7 @@ def evaluated(place: Path, run: Path, out: Path, size: int) -> list[subprocess.C
     """What each process of an evaluation of `run` said."""
     command = [sys.executable, "-m", "zigzag_jax.train.evaluate", str(run), "--data", str(place / "a.txt")]
     command += ["--seq-len", "32", "--rows", "7", "--mesh.dp", "2", "--mesh.cp", "2", "--dtype", "float32"]
-    port, env = free_port(), os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
+    port, env = free_port(), environment(place)
 
     def start(i: int) -> subprocess.Popen[str]:
         hosts = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num-processes", str(size)]
