@@ -28,6 +28,12 @@ LONGEST_FIRST = [
     "test_mla.py",
     "test_attention.py",
     "models/test_expert_parallel.py",
+    "kernels/test_flash_mosaic_compiled.py",  # from here on: compiled for GPUs
+    "test_schedule.py",
+    "train/test_step_schedule.py",
+    "kernels/test_grouped_mosaic_compiled.py",
+    "kernels/test_flash_triton_compiled.py",
+    "train/test_plan_compiled.py",
 ]
 
 

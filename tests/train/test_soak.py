@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "soak.py"
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path):
     flags = ["--seq-len", "64", "--batch", "2"]
-    command = [sys.executable, str(SCRIPT), "--steps", "30", "--kill-after", "1", "3", "--out", str(tmp_path), "--"]
+    command = [sys.executable, str(SCRIPT), "--steps", "15", "--kill-after", "1", "3", "--out", str(tmp_path), "--"]
     # every start compiles the same: more of the minute is training
     programs = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
