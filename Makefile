@@ -5,9 +5,6 @@
 # make train ARGS="--steps 1000 --mesh.cp 4"     any flag of python -m zigzag_jax.train
 # make test ARGS="tests/test_ring.py -k cp4"     a part
 
-# two workers take a file at a time, in this order: what takes longest must not come last
-LONGEST_FIRST = tests/test_ring.py tests/train tests/models tests
-
 .PHONY: setup train test schedule lint check docs clean
 
 
@@ -28,11 +25,11 @@ lint: setup
 	.venv/bin/pyright
 
 test: lint $(if $(ARGS),,schedule)
-	JAX_PLATFORMS=cpu scripts/quick .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),$(LONGEST_FIRST))
+	JAX_PLATFORMS=cpu scripts/quick .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),tests)
 
 # The CUDA compiler exists for Linux only.
 schedule: $(if $(filter Linux,$(shell uname -s)),.venv-aot/.ready)
-	@if [ -e .venv-aot/.ready ]; then JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -m "aot and not slow" tests/test_schedule.py tests/kernels; \
+	@if [ -e .venv-aot/.ready ]; then JAX_PLATFORMS=cpu .venv-aot/bin/python -m pytest -n 2 -m "aot and not slow" $$(grep -rl --include="test_*.py" mark.aot tests); \
 	else echo "no Linux: what needs the CUDA compiler is not tested here"; fi
 
 check: setup

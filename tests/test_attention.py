@@ -71,9 +71,17 @@ def gradients(attend, q, k, v, dout, sink):
 
 
 # ------------------------------------------------------------------------------------------------------ meshes, specs
-@pytest.mark.parametrize("strategy", [None, "allgather"], ids=["ring", "allgather"])
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT, (EXPLICIT, AUTO, AUTO)], ids=["auto", "explicit", "mixed"])
-@pytest.mark.parametrize("where", ["argument", "set_mesh"])
+@pytest.mark.parametrize(
+    ("where", "kind", "strategy"),  # each kind of mesh given each way, and each kind with each strategy
+    [
+        pytest.param("argument", AUTO, None, id="argument-auto-ring"),
+        pytest.param("set_mesh", AUTO, "allgather", id="set_mesh-auto-allgather"),
+        pytest.param("argument", EXPLICIT, "allgather", id="argument-explicit-allgather"),
+        pytest.param("set_mesh", EXPLICIT, None, id="set_mesh-explicit-ring"),
+        pytest.param("argument", (EXPLICIT, AUTO, AUTO), None, id="argument-mixed-ring"),
+        pytest.param("set_mesh", (EXPLICIT, AUTO, AUTO), "allgather", id="set_mesh-mixed-allgather"),
+    ],
+)
 def test_batch_sequence_and_heads_sharded(problem, kind, where, strategy):
     arrays, want = problem
     mesh = make_mesh(kind, **SIZES)

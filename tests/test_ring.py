@@ -332,7 +332,7 @@ def test_with_the_names_saved_the_forward_ring_is_not_run_again(tower, scanned):
 
 # ---------------------------------------------------------------------------------------------------------------- hops
 @pytest.mark.parametrize("grad_dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
-@pytest.mark.parametrize("cp", range(1, 9))
+@pytest.mark.parametrize("cp", [1, 2, 3, 5, 8])  # no hop, straight-line code of any length, loops
 def test_hops_and_bytes(cp, grad_dtype):
     case = Case(cp)
     problem = Problem.draw(np.random.default_rng(0), case)

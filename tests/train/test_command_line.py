@@ -35,11 +35,13 @@ def command(out: Path, corpus: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory):
-    before = os.environ.get("ZIGZAG_CACHE")
-    os.environ["ZIGZAG_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    os.environ.pop("ZIGZAG_CACHE") if before is None else os.environ.update(ZIGZAG_CACHE=before)
+def caches(tmp_path_factory: pytest.TempPathFactory):
+    """Of tokens, and of the programs that one process after the other compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZIGZAG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield
 
 
 def run(out: Path, corpus: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -196,25 +198,37 @@ def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str
     assert (out / "tokenizer.json").read_bytes() == kept  # a run that is refused writes nothing
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (("--steps", "-1"), "error: steps: must be >= 1, got -1"),
-        (("--model", "none"), "error: model: must be one of"),
-        (("--mesh.ep", "4"), "error: mesh.ep: must be 1, cp, fsdp or fsdp * cp = 1, 2, 1 or 2, got 4"),
-        (("--accumulate", "3"), "error: batch: must be divisible by accumulate * dp * fsdp = 3 * 2 * 1 = 6, got 4"),
-        (
-            ("--optim.groups", "heads=1"),
-            "error: optim.groups: must fit a name that no earlier group took, of embedding.",
-        ),
-        (("--no-such-flag", "1"), "--no-such-flag"),
-        (("--out", "/proc/zigzag"), "error: out: must be a folder that can be written"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path, flags: tuple[str, str], said: str):
-    done = run(tmp_path, corpus, *flags)
-    assert done.returncode == 2
-    assert said in done.stderr
+MISTAKES = {
+    "error: steps: must be >= 1, got -1": ("--steps", "-1"),
+    "error: model: must be one of": ("--model", "none"),
+    "error: mesh.ep: must be 1, cp, fsdp or fsdp * cp = 1, 2, 1 or 2, got 4": ("--mesh.ep", "4"),
+    "error: batch: must be divisible by accumulate * dp * fsdp = 3 * 2 * 1 = 6, got 4": ("--accumulate", "3"),
+    "error: optim.groups: must fit a name that no earlier group took, of embedding.": ("--optim.groups", "heads=1"),
+    "--no-such-flag": ("--no-such-flag", "1"),
+    "error: out: must be a folder that can be written": ("--out", "/proc/zigzag"),
+}
+ONE_BY_ONE = """
+import json, sys
+from zigzag_jax.train.__main__ import main
+
+for words in json.loads(sys.argv[1]):
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    print(f"\\nended with {code}", file=sys.stderr, flush=True)
+"""
+
+
+def test_a_mistake_is_one_line_and_exit_code_2(corpus: Path, tmp_path: Path):
+    """One process for all, which starts once."""
+    words = [command(tmp_path, corpus, *flags)[3:] for flags in MISTAKES.values()]
+    started = [sys.executable, "-c", ONE_BY_ONE, json.dumps(words)]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=400, check=False)
+    *each, rest = done.stderr.split("\nended with 2\n")
+    assert (len(each), rest) == (len(MISTAKES), ""), done.stderr
+    for said, message in zip(each, MISTAKES, strict=True):
+        assert message in said
     assert "Traceback" not in done.stderr
 
 

@@ -51,6 +51,15 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def environment(place: Path) -> dict[str, str]:
+    """Of every process here: what one compiles, the next one reads."""
+    programs = {
+        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+    return os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"} | programs
+
+
 class Group:
     """Processes of one run."""
 
@@ -64,9 +73,8 @@ class Group:
             if size > 1:
                 command += ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num-processes", str(size)]
                 command += ["--hosts.process-id", str(i)]
-            env = os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
             with (place / f"{out.name}-{i}.err").open("w") as error:
-                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, env=env)
+                process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=error, env=environment(place))
             self.all = [*getattr(self, "all", []), process]
         self.errors = [place / f"{out.name}-{i}.err" for i in range(size)]
 
@@ -97,6 +105,14 @@ def losses(out: Path) -> dict[int, float]:
 
 def saved(out: Path) -> list[int]:
     return sorted(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+@pytest.fixture(scope="module")
+def alone(place: Path) -> Path:
+    """The run of one process: four steps."""
+    out = place / "alone"
+    assert Group(place, out, 1, 4).codes() == [0]
+    return out
 
 
 def test_processes_that_differ_say_so(place: Path, tmp_path: Path):
@@ -135,12 +151,11 @@ def test_a_mistake_that_one_finds_ends_all_with_its_exit_code(place: Path, tmp_p
 @pytest.mark.parametrize(
     "size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.processes)]
 )
-def test_as_one_process(place: Path, tmp_path: Path, size: int):
-    one, several = tmp_path / "one", tmp_path / f"of{size}"
-    assert Group(place, one, 1, 4).codes() == [0]
+def test_as_one_process(place: Path, alone: Path, tmp_path: Path, size: int):
+    several = tmp_path / f"of{size}"
     assert Group(place, several, size, 4).codes() == [0] * size
-    assert losses(several) == pytest.approx(losses(one), rel=1e-5)
-    want, got = Parameters(one / "checkpoints" / "4"), Parameters(several / "checkpoints" / "4")
+    assert losses(several) == pytest.approx(losses(alone), rel=1e-5)
+    want, got = Parameters(alone / "checkpoints" / "4"), Parameters(several / "checkpoints" / "4")
     assert list(want) == list(got)
     for name in want:
         # Adam divides by the gradient's size: where that is rounding alone, 1 of 10,000 elements now and then, the four
@@ -190,7 +205,7 @@ def evaluated(place: Path, run: Path, out: Path, size: int) -> list[subprocess.C
     """What each process of an evaluation of `run` said."""
     command = [sys.executable, "-m", "zigzag_jax.train.evaluate", str(run), "--data", str(place / "a.txt")]
     command += ["--seq-len", "32", "--rows", "7", "--mesh.dp", "2", "--mesh.cp", "2", "--dtype", "float32"]
-    port, env = free_port(), os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
+    port, env = free_port(), environment(place)
 
     def start(i: int) -> subprocess.Popen[str]:
         hosts = ["--hosts.coordinator", f"127.0.0.1:{port}", "--hosts.num-processes", str(size)]
@@ -208,11 +223,9 @@ def evaluated(place: Path, run: Path, out: Path, size: int) -> list[subprocess.C
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_as_one(place: Path, tmp_path: Path):
-    run = tmp_path / "run"
-    assert Group(place, run, 1, 2).codes() == [0]
-    (one,) = evaluated(place, run, tmp_path / "one.npz", 1)
-    first, second = evaluated(place, run, tmp_path / "two.npz", 2)
+def test_two_processes_evaluate_as_one(place: Path, alone: Path, tmp_path: Path):
+    (one,) = evaluated(place, alone, tmp_path / "one.npz", 1)
+    first, second = evaluated(place, alone, tmp_path / "two.npz", 2)
     assert [x.returncode for x in (one, first, second)] == [0, 0, 0], [x.stderr for x in (one, first, second)]
     table = lambda done: re.findall(r"^ +(?:all|\d+ \.\. \d+) +[\d,]+ .*$", done.stdout, re.MULTILINE)  # gloo talks too
     assert [len(table(x)) for x in (one, first, second)] == [2, 2, 0]  # the second process says nothing
@@ -223,7 +236,7 @@ def test_two_processes_evaluate_as_one(place: Path, tmp_path: Path):
         np.testing.assert_allclose(got[name], want[name], atol=1e-5)
     # what process 0 alone finds ends both: it cannot write there
     (tmp_path / "folder.npz").mkdir()
-    both = evaluated(place, run, tmp_path / "folder.npz", 2)
+    both = evaluated(place, alone, tmp_path / "folder.npz", 2)
     assert [x.returncode for x in both] == [2, 2], [x.stderr for x in both]
     rule = "out: must be a file that can be written (Is a directory), got "
     assert both[0].stderr.splitlines()[-1].startswith(f"error: {rule}")
