@@ -73,6 +73,16 @@ def test_narrow_inputs():
         oracle.check(name, a, b, tolerance=4e-3)
 
 
+def marked(matmul):
+    """The same matmul, with an equation that nothing else brings after each product that is not transposed."""
+
+    def product(rows, matrices, sizes, *, transposed, out_dtype):
+        y = matmul.product(rows, matrices, sizes, transposed=transposed, out_dtype=out_dtype)
+        return y if transposed else jax.lax.acosh(y)
+
+    return matmul._replace(product=product)
+
+
 def test_what_a_recomputed_layer_runs():
     """Under a scan with jax.checkpoint gate and up twice, down once; without a gradient nothing is kept."""
     *arrays, _ = draw()
@@ -85,12 +95,8 @@ def test_what_a_recomputed_layer_runs():
         inner, hidden = whole.inward(x, gate_up, scale, group_sizes, keep=keep)
         return marks[keep](inner), hidden
 
-    def product(rows, matrices, sizes, *, transposed, out_dtype):
-        y = matmul.product(rows, matrices, sizes, transposed=transposed, out_dtype=out_dtype)
-        return y if transposed else jax.lax.acosh(y)
-
-    parts, marked = swiglu.Parts(inward, whole.outward), matmul._replace(product=product)
-    layer = jax.checkpoint(lambda x, w: (swiglu.differentiable(marked, parts, x, w[0], w[1], scale, sizes), None))
+    parts, product = swiglu.Parts(inward, whole.outward), marked(matmul)
+    layer = jax.checkpoint(lambda x, w: (swiglu.differentiable(product, parts, x, w[0], w[1], scale, sizes), None))
     loss = lambda x, w: jnp.sum(jax.lax.scan(layer, x, w)[0])
     stacked = tuple(jnp.stack([w, w, w]) for w in (gate_up, down))
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(x, stacked)
@@ -105,14 +111,8 @@ def test_a_policy_can_spare_the_second_matmul_with_gate_and_up(saved, products):
     """Three layers' products of the forward, and of the recomputation: without the name gate and up once more."""
     *arrays, _ = draw()
     x, gate_up, down, scale = arrays
-    sizes, matmul = jnp.asarray(SIZES["uneven"], jnp.int32), GROUPED["reference"]
-
-    def product(rows, matrices, sizes, *, transposed, out_dtype):
-        y = matmul.product(rows, matrices, sizes, transposed=transposed, out_dtype=out_dtype)
-        return y if transposed else jax.lax.acosh(y)
-
-    marked = matmul._replace(product=product)
-    layer = lambda x, w: (swiglu.differentiable(marked, swiglu.unfused(marked), x, *w, scale, sizes), None)
+    sizes, matmul = jnp.asarray(SIZES["uneven"], jnp.int32), marked(GROUPED["reference"])
+    layer = lambda x, w: (swiglu.differentiable(matmul, swiglu.unfused(matmul), x, *w, scale, sizes), None)
     layer = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(*saved))
     loss = lambda x, w: jnp.sum(jax.lax.scan(layer, x, w)[0])
     stacked = tuple(jnp.stack([w, w, w]) for w in (gate_up, down))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import shared_programs
 
 from zigzag_jax.models.hf.files import Folder
 from zigzag_jax.models.hf.run_folder import Parameters
@@ -39,8 +40,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory):
     """Of tokens, and of the programs that one process after the other compiles."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZIGZAG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        for name, value in shared_programs(tmp_path_factory.mktemp("programs")).items():
+            patch.setenv(name, value)
         yield
 
 

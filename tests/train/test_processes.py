@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import shared_programs
 
 from zigzag_jax.models.hf.run_folder import Parameters
 from zigzag_jax.train.hosts.together import Together
@@ -52,12 +53,9 @@ def free_port() -> int:
 
 
 def environment(place: Path) -> dict[str, str]:
-    """Of every process here: what one compiles, the next one reads."""
-    programs = {
-        "JAX_COMPILATION_CACHE_DIR": str(place / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    return os.environ | {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"} | programs
+    """Of every process here."""
+    own = {"ZIGZAG_CACHE": str(place / "cache"), "JAX_PLATFORMS": "cpu"}
+    return os.environ | own | shared_programs(place / "programs")
 
 
 class Group:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from programs import shared_programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.source, pytest.mark.timeout(900)]
 SCRIPT = Path(__file__).parents[2] / "examples" / "soak.py"
@@ -15,14 +16,8 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "soak.py"
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path):
     flags = ["--seq-len", "64", "--batch", "2"]
     command = [sys.executable, str(SCRIPT), "--steps", "15", "--kill-after", "1", "3", "--out", str(tmp_path), "--"]
-    # every start compiles the same: more of the minute is training
-    programs = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    }
-    done = subprocess.run(
-        [*command, *flags], capture_output=True, text=True, timeout=850, check=False, env=os.environ | programs
-    )
+    environment = os.environ | shared_programs(tmp_path / "programs")  # more of the minute is training
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=850, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     kills = re.search(r"(\d+) kills", done.stdout)
     assert kills is not None
