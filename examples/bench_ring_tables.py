@@ -9,6 +9,8 @@ With documents or a window ranks wait for each other as well: the slowest rank i
 takes between its own time and the lock step of all.
 """
 
+import math
+
 from bench_inputs import Mask
 from bench_picture import Chart
 from bench_rings import STRATEGIES, Case, Rings
@@ -46,12 +48,11 @@ def paths(rings: Rings, rows: list[dict], link: float) -> list[dict]:
     """
     found = []
     for name in dict.fromkeys(row["by"] for row in rows):
-        slowest, wires = {}, {}
+        path, wires = {}, {}
         for strategy in STRATEGIES:
             own = [row for row in rows if (row["by"], row["strategy"]) == (name, strategy)]
-            slowest[strategy] = max(own, key=lambda row: row["both ms"])
-            wires[strategy] = modelled_wire(rings, strategy, slowest[strategy], link)
-        path = {strategy: row["both ms"] for strategy, row in slowest.items()}
+            path[strategy] = max(row["both ms"] for row in own)
+            wires[strategy] = modelled_wire(rings, strategy, own, link)
         total = {strategy: path[strategy] + wires[strategy] for strategy in STRATEGIES}
         found += [
             {
@@ -64,18 +65,23 @@ def paths(rings: Rings, rows: list[dict], link: float) -> list[dict]:
     return found
 
 
-def modelled_wire(rings: Rings, strategy: str, slowest: dict, link: float) -> float:
-    """Milliseconds that communication adds, by the cost model, to the slowest rank's forward and backward."""
+def modelled_wire(rings: Rings, strategy: str, rows: list[dict], link: float) -> float:
+    """Milliseconds that communication adds to the ring's forward and backward, by the cost model alone: with the wire
+    and without. What was measured, the rows of the strategy's ranks, gives the speed of the kernels: of the rank with
+    most pairs, which is the slowest unless the times are noise.
+    """
     layout, gathers = STRATEGIES[strategy]
-    work = rings.flops(Case(strategy, slowest["rank"]))
-    rate = {which: work[which] / slowest[f"{which} ms"] * 1e3 for which in work}
+    row, work = max(((row, rings.flops(Case(strategy, row["rank"]))) for row in rows), key=lambda rank: rank[1]["fwd"])
+    rate = {which: work[which] / row[f"{which} ms"] * 1e3 for which in work}
     machine = cost.H100._replace(forward=rate["fwd"], backward=rate["bwd"], link=link)
     layer, counted = rings.heads.layer(rings.x.q.dtype.itemsize), rings.pairs(Mask(), layout)
-    if gathers:
-        seconds = cost.gather_seconds(layer, rings.cp, rings.length, counted, machine=machine)
-    else:
-        seconds = cost.ring_seconds(layer, rings.cp, rings.length, counted, layout=layout, machine=machine)
-    return seconds.both * 1e3 - slowest["both ms"]
+
+    def seconds(machine: cost.Machine) -> float:
+        if gathers:
+            return cost.gather_seconds(layer, rings.cp, rings.length, counted, machine=machine).both
+        return cost.ring_seconds(layer, rings.cp, rings.length, counted, layout=layout, machine=machine).both
+
+    return (seconds(machine) - seconds(machine._replace(link=math.inf))) * 1e3
 
 
 def masks(rings: Rings) -> list[dict]:

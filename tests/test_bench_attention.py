@@ -195,6 +195,16 @@ def test_the_wire_is_the_cost_model_s():
     )
 
 
+def test_the_wire_is_not_made_of_noise():
+    few = rings(128, 2)
+    rows = [  # of the naive ring rank 1 has three times the pairs; here both take as long, or rank 0 a little longer
+        {"rank": rank, "by": "reference", "fwd ms": 13.0 + more, "bwd ms": 13.0, "both ms": 26.0 + more}
+        for rank, more in enumerate((0.7, 0.0))
+    ]
+    (wire,) = {round(bench_ring_tables.modelled_wire(few, "naive ring", at, 200e9), 9) for at in (rows, rows[::-1])}
+    assert 0 <= wire < 0.01  # kilobytes
+
+
 @pytest.mark.aot
 @pytest.mark.slow
 def test_whole_rings_compile_for_an_h100():
