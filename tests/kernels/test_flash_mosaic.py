@@ -361,3 +361,28 @@ def test_tuning_and_barriers_name_their_rules():
     with pytest.raises(ValueError, match="multiples of 32 bytes, got 24 columns of bfloat16"):
         hopper.smem((64, 24), jnp.bfloat16)
     assert [hopper.swizzle(n, jnp.bfloat16) for n in (64, 96, 48)] == [128, 64, 32]
+
+
+# ---------------------------------------------------------------- lowering
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the pinned jax compiles them all: ..._compiled.py")
+def test_a_newer_jax_lowers_all_heads_of_the_table():
+    """It may refuse what the pinned one takes."""
+    settings, keys = Settings(0.1, 30.0), KeyRange(*[jax.ShapeDtypeStruct((1, 256), jnp.int32)] * 2)
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, *shape), dtype)
+    stats = array(4, 256, dtype=jnp.float32)
+    lower = lambda f, *args: jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    for (dim, out_dim), tuning in HOPPER.items():
+        q, k, v = array(256, 4, dim), array(256, 2, dim), array(256, 2, out_dim)
+        split = SplitKeys(array(256, 2, dim - tuning.shared), array(256, tuning.shared)) if tuning.shared else k
+        carry = Carry(array(256, 4, out_dim, dtype=jnp.float32), stats)
+        for dtype in (jnp.bfloat16, jnp.float32):
+            forward = lambda q, k, v, keys, carry, d=dtype: mosaic.flash_fwd(q, k, v, keys, settings, carry, d)
+            assert "mosaic_gpu_v2" in lower(forward, q, split, v, keys, carry)
+        for fixed in (False, True) if dim == 128 else (False,):
+            backward = lambda q, k, v, keys, dq, dout, lse, delta, d=fixed: mosaic.flash_bwd(
+                q, k, v, lse, delta, dout, keys, settings, dq, d
+            )
+            gradient, dout = array(256, 4, dim, dtype=jnp.float32), array(256, 4, out_dim)
+            assert "mosaic_gpu_v2" in lower(backward, q, k, v, keys, gradient, dout, stats, stats)

@@ -202,6 +202,17 @@ def draw(counter, box) -> jax.Array:
     return take(counter, box)
 
 
+def store(ref, value) -> None:
+    """Write registers to global memory as they lie: of an accumulator's layout a few bytes a thread, half a sector.
+
+    jax 0.12 has plgpu.store for it, and refuses `ref[...] = value` where that does not fill whole sectors.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def zero_rows(tile, first, end, threads: int) -> None:
     """Zero the rows of a tile [64, columns] (see smem; 128 byte swizzle) that are not in [first, end).
 

@@ -54,6 +54,7 @@ from zigzag_jax.kernels.hopper import (
     launch,
     sm_count,
     smem,
+    store,
     with_counter,
 )
 from zigzag_jax.ranges import KeyRange
@@ -369,7 +370,7 @@ def _kernel(
                 for c in range(0, out_dim, 64):
                     part = acc[:, c : c + 64] * across(weight * inverse, 64)
                     part += carried_out(c, 64) * across(carry_weight * inverse, 64)
-                    out_ref.at[b, my_rows, h, pl.ds(c, 64)][...] = part.astype(out_ref.dtype)
+                    store(out_ref.at[b, my_rows, h, pl.ds(c, 64)], part.astype(out_ref.dtype))
                 out = None
             else:
                 out = acc * across(inverse, out_dim)
@@ -385,7 +386,7 @@ def _kernel(
             if out is None:
                 plgpu.commit_smem()
             elif out_smem is None:
-                out_ref.at[b, my_rows, h, :][...] = out.astype(out_ref.dtype)
+                store(out_ref.at[b, my_rows, h, :], out.astype(out_ref.dtype))
                 plgpu.commit_smem()
             else:
                 out_smem[wg] = out.astype(out_ref.dtype)
