@@ -33,6 +33,8 @@ class Bench(NamedTuple):
     quick: bool = False
     balanced: bool = False
     """Whether the slices' experts all have the same work."""
+    remat: str = "attention"
+    """What the slices' layers keep."""
 
     def check(self) -> list[dict]:
         """Against one GPU, with random cotangents."""

@@ -21,7 +21,7 @@ from zigzag_jax.models.options import KernelOptions
 from zigzag_jax.models.presets import PRESETS
 from zigzag_jax.models.registry import ModelConfig, model_of
 from zigzag_jax.models.router import balanced_routes
-from zigzag_jax.models.sharding import Sharding, abstract_state
+from zigzag_jax.models.sharding import Sharding, abstract_state, expert_axes, expert_rules, parameter_shardings
 from zigzag_jax.train.step import TrainState, make_step, state_shardings
 from zigzag_jax.train.task import Losses, Task
 
@@ -58,11 +58,16 @@ class Slice(NamedTuple):
     """Whether all experts have the same work."""
 
     @classmethod
-    def of(cls, name: str, layers: int, remat: str, cp: int = 1, *, balanced: bool = False, **options: Any) -> "Slice":
-        """So many layers of a preset, on the first cp devices; `options` are fields of KernelOptions."""
+    def of(
+        cls, name: str, layers: int, remat: str, cp: int = 1, ep: int = 1, *, balanced: bool = False, **options: Any
+    ) -> "Slice":
+        """So many layers of a preset, on the first cp devices, ep = 1 or cp of which share the experts out among
+        themselves; `options` are fields of KernelOptions.
+        """
         mesh = Mesh(np.array(jax.devices()[:cp]).reshape(1, 1, cp), AXES)
         config = dataclasses.replace(PRESETS[name], num_hidden_layers=layers)
-        return cls(config, Sharding(mesh), remat, KernelOptions(**options), balanced)
+        sharding = Sharding(mesh, expert_rules(expert_axes(ep, fsdp=1, cp=cp)))
+        return cls(config, sharding, remat, KernelOptions(**options), balanced)
 
     @property
     def cp(self) -> int:
@@ -106,13 +111,18 @@ class Slice(NamedTuple):
         return jax.value_and_grad(task.objective, has_aux=True)
 
     def check(self, params: nnx.State, length: int) -> list[dict]:
-        """Loss and gradient of `length` tokens against float32: the loss, and the parameter whose gradient is worst."""
-        batch = self.batch(length)
-        tasks = {"mine": self.task(), "exact": self.task(jnp.float32, KernelOptions(implementation="reference"))}
-        run = compile_all({name: (self.gradient(task), (params, batch)) for name, task in tasks.items()})
+        """Loss and gradient of `length` tokens against float32 and plain XLA's kernels, experts not shared out: the
+        loss, and the parameter whose gradient is worst.
+        """
+        whole = self._replace(sharding=Sharding(self.sharding.mesh))
+        batch, moved = self.batch(length), jax.device_put(params, parameter_shardings(params, whole.sharding))
+        exact = whole.task(jnp.float32, KernelOptions(implementation="reference"))
+        passes = {"mine": (self.task(), params), "exact": (exact, moved)}
+        arguments = {name: (start, batch) for name, (_, start) in passes.items()}
+        run = compile_all({name: (self.gradient(task), arguments[name]) for name, (task, _) in passes.items()})
 
         def found(name: str) -> tuple[float, dict[str, jax.Array]]:
-            (_, losses), grads = run[name](params, batch)
+            (_, losses), grads = run[name](*arguments[name])
             return float(losses.loss), {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(grads)}
 
         got, mine = found("mine")

@@ -8,8 +8,8 @@
                a window whose middle hops are dead, under jax.checkpoint, contiguous shards, all-gather
     times      Qwen3-30B-A3B's attention, 32k tokens on all GPUs: contiguous shards (the naive ring), zigzag, all-gather
                and tokens/s at fixed tokens a GPU and at a fixed sequence, beside cp = 1
-    slices     4 layers of Qwen3-30B-A3B and of DeepSeek-V2-Lite (latent and expanded keys travel), AdamW, 32k tokens
-               a GPU: tokens/s, MFU, peak memory
+    slices     4 layers of Qwen3-30B-A3B (every GPU with all experts, and with its share of them) and of
+               DeepSeek-V2-Lite (latent and expanded keys travel), AdamW, 32k tokens a GPU: tokens/s, MFU, peak memory
     trace      three forwards and backwards under the profiler: hops, steps, and communication with no kernel beside it
 
 Nothing is timed where a result is wrong, and the exit status is 1; without `check` in --only the heads that are timed
@@ -31,12 +31,15 @@ from trace_hops import by_kernel, hops, steps, summary
 from trace_picture import draw
 
 from zigzag_jax.models.sharding import init_state
+from zigzag_jax.models.stack import REMAT
 
 LAYOUTS = Chart(("fwd ms", "bwd ms"), ("layout",), stacked=True)
 SCALING = Chart(("tokens/s",), ("case",))
 SLICES = Chart(("tokens/s",), ("slice",))
-SLICED = {"qwen3-30b-a3b": (None,), "deepseek-v2-lite": ("latent", "expanded")}  # payloads of a ring
-TINY = {"tiny-qwen3-moe": (None,), "tiny-deepseek-v2": ("latent", "expanded")}
+SHARED = "experts shared out"  # ep = cp
+QWEN, DEEPSEEK = {"": {}, SHARED: {}}, {payload: {"payload": payload} for payload in ("latent", "expanded")}
+SLICED = {"qwen3-30b-a3b": QWEN, "deepseek-v2-lite": DEEPSEEK}
+TINY = {"tiny-qwen3-moe": QWEN, "tiny-deepseek-v2": DEEPSEEK}
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -63,22 +66,21 @@ def tell_trace(report: Report, bench: Bench) -> None:
         draw(gpus, report.out / "trace.png")
 
 
-def sliced(devices: int, quick: bool, balanced: bool) -> dict[str, Slice]:
+def sliced(bench: Bench) -> dict[str, Slice]:
     """The slices by what tells them apart."""
-    layers = 2 if quick else 4
-    return {
-        f"{layers} layers of {model}{', ' if payload else ''}{payload or ''}": Slice.of(
-            model, layers, "attention", devices, payload=payload, balanced=balanced
-        )
-        for model, payloads in (TINY if quick else SLICED).items()
-        for payload in payloads
-    }
+    layers, slices = 2 if bench.quick else 4, {}
+    for model, forms in (TINY if bench.quick else SLICED).items():
+        for form, options in forms.items():
+            title = ", ".join(filter(None, [f"{layers} layers of {model}", form]))
+            ep = bench.devices if form == SHARED else 1
+            slices[title] = Slice.of(model, layers, bench.remat, bench.devices, ep, balanced=bench.balanced, **options)
+    return slices
 
 
 def tell_slices(report: Report, bench: Bench) -> None:
     """A training step of real layers."""
     rows, checks, length = [], [], (64 if bench.quick else 32768) * bench.devices
-    for name, this in sliced(bench.devices, bench.quick, bench.balanced).items():
+    for name, this in sliced(bench).items():
         params = init_state(this.make, this.sharding, jax.random.key(0))[1]
         checks += [{**row, "by": name} for row in this.check(params, min(length, CHECKED))]
         if name in report.check("slices' check", checks):
@@ -103,6 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), default=parts, help=f"of {', '.join(parts)}")
     parser.add_argument("--devices", type=int, help="GPUs of the ring (all)")
     parser.add_argument("--tokens", type=int, help="of the whole sequence (8192 a GPU; with --quick 64)")
+    parser.add_argument("--remat", default="attention", choices=list(REMAT), help="what the slices' layers keep")
     parser.add_argument("--balanced", action="store_true", help="the slices' tokens go to all experts in turn")
     parser.add_argument("--cpu-devices", type=int, help="that many devices on this CPU in the place of GPUs")
     flags(parser)
@@ -134,6 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out,
         args.quick,
         args.balanced,
+        args.remat,
     )
     parts = [part for part in args.only if part != "check"]
     if args.only != ["slices"]:  # whose check is their own

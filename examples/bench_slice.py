@@ -3,6 +3,7 @@
     python examples/bench_slice.py                            4 layers of Qwen3-30B-A3B, 32k tokens
     python examples/bench_slice.py --model deepseek-v2-lite
     python examples/bench_slice.py --cp 4 --tokens 131072
+    python examples/bench_slice.py --cp 4 --ep 4 --tokens 131072      tokens travel to the experts
     python examples/bench_slice.py --balanced                 all experts have the same work
     python examples/bench_slice.py --peer                     beside `transformers`, where it is installed
     python examples/bench_slice.py --quick                    does it run at all? (no GPU needed)
@@ -70,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32768, help="of the one sequence")
     parser.add_argument("--remat", default="attention", choices=list(REMAT))
     parser.add_argument("--cp", type=int, default=1, help="GPUs of a ring")
+    parser.add_argument("--ep", type=int, default=1, help="GPUs that share the experts out among themselves: 1 or cp")
     parser.add_argument("--payload", choices=["latent", "expanded"], help="what of DeepSeek's keys travels")
     parser.add_argument("--balanced", action="store_true", help="tokens go to all experts in turn, past the router")
     parser.add_argument("--fused", action="store_true", help="SwiGLU inside the experts' matmuls")
@@ -90,6 +92,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--layers must be 1 to {most} ({args.model} has no more), got {args.layers}")
     if not 1 <= args.cp <= len(jax.devices()):
         parser.error(f"--cp must be 1 to {len(jax.devices())} (what there is), got {args.cp}")
+    if args.ep not in (1, args.cp):
+        parser.error(f"--ep must be 1 or cp = {args.cp}, got {args.ep}")
+    if args.fused and args.ep > 1:
+        parser.error(f"--fused is of experts that lie whole on a GPU, got --ep {args.ep}")
     if args.peer and args.cp > 1:
         parser.error(f"--peer is one GPU's, got --cp {args.cp}")
     if args.tokens < 2 or args.tokens % (2 * args.cp):
@@ -102,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     rows = beside = peer(args) if args.peer else []
     options = {"balanced": args.balanced, "fused": args.fused, "payload": args.payload}
-    this = Slice.of(args.model, args.layers, args.remat, args.cp, **options)
+    this = Slice.of(args.model, args.layers, args.remat, args.cp, args.ep, **options)
     shapes = abstract_state(this.make)[1]
     flops, count = training_flops(this.config, args.tokens), sum(x.size for x in jax.tree.leaves(shapes))
     sizes = {"parameters": count, "training TFLOP": flops / 1e12}

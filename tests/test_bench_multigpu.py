@@ -17,7 +17,8 @@ from test_read_trace import RING, plane, write
 from trace_events import read
 
 from zigzag_jax.kernels import FLASH
-from zigzag_jax.models.sharding import abstract_state
+from zigzag_jax.models import moe
+from zigzag_jax.models.sharding import abstract_state, init_state
 
 pytestmark = pytest.mark.source
 QUICK = ["--quick", "--devices", "2"]
@@ -97,6 +98,28 @@ def test_a_slice_of_a_model_runs(tmp_path, monkeypatch, capsys):
     assert gradient["loss"] == pytest.approx(step["loss"], rel=1e-5)
 
 
+def test_slices_of_several_gpus():
+    slices = bench_multigpu.sliced(SMALL._replace(quick=True, remat="matmuls"))
+    assert {title: (this.sharding.expert_axes, this.options.payload) for title, this in slices.items()} == {
+        "2 layers of tiny-qwen3-moe": ((), None),
+        "2 layers of tiny-qwen3-moe, experts shared out": (("cp",), None),
+        "2 layers of tiny-deepseek-v2, latent": ((), "latent"),
+        "2 layers of tiny-deepseek-v2, expanded": ((), "expanded"),
+    }
+    assert {(this.cp, this.remat) for this in slices.values()} == {(2, "matmuls")}
+
+
+@pytest.mark.slow
+def test_shared_experts_are_checked_against_whole_ones(monkeypatch):
+    this = Slice.of("tiny-qwen3-moe", 1, "none", 2, 2)
+    params = init_state(this.make, this.sharding, jax.random.key(0))[1]
+    assert this.sharding.expert_axes == ("cp",)
+    assert [row["verdict"] for row in this.check(params, 64)] == ["ok"]
+    real = moe.exchanged_experts
+    monkeypatch.setattr(moe, "exchanged_experts", lambda *args: real(*args) * 2.0)
+    assert this.check(params, 64)[0]["verdict"].startswith("FAIL worst gradient")
+
+
 @pytest.mark.slow
 def test_a_slice_that_is_wrong_is_not_timed(monkeypatch, capsys):
     real = FLASH["reference"]
@@ -136,6 +159,8 @@ def test_mistakes_of_a_slice(capsys):
         (["--cp", "2", "--tokens", "258"], "--tokens must be a multiple of 2 * cp = 4"),
         (["--cp", "0"], "--cp must be 1 to"),
         (["--profile", "x", "--only", "gradient"], "--profile is of a step"),
+        (["--cp", "4", "--ep", "2"], "--ep must be 1 or cp = 4, got 2"),
+        (["--cp", "2", "--ep", "2", "--fused"], "--fused is of experts that lie whole on a GPU, got --ep 2"),
         (["--peer", "--cp", "2"], "--peer is one GPU's, got --cp 2"),
     ):
         with pytest.raises(SystemExit):
