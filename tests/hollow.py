@@ -1,11 +1,8 @@
 """Kernels without insides, for what asks only how XLA schedules their calls.
 
 XLA sees of a kernel its name, its operands and its results. Compiling its insides takes most of a compile, and that all
-of them do is tested where it belongs (kernels/test_*_compiled.py). What makes XLA try out the matmuls' tiles by a cost
-model takes half of the rest (`QUICK`).
+of them do compile is tested where it belongs (kernels/test_*_compiled.py).
 """
-
-from typing import Any
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -14,8 +11,6 @@ import pytest
 from zigzag_jax.kernels import hopper
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
 from zigzag_jax.kernels.grouped import mosaic_pipeline
-
-QUICK: dict[str, Any] = {"xla_gpu_autotune_level": 0}
 
 
 def hollow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from h100 import h100s, on
-from hollow import QUICK, hollow
+from hollow import hollow
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from overlap import check, copied, flown
@@ -27,12 +27,10 @@ VALUES = 2 * 4 * 128  # a token of Qwen3-30B-A3B's k and v
 
 
 @pytest.fixture(autouse=True)
-def quick(request, monkeypatch) -> dict:
-    """XLA's options: those of a user in `make test`, with the whole kernels; quick ones where there are many tests."""
-    if not request.node.get_closest_marker("slow"):
-        return {}
-    hollow(monkeypatch)
-    return QUICK
+def _hollow(request, monkeypatch):
+    """`make test` has whole kernels; where there are many tests, they are empty."""
+    if request.node.get_closest_marker("slow"):
+        hollow(monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -44,15 +42,15 @@ def quick(request, monkeypatch) -> dict:
         pytest.param(8, 32768, id="cp8-loop-32k", marks=pytest.mark.slow),
     ],
 )
-def test_every_hop_has_a_kernel_above_it(cp: int, length: int, quick: dict):
-    program = attention(cp, length, options=quick)
+def test_every_hop_has_a_kernel_above_it(cp: int, length: int):
+    program = attention(cp, length)
     check(program, cp, length, VALUES)
     assert copied(program, length, 4 * 128, 32 * 128) == {}
     assert [times for _, times in program.launched() if times > 1] == ([] if cp < 6 else [3, 2])
 
 
 @pytest.mark.slow
-def test_three_arrays_and_their_gradients_fly_above_one_kernel(quick: dict):
+def test_three_arrays_and_their_gradients_fly_above_one_kernel():
     """DeepSeek-V2-Lite's expanded keys: k in two parts, and v. The backward alone lays k out whole."""
     cp, length = 4, 8192
     mesh, spec, row, rows = h100s(cp), P(None, "cp", None, None), P(None, "cp", None), (1, length * cp)
@@ -64,7 +62,7 @@ def test_three_arrays_and_their_gradients_fly_above_one_kernel(quick: dict):
 
     args = [array(spec, *rows, 16, 192), array(row, *rows, 512), array(row, *rows, 64)]
     args += [array(P(), 512, 16, 256, dtype=jnp.float32), array(P(), 16 * 128, 2048)]
-    program = Program(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile(quick).as_text() or "")
+    program = Program(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text() or "")
     sizes = LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
     check(program, cp, length, sizes.payloads["expanded"], arrays=3)
     assert copied(program, length, 64, 16 * 64, 16 * 128, 16 * 192) == {
@@ -78,7 +76,7 @@ def test_three_arrays_and_their_gradients_fly_above_one_kernel(quick: dict):
 # code over four ranks.
 def alone(length: int, gradient: bool, **options) -> float:
     """Share of the permuted bytes that fly above no kernel."""
-    program = attention(4, length, gradient=gradient, implementation="reference", options=QUICK | options)
+    program = attention(4, length, gradient=gradient, implementation="reference", options=options)
     found = flown(program, ("while", "matmul"))
     payload = 2 * VALUES * length  # bytes; its gradient has twice as many
     assert sum(found.values()) == payload * (3 * 4 if gradient else 3)
@@ -116,7 +114,7 @@ def test_the_rules_refuse_a_ring_as_one_would_write_it(monkeypatch):
     without_barriers(monkeypatch)
     without_attribute(monkeypatch)
     plain_loop(monkeypatch)
-    program = attention(8, 8192, options=QUICK)
+    program = attention(8, 8192)
     found = flown(program)
     assert found["nothing"] == pytest.approx(29 / 54 * sum(found.values()))
     with pytest.raises(AssertionError):
@@ -126,7 +124,7 @@ def test_the_rules_refuse_a_ring_as_one_would_write_it(monkeypatch):
 @pytest.mark.slow
 def test_a_loop_of_one_hop_an_iteration_copies_the_payload(monkeypatch):
     plain_loop(monkeypatch)
-    program = attention(8, 8192, gradient=False, implementation="reference", options=QUICK)
+    program = attention(8, 8192, gradient=False, implementation="reference")
     assert copied(program, 8192, 4 * 128) == {"bf16[1,8192,4,128]": 2 * 6}  # k and v at each of six hops
 
 
@@ -151,5 +149,5 @@ def test_the_scheduler_that_hides_latency_is_needed():
 
 @pytest.mark.slow
 def test_the_program_does_not_grow_with_cp():
-    sizes = {cp: len(attention(cp, 2048, implementation="reference", options=QUICK)) for cp in (8, 64)}
+    sizes = {cp: len(attention(cp, 2048, implementation="reference")) for cp in (8, 64)}
     assert sizes[64] == pytest.approx(sizes[8], rel=0.03)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from h100 import h100s
-from hollow import QUICK, hollow
+from hollow import hollow
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from overlap import check, copied
@@ -36,7 +36,7 @@ LESS = {"vocab_size": 1024, "num_hidden_layers": LAYERS}
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _hollow(monkeypatch):
     hollow(monkeypatch)
 
 
@@ -54,7 +54,7 @@ def step_schedule(sizes: ModelConfig, cp: int, options: KernelOptions, expert_ax
     array = lambda dtype: jax.ShapeDtypeStruct((1, LENGTH * cp), dtype, sharding=place)
     batch = {name: array(jnp.int32) for name in ("tokens", "labels", "positions")} | {"real": array(jnp.bool_)}
     step = jax.jit(make_step(task, tx), donate_argnums=0)
-    return Program(step.lower(abstract_train_state(shapes, tx, sharding), batch).compile(QUICK).as_text() or "")
+    return Program(step.lower(abstract_train_state(shapes, tx, sharding), batch).compile().as_text() or "")
 
 
 def test_qwen3_moe():
