@@ -113,6 +113,7 @@ def alone(place: Path) -> Path:
     return out
 
 
+@pytest.mark.source
 def test_processes_that_differ_say_so(place: Path, tmp_path: Path):
     group = Group(place, tmp_path / "differ", 2, 3, (), ("--seed", "1"))
     assert group.codes() == [2, 2]

@@ -16,6 +16,8 @@ import pytest
 from zigzag_jax.train.data.workers import run_tasks
 from zigzag_jax.train.errors import MachineError, RunError, UserError
 
+pytestmark = pytest.mark.source
+
 Task = tuple[str, Path]
 
 
