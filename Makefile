@@ -25,7 +25,7 @@ lint: setup
 	.venv/bin/pyright
 
 test: lint $(if $(ARGS),,schedule)
-	JAX_PLATFORMS=cpu scripts/quick .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot and not processes" $(or $(ARGS),tests)
+	JAX_PLATFORMS=cpu scripts/quick .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not aot and not byhand" $(or $(ARGS),tests)
 
 # The CUDA compiler exists for Linux only.
 schedule: $(if $(filter Linux,$(shell uname -s)),.venv-aot/.ready)

@@ -35,6 +35,8 @@ class Bench(NamedTuple):
     """Whether the slices' experts all have the same work."""
     remat: str = "attention"
     """What the slices' layers keep."""
+    ep: int = 1
+    """GPUs that share the slices' experts out among themselves: 1 or all."""
 
     def check(self) -> list[dict]:
         """Against one GPU, with random cotangents."""

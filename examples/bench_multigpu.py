@@ -8,8 +8,8 @@
                a window whose middle hops are dead, under jax.checkpoint, contiguous shards, all-gather
     times      Qwen3-30B-A3B's attention, 32k tokens on all GPUs: contiguous shards (the naive ring), zigzag, all-gather
                and tokens/s at fixed tokens a GPU and at a fixed sequence, beside cp = 1
-    slices     4 layers of Qwen3-30B-A3B (every GPU with all experts, and with its share of them) and of
-               DeepSeek-V2-Lite (latent and expanded keys travel), AdamW, 32k tokens a GPU: tokens/s, MFU, peak memory
+    slices     4 layers of Qwen3-30B-A3B and of DeepSeek-V2-Lite (latent and expanded keys travel), AdamW, 32k tokens
+               a GPU: tokens/s, MFU, peak memory; --ep N: every GPU has its share of the experts
     trace      three forwards and backwards under the profiler: hops, steps, and communication with no kernel beside it
 
 Nothing is timed where a result is wrong, and the exit status is 1; without `check` in --only the heads that are timed
@@ -36,10 +36,8 @@ from zigzag_jax.models.stack import REMAT
 LAYOUTS = Chart(("fwd ms", "bwd ms"), ("layout",), stacked=True)
 SCALING = Chart(("tokens/s",), ("case",))
 SLICES = Chart(("tokens/s",), ("slice",))
-SHARED = "experts shared out"  # ep = cp
-QWEN, DEEPSEEK = {"": {}, SHARED: {}}, {payload: {"payload": payload} for payload in ("latent", "expanded")}
-SLICED = {"qwen3-30b-a3b": QWEN, "deepseek-v2-lite": DEEPSEEK}
-TINY = {"tiny-qwen3-moe": QWEN, "tiny-deepseek-v2": DEEPSEEK}
+SLICED = {"qwen3-30b-a3b": (None,), "deepseek-v2-lite": ("latent", "expanded")}  # payloads of a ring
+TINY = {"tiny-qwen3-moe": (None,), "tiny-deepseek-v2": ("latent", "expanded")}
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -68,13 +66,15 @@ def tell_trace(report: Report, bench: Bench) -> None:
 
 def sliced(bench: Bench) -> dict[str, Slice]:
     """The slices by what tells them apart."""
-    layers, slices = 2 if bench.quick else 4, {}
-    for model, forms in (TINY if bench.quick else SLICED).items():
-        for form, options in forms.items():
-            title = ", ".join(filter(None, [f"{layers} layers of {model}", form]))
-            ep = bench.devices if form == SHARED else 1
-            slices[title] = Slice.of(model, layers, bench.remat, bench.devices, ep, balanced=bench.balanced, **options)
-    return slices
+    layers = 2 if bench.quick else 4
+    make = lambda model, payload: Slice.of(
+        model, layers, bench.remat, bench.devices, bench.ep, balanced=bench.balanced, payload=payload
+    )
+    return {
+        f"{layers} layers of {model}{', ' if payload else ''}{payload or ''}": make(model, payload)
+        for model, payloads in (TINY if bench.quick else SLICED).items()
+        for payload in payloads
+    }
 
 
 def tell_slices(report: Report, bench: Bench) -> None:
@@ -105,6 +105,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=lambda text: text.split(","), default=parts, help=f"of {', '.join(parts)}")
     parser.add_argument("--devices", type=int, help="GPUs of the ring (all)")
     parser.add_argument("--tokens", type=int, help="of the whole sequence (8192 a GPU; with --quick 64)")
+    parser.add_argument("--ep", type=int, default=1, help="GPUs that share the slices' experts out: 1 or all")
     parser.add_argument("--remat", default="attention", choices=list(REMAT), help="what the slices' layers keep")
     parser.add_argument("--balanced", action="store_true", help="the slices' tokens go to all experts in turn")
     parser.add_argument("--cpu-devices", type=int, help="that many devices on this CPU in the place of GPUs")
@@ -125,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     if not 1 < devices <= len(jax.devices()):
         print(f"error: --devices: must be 2 to {len(jax.devices())} (what there is), got {devices}", file=sys.stderr)
         return 2
+    if args.ep not in (1, devices):
+        print(f"error: --ep: must be 1 or the GPUs of the ring = {devices}, got {args.ep}", file=sys.stderr)
+        return 2
     report = Report("bench_multigpu", argv, args.out)
     print(f"{devices} devices; {report.run['flags']}")
     models = {name: MODELS[name].smaller() if args.quick else MODELS[name] for name in ("qwen", "mla")}
@@ -138,6 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         args.quick,
         args.balanced,
         args.remat,
+        args.ep,
     )
     parts = [part for part in args.only if part != "check"]
     if args.only != ["slices"]:  # whose check is their own

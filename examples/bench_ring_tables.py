@@ -67,13 +67,12 @@ def paths(rings: Rings, rows: list[dict], link: float) -> list[dict]:
 
 def modelled_wire(rings: Rings, strategy: str, rows: list[dict], link: float) -> float:
     """Milliseconds that communication adds to the ring's forward and backward, by the cost model alone: with the wire
-    and without. What was measured, the rows of the strategy's ranks, gives the speed of the kernels: of the rank with
-    most pairs, which is the slowest unless the times are noise.
+    and without. What was measured, the rows of the strategy's ranks, gives the speed of its kernels.
     """
     layout, gathers = STRATEGIES[strategy]
-    row, work = max(((row, rings.flops(Case(strategy, row["rank"]))) for row in rows), key=lambda rank: rank[1]["fwd"])
-    rate = {which: work[which] / row[f"{which} ms"] * 1e3 for which in work}
-    machine = cost.H100._replace(forward=rate["fwd"], backward=rate["bwd"], link=link)
+    work = [rings.flops(Case(strategy, row["rank"])) for row in rows]
+    rate = lambda which: sum(x[which] for x in work) / sum(row[f"{which} ms"] for row in rows) * 1e3
+    machine = cost.H100._replace(forward=rate("fwd"), backward=rate("bwd"), link=link)
     layer, counted = rings.heads.layer(rings.x.q.dtype.itemsize), rings.pairs(Mask(), layout)
 
     def seconds(machine: cost.Machine) -> float:

@@ -4,6 +4,9 @@ XLA sees of a kernel its name, its operands and its results. Compiling its insid
 of them do compile is tested where it belongs (kernels/test_*_compiled.py).
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
@@ -13,8 +16,9 @@ from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
 from zigzag_jax.kernels.grouped import mosaic_pipeline
 
 
-def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Empty the Hopper kernels until the test ends. What they write in place they still take to be written."""
+@contextlib.contextmanager
+def hollow_kernels() -> Iterator[None]:
+    """The Hopper kernels are empty here. What they write in place they still take to be written."""
 
     def launch(body, *arrays, **rest):
         del body
@@ -28,8 +32,14 @@ def hollow(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return hopper.launch(nothing, *arrays, **rest)
 
-    for module in (mosaic_fwd, mosaic_bwd, mosaic_pipeline):
-        monkeypatch.setattr(module, "launch", launch)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (mosaic_fwd, mosaic_bwd, mosaic_pipeline):
+            patch.setattr(module, "launch", launch)
+        jax.clear_caches()  # the kernels' functions are jitted: what was traced stays
+        try:
+            yield
+        finally:
+            jax.clear_caches()
 
 
 def _touch(ref) -> None:

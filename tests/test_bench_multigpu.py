@@ -52,7 +52,12 @@ def test_nothing_is_timed_where_a_ring_is_wrong(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [(["--only", "speed"], "--only must be of"), (["--devices", "1"], "")]
+    ("arguments", "message"),
+    [
+        (["--only", "speed"], "--only must be of"),
+        (["--devices", "1"], ""),
+        (["--devices", "4", "--ep", "2"], "--ep: must be 1 or the GPUs of the ring = 4, got 2"),
+    ],
 )
 def test_mistakes(arguments, message, capsys):
     try:
@@ -99,14 +104,19 @@ def test_a_slice_of_a_model_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_slices_of_several_gpus():
-    slices = bench_multigpu.sliced(SMALL._replace(quick=True, remat="matmuls"))
-    assert {title: (this.sharding.expert_axes, this.options.payload) for title, this in slices.items()} == {
-        "2 layers of tiny-qwen3-moe": ((), None),
-        "2 layers of tiny-qwen3-moe, experts shared out": (("cp",), None),
-        "2 layers of tiny-deepseek-v2, latent": ((), "latent"),
-        "2 layers of tiny-deepseek-v2, expanded": ((), "expanded"),
+    slices = bench_multigpu.sliced(SMALL._replace(quick=True, remat="matmuls", ep=2))
+    assert {title: this.options.payload for title, this in slices.items()} == {
+        "2 layers of tiny-qwen3-moe": None,
+        "2 layers of tiny-deepseek-v2, latent": "latent",
+        "2 layers of tiny-deepseek-v2, expanded": "expanded",
     }
-    assert {(this.cp, this.remat) for this in slices.values()} == {(2, "matmuls")}
+    assert {(this.cp, this.remat, this.sharding.expert_axes) for this in slices.values()} == {(2, "matmuls", ("cp",))}
+
+
+@pytest.mark.slow
+def test_a_slice_whose_experts_are_shared_out_trains(capsys):
+    assert bench_slice.main(["--quick", "--cp", "2", "--ep", "2", "--only", "step"]) == 0
+    assert "| step " in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from h100 import h100s, on
-from hollow import hollow
+from hollow import hollow_kernels
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from overlap import check, copied, flown
@@ -26,24 +26,18 @@ pytestmark = pytest.mark.aot
 VALUES = 2 * 4 * 128  # a token of Qwen3-30B-A3B's k and v
 
 
-@pytest.fixture(autouse=True)
-def _hollow(request, monkeypatch):
-    """`make test` has whole kernels; where there are many tests, they are empty."""
-    if request.node.get_closest_marker("slow"):
-        hollow(monkeypatch)
-
-
 @pytest.mark.parametrize(
-    ("cp", "length"),
+    ("cp", "length", "kernels"),
     [
-        pytest.param(4, 8192, id="cp4-straight-8k"),
-        pytest.param(4, 32768, id="cp4-straight-32k", marks=pytest.mark.slow),
-        pytest.param(8, 8192, id="cp8-loop-8k", marks=pytest.mark.slow),
-        pytest.param(8, 32768, id="cp8-loop-32k", marks=pytest.mark.slow),
+        pytest.param(4, 8192, contextlib.nullcontext, id="cp4-straight-8k"),
+        pytest.param(4, 32768, hollow_kernels, id="cp4-straight-32k", marks=pytest.mark.slow),
+        pytest.param(8, 8192, contextlib.nullcontext, id="cp8-loop-8k", marks=pytest.mark.slow),
+        pytest.param(8, 32768, hollow_kernels, id="cp8-loop-32k", marks=pytest.mark.slow),
     ],
 )
-def test_every_hop_has_a_kernel_above_it(cp: int, length: int):
-    program = attention(cp, length)
+def test_every_hop_has_a_kernel_above_it(cp: int, length: int, kernels):
+    with kernels():
+        program = attention(cp, length)
     check(program, cp, length, VALUES)
     assert copied(program, length, 4 * 128, 32 * 128) == {}
     assert [times for _, times in program.launched() if times > 1] == ([] if cp < 6 else [3, 2])
@@ -62,7 +56,8 @@ def test_three_arrays_and_their_gradients_fly_above_one_kernel():
 
     args = [array(spec, *rows, 16, 192), array(row, *rows, 512), array(row, *rows, 64)]
     args += [array(P(), 512, 16, 256, dtype=jnp.float32), array(P(), 16 * 128, 2048)]
-    program = Program(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text() or "")
+    with hollow_kernels():
+        program = Program(jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3))).lower(*args).compile().as_text() or "")
     sizes = LatentSizes(latent=512, rope=64, heads=16, dim=192, out_dim=128)
     check(program, cp, length, sizes.payloads["expanded"], arrays=3)
     assert copied(program, length, 64, 16 * 64, 16 * 128, 16 * 192) == {
@@ -114,7 +109,8 @@ def test_the_rules_refuse_a_ring_as_one_would_write_it(monkeypatch):
     without_barriers(monkeypatch)
     without_attribute(monkeypatch)
     plain_loop(monkeypatch)
-    program = attention(8, 8192)
+    with hollow_kernels():
+        program = attention(8, 8192)
     found = flown(program)
     assert found["nothing"] == pytest.approx(29 / 54 * sum(found.values()))
     with pytest.raises(AssertionError):

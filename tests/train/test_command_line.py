@@ -138,7 +138,7 @@ def test_muon_in_micro_batches_traced(corpus: Path, tmp_path: Path):
     assert losses(tmp_path)[2] < losses(tmp_path)[1]
 
 
-@pytest.mark.source
+@pytest.mark.system
 def test_sigterm_during_the_report_skips_what_is_left_of_it(calm: tuple[Path, str], corpus: Path):
     out, _ = calm
     with subprocess.Popen(command(out, corpus), stdout=subprocess.PIPE, text=True) as process:
@@ -165,7 +165,7 @@ sys.exit(command.main([]))  # as the scripts in examples/ do
 """
 
 
-@pytest.mark.source
+@pytest.mark.system
 def test_a_crash_inside_a_library_leaves_stacks():
     done = subprocess.run([sys.executable, "-c", CRASH], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == -signal.SIGSEGV, done.stderr
@@ -173,7 +173,6 @@ def test_a_crash_inside_a_library_leaves_stacks():
     assert "in crash" in done.stderr
 
 
-@pytest.mark.source
 def test_a_finished_run_says_so_and_another_run_is_refused(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
     out, _ = calm
     again = run(out, corpus)

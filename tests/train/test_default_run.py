@@ -1,7 +1,4 @@
-"""What `make train` promises a newcomer, by the first part of it: it is on its way past the bigram model.
-
-The whole, which takes three to five minutes on two cores, ends 0.2 to 0.4 below the bigram model (docs/benchmarks.md).
-"""
+"""What `make train` promises a newcomer: its model learns, and in the end more than which word follows which."""
 
 import os
 import re
@@ -11,15 +8,21 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-
-def test_the_default_run_learns(tmp_path: Path):
-    command = [sys.executable, "-m", "zigzag_jax.train", "--out", str(tmp_path), "--steps", "120"]
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("steps", "below_unigram", "below_bigram"),
+    [
+        pytest.param(120, 0.7, None, marks=pytest.mark.slow),  # measured: 0.9
+        pytest.param(400, 1.5, 0.1, marks=pytest.mark.byhand),  # the default: 2.1 and 0.26 (docs/benchmarks.md)
+    ],
+)
+def test_the_default_run_learns(tmp_path: Path, steps: int, below_unigram: float, below_bigram: float | None):
+    command = [sys.executable, "-m", "zigzag_jax.train", "--out", str(tmp_path), "--steps", str(steps)]
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # it mostly computes
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=800, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=1400, env=env)
     found = re.search(r"held-out loss ([\d.]+) .*unigram model ([\d.]+), bigram model ([\d.]+)", done.stdout)
     assert found
     held_out, unigram, bigram = map(float, found.groups())
-    assert held_out < unigram - 0.7  # 0.9 below; a model of the tokens' frequencies stays at it
-    assert bigram < unigram - 1.5
+    assert held_out < unigram - below_unigram
+    assert below_bigram is None or held_out < bigram - below_bigram

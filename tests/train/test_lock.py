@@ -16,8 +16,6 @@ from zigzag_jax.train.errors import UserError
 from zigzag_jax.train.hosts.together import Together
 from zigzag_jax.train.lock import FILE, sole_run, user_of
 
-pytestmark = pytest.mark.source
-
 HOLD = """
 import sys, time
 from pathlib import Path

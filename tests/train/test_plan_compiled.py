@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from hollow import hollow
+from hollow import hollow_kernels
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -50,8 +50,7 @@ def footprints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Foot
         program = make_program(config, sizes, described_mesh("h100", (1, 1, 2), AXES, 0.92), HOPPER)
         return measure(config, program), known_parts(config, sizes, program)
 
-    with pytest.MonkeyPatch.context() as patch:
-        hollow(patch)
+    with hollow_kernels():
         return {remat: one(remat) for remat in ("attention", "offload")}
 
 

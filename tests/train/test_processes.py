@@ -113,7 +113,6 @@ def alone(place: Path) -> Path:
     return out
 
 
-@pytest.mark.source
 def test_processes_that_differ_say_so(place: Path, tmp_path: Path):
     group = Group(place, tmp_path / "differ", 2, 3, (), ("--seed", "1"))
     assert group.codes() == [2, 2]
@@ -135,7 +134,7 @@ def test_a_folder_of_another_run_is_refused_by_all(place: Path, tmp_path: Path):
     assert [path.name for path in out.iterdir()] == ["run.lock"]
 
 
-@pytest.mark.processes
+@pytest.mark.byhand
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_mistake_that_one_finds_ends_all_with_its_exit_code(place: Path, tmp_path: Path, failing: int):
     group = Group(place, tmp_path / f"failing{failing}", 2, 4000, failing=failing)
@@ -147,9 +146,7 @@ def test_a_mistake_that_one_finds_ends_all_with_its_exit_code(place: Path, tmp_p
     assert ") ended: data: must be whole, got a.txt, as process " in last
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.processes)]
-)
+@pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.byhand)])
 def test_as_one_process(place: Path, alone: Path, tmp_path: Path, size: int):
     several = tmp_path / f"of{size}"
     assert Group(place, several, size, 4).codes() == [0] * size
@@ -163,9 +160,7 @@ def test_as_one_process(place: Path, alone: Path, tmp_path: Path, size: int):
         assert off.mean() < 1e-3, f"{name}: {off.sum()} of {off.size} differ"
 
 
-@pytest.mark.parametrize(
-    "dead", [pytest.param(1, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.processes)]
-)
+@pytest.mark.parametrize("dead", [pytest.param(1, marks=pytest.mark.slow), pytest.param(0, marks=pytest.mark.byhand)])
 def test_one_is_killed_and_the_same_commands_again_go_on(place: Path, tmp_path: Path, dead: int):
     out = tmp_path / f"dead{dead}"
     group = Group(place, out, 2, 4000)
@@ -242,7 +237,7 @@ def test_two_processes_evaluate_as_one(place: Path, alone: Path, tmp_path: Path)
     assert f"ended: {rule}" in both[1].stderr.splitlines()[-1]
 
 
-@pytest.mark.processes
+@pytest.mark.byhand
 def test_one_that_is_frozen_is_named(place: Path, tmp_path: Path):
     group = Group(place, tmp_path / "frozen", 2, 4000)
     group.wait_for(2)

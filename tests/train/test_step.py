@@ -116,7 +116,7 @@ def train(axes: tuple[int, int, int], ep: int, micro: int = 1, name: str = QWEN)
 
 
 MESHES = [(QWEN, (1, 1, 4), 1, 1), (QWEN, (2, 2, 2), 4, 1)]
-MORE = [(QWEN, (1, 1, 3), 1, 1), (QWEN, (2, 1, 2), 1, 2), (DEEPSEEK, (2, 2, 2), 4, 1)]
+MORE = [(QWEN, (1, 1, 3), 1, 1), (QWEN, (1, 2, 2), 1, 2), (DEEPSEEK, (2, 2, 2), 4, 1)]
 CASES = [
     pytest.param(
         name, axes, ep, micro, id=f"{name}-dp{axes[0]}-fsdp{axes[1]}-cp{axes[2]}-ep{ep}-micro{micro}", marks=marks

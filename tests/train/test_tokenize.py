@@ -97,7 +97,7 @@ def test_it_is_what_the_trainer_makes_of_the_same_text(calm: Path, place: Path, 
     )
 
 
-@pytest.mark.source
+@pytest.mark.system
 def test_killed_and_resumed_is_byte_for_byte_the_same_whatever_the_workers(calm: Path, place: Path, tmp_path: Path):
     out = tmp_path / "out"
     program = (

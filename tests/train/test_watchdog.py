@@ -17,8 +17,6 @@ from zigzag_jax.train.hosts import watchdog
 from zigzag_jax.train.hosts.link import Link
 from zigzag_jax.train.hosts.watchdog import Watchdog, axes_between, newest
 
-pytestmark = pytest.mark.source
-
 TWO_HOSTS = np.array([[[0, 0], [1, 1]], [[2, 2], [3, 3]]])  # dp 2, fsdp 2, cp 2
 
 

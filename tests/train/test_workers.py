@@ -16,7 +16,7 @@ import pytest
 from zigzag_jax.train.data.workers import run_tasks
 from zigzag_jax.train.errors import MachineError, RunError, UserError
 
-pytestmark = pytest.mark.source
+pytestmark = pytest.mark.system
 
 Task = tuple[str, Path]
 

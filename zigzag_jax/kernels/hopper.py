@@ -205,10 +205,11 @@ def draw(counter, box) -> jax.Array:
 def store(ref, value) -> None:
     """Write registers to global memory as they lie: of an accumulator's layout a few bytes a thread, half a sector.
 
-    jax 0.12 has plgpu.store for it, and refuses `ref[...] = value` where that does not fill whole sectors.
+    jax 0.12 has plgpu.store for it, and refuses `ref[...] = value` where that does not fill whole sectors. 0.11 has no
+    plgpu.store: the other branch goes when pyproject.toml asks for 0.12.
     """
-    if hasattr(plgpu, "store"):
-        plgpu.store(ref, value, optimized=False)
+    if newer := getattr(plgpu, "store", None):
+        newer(ref, value, optimized=False)
     else:
         ref[...] = value
 
