@@ -47,4 +47,4 @@ def _touch(ref) -> None:
     def touch(_, ref):
         del ref
 
-    touch(ref)
+    touch(ref)  # pyright: ignore[reportCallIssue]: the decorator passes the context

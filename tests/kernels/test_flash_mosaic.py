@@ -4,6 +4,7 @@ What the kernels compute is tested on a GPU (test_flash_gpu.py), how they compil
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -369,8 +370,11 @@ def test_tuning_and_barriers_name_their_rules():
 @pytest.mark.skipif(jax.__version_info__ < (0, 12), reason="the pinned jax compiles them all: ..._compiled.py")
 def test_a_newer_jax_lowers_all_heads_of_the_table():
     """It may refuse what the pinned one takes."""
-    settings, keys = Settings(0.1, 30.0), KeyRange(*[jax.ShapeDtypeStruct((1, 256), jnp.int32)] * 2)
-    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    def array(*shape: int, dtype=jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct((1, *shape), dtype)
+
+    settings, keys = Settings(0.1, 30.0), KeyRange(*[array(256, dtype=jnp.int32)] * 2)
     stats = array(4, 256, dtype=jnp.float32)
     lower = lambda f, *args: jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     for (dim, out_dim), tuning in HOPPER.items():
