@@ -270,11 +270,58 @@ def test_drawn_items_change_no_bit(case):
         carry = Carry(*first)
         return first, call(carry, jnp.dtype(jnp.float32)), call(carry, jnp.dtype(dtype)), call(None, jnp.dtype(dtype))
 
-    tunings = [dataclasses.replace(table.forward, drawn=drawn) for drawn in (False, True, True)]
+    tunings = [dataclasses.replace(table.forward, shares=shares) for shares in ("fixed", "drawn", "drawn")]
     results = [jax.tree.leaves(forward(tuning, q, k, v, keys)) for tuning in tunings]
     for fixed, drawn, again in zip(*results, strict=True):
         np.testing.assert_array_equal(drawn, fixed)
         np.testing.assert_array_equal(again, fixed)
+
+
+# heads, and the key tiles that each query tile of each batch row sees: what mosaic_cuts.py takes for equal items
+CUT = {
+    "all": (10, [[16] * 16] * 2),
+    "later half": (20, [[0] * 8 + [40] * 8] * 2),
+    "not equal": (10, [list(range(1, 17))] * 2),
+    "in one batch row": (10, [[16] * 16, [16] * 9 + [0] * 7]),
+    "in one batch row, or one tile": (10, [[16] * 16, [16] * 9 + [1] * 7]),
+}
+
+
+@pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("case", CUT)
+def test_items_that_two_blocks_share(case, dims):
+    """Each result ten times: a rest that did not wait for its first part would not come out the same."""
+    rng, (dim, out_dim), (heads, tiles) = np.random.default_rng(0), dims, CUT[case]
+    ends = np.repeat(np.asarray(tiles), 128, axis=1) * 128
+    batch, rows, key_rows = *ends.shape, int(ends.max())
+    # a range that ends at `end`, or begins where that many keys are left: ends and starts must never decrease
+    falls = (np.diff(ends) < 0).any()
+    start, stop = (key_rows - ends, 0 * ends + key_rows) if falls else (0 * ends, ends)
+    keys = KeyRange(*(jnp.asarray(x, jnp.int32) for x in (start, stop)))
+    normal = lambda *size, dtype=jnp.bfloat16: jnp.asarray(rng.standard_normal(size), dtype)
+    q, k = normal(batch, rows, heads, dim), normal(batch, key_rows, 2, dim)
+    v, out = normal(batch, key_rows, 2, out_dim), normal(batch, rows, heads, out_dim, dtype=jnp.float32)
+    lse = normal(batch, heads, rows, dtype=jnp.float32) + 7
+    table = mosaic_tuning.HOPPER[dims].forward
+    assert table.shares == "cut"
+
+    @functools.partial(jax.jit, static_argnames=("shares", "dtype"))
+    def forward(carry, shares, dtype):
+        tuning = dataclasses.replace(table, shares=shares)
+        return mosaic.flash_fwd(q, k, v, keys, Settings(dim**-0.5, None), carry, jnp.dtype(dtype), tuning=tuning)
+
+    differ = set()
+    for carry in (None, Carry(out, lse)):
+        for dtype in (jnp.float32, jnp.bfloat16):
+            whole = forward(carry, "drawn", dtype)
+            first, *others = (forward(carry, "cut", dtype) for _ in range(10))
+            for name, a, b in zip(("out", "lse"), first, whole, strict=True):
+                # one weight of P rounded at another maximum
+                oracle.check(name, a, np.asarray(b, np.float64), {"out": 2e-3, "lse": 1e-6}[name])
+                differ.add(bool((a != b).any()))
+                assert all((a == other[name == "lse"]).all() for other in others)
+    assert True in differ or case == "not equal"
 
 
 @pytest.mark.parametrize("bounds", [(-3, 10_000), (0, 2**31 - 1)])

@@ -14,7 +14,7 @@ import pytest
 
 from zigzag_jax import kernels
 from zigzag_jax.kernels import FLASH, SplitKeys, flash_bwd, flash_fwd, flash_implementation, hopper
-from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_chunks, mosaic_fwd, mosaic_walk
+from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_chunks, mosaic_fwd, mosaic_items, mosaic_walk
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
@@ -53,7 +53,7 @@ def visible_tiles(keys: KeyRange, key_rows: int, query_tile: int, key_tile: int)
     ("batch", "heads", "query_tiles", "group"), [(1, 4, 6, 1), (2, 3, 7, 2), (1, 1, 1, 4), (1, 33, 8, 4)]
 )
 def test_every_item_has_one_block(batch, heads, query_tiles, group):
-    items = mosaic_fwd._Items(batch, heads, query_tiles, group)
+    items = mosaic_items.Items(batch, heads, query_tiles, group)
     assert all(int(items.of_sm(jnp.int32(sm))) >= 1 for sm in range(items.sms))  # none reads ranges it does not have
     seen = [
         tuple(int(x) for x in items.at(jnp.int32(sm), jnp.int32(j)))
@@ -65,7 +65,7 @@ def test_every_item_has_one_block(batch, heads, query_tiles, group):
 
 
 def test_drawn_numbers_are_every_item_in_the_order_of_fixed_shares():
-    items = mosaic_fwd._Items(2, 3, 44, 2)  # two for each multiprocessor
+    items = mosaic_items.Items(2, 3, 44, 2)  # two for each multiprocessor
     at = lambda sm, j: tuple(int(x) for x in items.at(sm, jnp.int32(j)))
     drawn = [at(None, number) for number in range(items.count)]
     assert len(set(drawn)) == items.count
@@ -77,7 +77,7 @@ def test_drawn_numbers_are_every_item_in_the_order_of_fixed_shares():
 @pytest.mark.parametrize("form", ["plain", "carry"])
 def test_drawn_items_in_a_scan_are_traced(form):
     """A differentiated scan moves a counter that begins at 0 out of its loop, if it can."""
-    tuning, keys = mosaic_fwd.ForwardTuning(drawn=True), rows_of("causal", 256)
+    tuning, keys = mosaic_fwd.ForwardTuning(shares="cut"), rows_of("causal", 256)
 
     @jax.custom_jvp
     def attend(q):
@@ -95,7 +95,7 @@ def test_drawn_items_in_a_scan_are_traced(form):
 
 
 def test_the_last_queries_come_first():
-    items = mosaic_fwd._Items(1, 2, 4, 1)
+    items = mosaic_items.Items(1, 2, 4, 1)
     assert [int(items.at(jnp.int32(sm), jnp.int32(0))[2]) for sm in (0, 7)] == [3 * 128, 0]
 
 
@@ -108,7 +108,7 @@ def test_forward_visits_what_is_visible_and_masks_what_is_cut(seed):
     for n in range(4):
         rows = slice(n * query_tile, (n + 1) * query_tile)
         start, stop = np.asarray(keys.start)[0, rows], np.asarray(keys.stop)[0, rows]
-        tiles = mosaic_fwd._Tiles([jnp.int32(x) for x in (start[0], start[-1], stop[0], stop[-1])], key_tile)
+        tiles = mosaic_items.Tiles([jnp.int32(x) for x in (start[0], start[-1], stop[0], stop[-1])], key_tile)
         order = [int(tiles.at(jnp.int32(i))) for i in range(int(tiles.count))]
         assert len(set(order)) == len(order)
         assert set(np.flatnonzero(some[0, n])) <= set(order)

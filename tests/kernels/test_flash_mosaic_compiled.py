@@ -41,6 +41,7 @@ FORMS = {  # carry, result, a range for each of two batch rows
 # bytes of stack that are left: some addresses of the widest heads, of keys in two parts and of a softcap's
 # carry at D = 128 (six values, each stored and loaded once), and the slope of MLA's softcap, which no model has
 STACK = {
+    ("forward", 128, "last"): 8,
     ("forward", 128, "softcap"): 24,
     ("forward", 192, ""): 16,
     ("forward", 192, "softcap"): 32,
@@ -130,8 +131,9 @@ def forward(compiled, dim, out_dim, form, softcap, tuning=None, shared=0) -> Non
         return mosaic.flash_fwd(q, k, v, keys, settings, carry, jnp.dtype(out_dtype), tuning=tuning)
 
     report = compiled(run, q, k, v, bounds, bounds, *(carry if has_carry else ()))
+    kind = "softcap" if softcap else "split" if shared else "last" if dim == 128 and form == "last" else ""
     # S of the first tile; S, then PV, in the masked and in the inner loop; PV of the last tile
-    check(report, "forward", dim, "softcap" if softcap else "split" if shared else "", waits=6)
+    check(report, "forward", dim, kind, waits=6)
 
 
 @pytest.mark.parametrize(("dim", "out_dim", "shared", "form"), cases(*FORMS))
@@ -140,10 +142,12 @@ def test_forward(compiled, dim, out_dim, shared, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dim", "out_dim"), [(128, 128), (64, 64)])
-def test_forward_that_takes_its_items_otherwise(compiled, dim, out_dim):
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "shares"), [(128, 128, "fixed"), (128, 128, "drawn"), (64, 64, "drawn"), (64, 64, "cut")]
+)
+def test_forward_that_takes_its_items_otherwise(compiled, dim, out_dim, shares):
     table = HOPPER[dim, out_dim].forward
-    forward(compiled, dim, out_dim, "carry", None, dataclasses.replace(table, drawn=not table.drawn))
+    forward(compiled, dim, out_dim, "carry", None, dataclasses.replace(table, shares=shares))
 
 
 @pytest.mark.slow

@@ -162,13 +162,13 @@ def next_turn(turns, index) -> None:
     signal(turns, index)
 
 
-def with_counter(*arrays) -> tuple[Any, ...]:
-    """The arrays, and a counter in global memory that begins at 0: int32 [1], a reference.
+def with_counter(*arrays, size: int = 1) -> tuple[Any, ...]:
+    """The arrays, and counters in global memory that begin at 0: int32 [size], a reference.
 
     A scan that is differentiated moves what does not depend on its turn out of the loop, also a counter that begins at
     0, and then refuses to hand a reference in: so it depends on all that the kernel reads.
     """
-    zero, *arrays = jax.lax.optimization_barrier((jnp.zeros(1, jnp.int32), *arrays))
+    zero, *arrays = jax.lax.optimization_barrier((jnp.zeros(size, jnp.int32), *arrays))
     return *arrays, jax.new_ref(zero)
 
 
@@ -200,6 +200,26 @@ def draw(counter, box) -> jax.Array:
         return mgpu.FragmentedArray.splat(number, (), is_signed=True)
 
     return take(counter, box)
+
+
+def raise_to(counter, number) -> None:
+    """Make a counter (see draw) at least `number`. The calling warpgroup's next draw sees it."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def at_least(_, counter, number):
+        mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p;
+            .reg .b32 t;
+            mov.u32 t, %tid.x;
+            and.b32 t, t, {WARPGROUP - 1};
+            setp.eq.u32 p, t, 0;
+            @p red.global.max.s32 [$0], $1;
+            }}""",
+            mgpu.utils.memref_ptr(counter), number.registers[()],
+        )  # fmt: skip
+
+    at_least(counter, number)
 
 
 def store(ref, value) -> None:

@@ -21,17 +21,16 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.hopper import NamedBarriers, draw, i32
+from zigzag_jax.kernels.flash.mosaic_items import Edges
+from zigzag_jax.kernels.hopper import NamedBarriers, draw, i32, raise_to
 
 RECORDS = 2
-_FIELDS = 5  # the item's number, and four edges of its rows' ranges
+_FIELDS = 6  # the item's number, the part of it, and four edges of its rows' ranges
 
 SCRATCH = {
     "records": plgpu.SMEM((RECORDS * _FIELDS + 1,), jnp.int32),  # and a box for what was drawn
     "record_full": plgpu.Barrier(num_barriers=RECORDS),
 }
-
-Edges = tuple[jax.Array, ...]
 
 
 class Drawn:
@@ -44,20 +43,31 @@ class Drawn:
         """Producer, the whole warpgroup: the next number, one that is no item's after the last. Once a record."""
         return draw(self.counter, self.records.at[RECORDS * _FIELDS])
 
-    def hand_over(self, at, number, edges: Edges) -> None:
-        """Producer, the whole warpgroup."""
+    def skip_to(self, number) -> None:
+        """Producer: numbers below this one need not be drawn."""
+        raise_to(self.counter, number)
+
+    def hand_over(self, at, *record) -> None:
+        """Producer, the whole warpgroup: the item, the part of it, its edges."""
         self.free.sync(at)
-        for i, value in enumerate((number, *edges)):
+        for i, value in enumerate(record):
             self.records[at * _FIELDS + i] = value
         plgpu.commit_smem()  # a barrier: all threads have written
         plgpu.barrier_arrive(self.full.at[at])
 
     def take(self, at) -> tuple[jax.Array, Edges]:
-        """Consumers: the number and edges of the next item."""
+        """Consumers: the next item and its edges."""
         plgpu.barrier_wait(self.full.at[at])
-        number, *edges = (self.records[at * _FIELDS + i] for i in range(_FIELDS))
+        item, *edges = (self.records[at * _FIELDS + i] for i in (0, *range(2, _FIELDS)))
+        return item, edges
+
+    def again(self, at) -> tuple[jax.Array, jax.Array]:
+        """Consumers, between `take` and `leave`: the item, and the part of it. Costs no register until then."""
+        return self.records[at * _FIELDS], self.records[at * _FIELDS + 1]
+
+    def leave(self, at) -> None:
+        """Consumers: the record has been read."""
         self.free.arrive(at)
-        return number, tuple(edges)
 
     @staticmethod
     def after(at):

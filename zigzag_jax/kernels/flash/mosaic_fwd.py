@@ -40,8 +40,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.flash import mosaic_drawn
+from zigzag_jax.kernels.flash import mosaic_cuts, mosaic_drawn
 from zigzag_jax.kernels.flash.contract import LOG2E, Carry, Settings
+from zigzag_jax.kernels.flash.mosaic_cuts import FIRST, REST, WHOLE, Aside, Cuts
+from zigzag_jax.kernels.flash.mosaic_items import CONSUMERS, QUERY_TILE, ROWS, Items, Tiles, edges
 from zigzag_jax.kernels.hopper import (
     ACC,
     ROW,
@@ -52,16 +54,11 @@ from zigzag_jax.kernels.hopper import (
     check_registers,
     i32,
     launch,
-    sm_count,
     smem,
     store,
     with_counter,
 )
 from zigzag_jax.ranges import KeyRange
-
-ROWS = 64  # queries of a consumer warpgroup: the M of a wgmma
-CONSUMERS = 2
-QUERY_TILE = CONSUMERS * ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +77,9 @@ class ForwardTuning:
     stage_out: bool = True
     """The result leaves through shared memory by TMA, not from the registers."""
 
-    drawn: bool = False
-    """Blocks draw their items from a counter (mosaic_drawn.py), instead of fixed shares."""
+    shares: Literal["fixed", "drawn", "cut"] = "fixed"
+    """The items of a block: every n-th; those it draws from a counter (mosaic_drawn.py); so, and of some items two
+    blocks do a part each, so that all blocks end together (mosaic_cuts.py)."""
 
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
@@ -89,6 +87,8 @@ class ForwardTuning:
     def __post_init__(self) -> None:
         if self.key_tile not in (64, 128, 256):
             raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
+        if self.shares not in ("fixed", "drawn", "cut"):
+            raise ValueError(f"shares must be fixed, drawn or cut, got {self.shares!r}")
         check_registers(CONSUMERS, self.registers)
 
 
@@ -117,13 +117,15 @@ def flash_fwd(
         if carry is not None and out_dtype == jnp.float32:
             scratch["carry_full"] = plgpu.Barrier(num_barriers=CONSUMERS)
 
-    if tuning.drawn:
+    if drawing := tuning.shares != "fixed":
         scratch |= mosaic_drawn.SCRATCH
+
+    items = Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
 
     def run(use: CarryUse, *refs, out_type=()):
         arrays = (q, k_parts, v, *keys)
-        arrays = with_counter(*arrays) if tuning.drawn else arrays
-        items = _Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
+        if drawing:
+            arrays = with_counter(*arrays, size=1 + items.sms * (tuning.shares == "cut"))
         return launch(
             functools.partial(_kernel, settings, tuning, items, use), *arrays, *refs, out_type=out_type,
             scratch_types=scratch, grid=(items.sms,), grid_names=("sm",), warpgroups=CONSUMERS + 1, name="flash_fwd",
@@ -133,88 +135,33 @@ def flash_fwd(
         jax.ShapeDtypeStruct((batch, rows, heads, out_dim), out_dtype),
         jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
     )
+    if tuning.shares == "cut":
+        if out_dim > 128:
+            raise ValueError(f'shares="cut" needs at most 128 columns of v a head, got {out_dim}')
+        result += mosaic_cuts.results(items, out_dim)
     if carry is None:
-        return run("none", out_type=result)
+        return run("none", out_type=result)[:2]
     if out_dtype != jnp.float32:
-        return run("read", *carry, out_type=result)
+        return run("read", *carry, out_type=result)[:2]
     out_ref, lse_ref = jax.new_ref(carry.out), jax.new_ref(carry.lse)
     run("in place", out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)
 
 
-class _Items:
-    """The items and the order in which the blocks take them."""
-
-    def __init__(self, batch: int, heads: int, query_tiles: int, group: int) -> None:
-        self.batch, self.heads, self.query_tiles = batch, heads, query_tiles
-        self.group = math.gcd(group, query_tiles)
-        self.count = batch * heads * query_tiles
-        self.sms = min(sm_count(), self.count)  # every block has an item
-
-    def of_sm(self, sm):
-        """How many items SM `sm` has."""
-        rounds = -(-self.count // self.sms)
-        return jnp.where(self._index(sm, i32(rounds - 1)) < self.count, i32(rounds), i32(rounds - 1))
-
-    def _index(self, sm, j):
-        """The j-th item of SM `sm`: back and forth over the SMs, so that the sums of sorted costs come out even.
-
-        With sm = None the j-th of all, in the same order.
-        """
-        if sm is None:
-            return j
-        return j * self.sms + jnp.where(lax.rem(j, i32(2)) == 0, sm, self.sms - 1 - sm)
-
-    def at(self, sm, j):
-        """(batch row, head, first query) of it: the last queries, which see most under a causal mask, come first."""
-        idx = self._index(sm, j)
-        idx, inner = lax.div(idx, i32(self.group)), lax.rem(idx, i32(self.group))
-        bh, block = lax.rem(idx, i32(self.batch * self.heads)), lax.div(idx, i32(self.batch * self.heads))
-        tile = self.query_tiles - 1 - (block * self.group + inner)
-        return lax.div(bh, i32(self.heads)), lax.rem(bh, i32(self.heads)), tile * QUERY_TILE
-
-
-class _Tiles:
-    """The key tiles of an item in the order they are visited."""
-
-    def __init__(self, edges, tile: int) -> None:
-        start0, start1, stop0, stop1 = edges  # of the item's first and last row; both never decrease
-        first = lax.div(start0, i32(tile))
-        end = lax.div(stop1 + (tile - 1), i32(tile))
-        self.count = lax.max(end - first, i32(0))
-        inside = lax.min(lax.max(lax.div(start1 + (tile - 1), i32(tile)), first), end)
-        inside_end = lax.max(lax.min(lax.div(stop0, i32(tile)), end), inside)
-        self.first, self.end, self.inside_end = first, end, inside_end
-        self.right, self.left = end - inside_end, inside - first  # tiles that an edge cuts
-        self.masked = lax.min(self.right + self.left, self.count)
-
-    def at(self, i):
-        """Index of the i-th tile."""
-        i_inside = i - self.right - self.left
-        return jnp.where(
-            i < self.right,
-            self.end - 1 - i,
-            jnp.where(i_inside < 0, self.first + i - self.right, self.inside_end - 1 - i_inside),
-        )
-
-
-def _edges(start_ref, stop_ref, bs, q0):
-    last = q0 + QUERY_TILE - 1
-    return start_ref[bs, q0], start_ref[bs, last], stop_ref[bs, q0], stop_ref[bs, last]
-
-
 def _kernel(
-    settings: Settings, tuning: ForwardTuning, items: _Items, use: CarryUse,
+    settings: Settings, tuning: ForwardTuning, items: Items, use: CarryUse,
     q_ref, k_refs, v_ref, start_ref, stop_ref, *refs,
     q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
     records=None, record_full=None,
 ):  # fmt: skip
-    if tuning.drawn:
+    if drawing := tuning.shares != "fixed":
         counter, *refs = refs
-    if use == "read":
-        carry_out_ref, carry_lse_ref, out_ref, lse_ref = refs
-    else:
+    if use == "in place":
         out_ref, lse_ref = carry_out_ref, carry_lse_ref = refs
+    elif use == "read":
+        carry_out_ref, carry_lse_ref, out_ref, lse_ref, *part_refs = refs
+    else:
+        out_ref, lse_ref, *part_refs = refs
     has_carry, fetched = use != "none", carry_full is not None  # fetched: the carry comes by TMA into out_smem
     heads, (kv_heads, out_dim) = q_ref.shape[2], v_ref.shape[2:]
     shared_ranges = start_ref.shape[0] == 1
@@ -222,36 +169,44 @@ def _kernel(
     # exponents are base 2: scores times this
     to_log2 = LOG2E * (settings.scale if settings.softcap is None else settings.softcap)
 
-    wg, sm = lax.axis_index("wg"), None if tuning.drawn else lax.axis_index("sm")
-    item_count = items.count if tuning.drawn else items.of_sm(sm)
-    producer_threads = WARPGROUP if tuning.drawn else WARP
+    wg, sm = lax.axis_index("wg"), None if drawing else lax.axis_index("sm")
+    item_count = items.count if drawing else items.of_sm(sm)
+    producer_threads = WARPGROUP if drawing else WARP
     everyone = CONSUMERS * WARPGROUP + producer_threads
     k_free = NamedBarriers(4, stages, everyone)
     v_free = NamedBarriers(k_free.end, stages, everyone)
     q_free = NamedBarriers(v_free.end, 1, everyone)
     carry_free = NamedBarriers(q_free.end, CONSUMERS, WARPGROUP + producer_threads)
-    if tuning.drawn:
+    if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
+    cuts = Cuts(items, tile, counter) if tuning.shares == "cut" else None
+    # where a first part's result cannot lie where the carry and the whole item's do
+    aside = None if cuts is None or use == "in place" else Aside(*part_refs)
     slot = lambda i: lax.rem(i, i32(stages))
     widths = [ref.shape[-1] for ref in k_refs]
     k_columns = [slice(None)] if len(widths) == 1 else [slice(0, widths[0]), slice(widths[0], sum(widths))]
 
     def edges_of(j):
         b, _, q0 = items.at(sm, j)
-        return _edges(start_ref, stop_ref, 0 if shared_ranges else b, q0)
+        return edges(start_ref, stop_ref, 0 if shared_ranges else b, q0, QUERY_TILE)
 
-    def item(j, before, edges):
+    def item(j, before, edges, again=None):
         """Consumers: item j; `before` tiles were visited by earlier items. Returns the tiles visited so far."""
         b, h, q0 = items.at(sm, j)
         bs = 0 if shared_ranges else b
         my_rows = pl.ds(q0 + wg * ROWS, ROWS)
-        tiles = _Tiles(edges, tile)
+        tiles = Tiles(edges, tile)
+        again = again or (lambda: (j, i32(WHOLE)))
+
+        def place():
+            b, h, q0 = items.at(sm, again()[0])
+            return b, h, pl.ds(q0 + wg * ROWS, ROWS)
 
         def add_scores(s_acc, at):
             """Start what makes the scores of the tile in slot `at`."""
-            for columns, part in zip(k_columns, k_smem, strict=True):
-                plgpu.wgmma(s_acc, q_smem.at[wg, :, columns], part.at[at].T)
+            for columns, keys in zip(k_columns, k_smem, strict=True):
+                plgpu.wgmma(s_acc, q_smem.at[wg, :, columns], keys.at[at].T)
 
         def row_bounds():
             """First and end key of each of this warpgroup's rows."""
@@ -333,6 +288,7 @@ def _kernel(
             state = lax.fori_loop(edge, tiles.count, functools.partial(step, cut=False), state)
             acc, m, l, p16 = state
             q_free.arrive()
+            b, h, my_rows = place()
             last = slot(before + tiles.count - 1)
             if has_carry:
                 lse_carry = plgpu.load(carry_lse_ref.at[b, h, my_rows], layout=ROW, optimized=False)
@@ -350,7 +306,11 @@ def _kernel(
             v_free.arrive(last)
 
             l = l.sum(axis=1)
+            if aside:
+                acc, m, l = aside.continued(*again(), wg, acc, m, l)
             if has_carry:
+                if aside:
+                    lse_carry = lse_carry + without_first()
                 unseen, m_carry = m == -jnp.inf, lse_carry * LOG2E
                 m_new = jnp.maximum(m, m_carry)
                 m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new)
@@ -368,19 +328,32 @@ def _kernel(
                 out = acc * across(weight * inverse, out_dim) + carry_acc[0] * across(carry_weight * inverse, out_dim)
             elif has_carry:
                 for c in range(0, out_dim, 64):
-                    part = acc[:, c : c + 64] * across(weight * inverse, 64)
-                    part += carried_out(c, 64) * across(carry_weight * inverse, 64)
-                    store(out_ref.at[b, my_rows, h, pl.ds(c, 64)], part.astype(out_ref.dtype))
+                    columns = acc[:, c : c + 64] * across(weight * inverse, 64)
+                    columns += carried_out(c, 64) * across(carry_weight * inverse, 64)
+                    store(out_ref.at[b, my_rows, h, pl.ds(c, 64)], columns.astype(out_ref.dtype))
                 out = None
             else:
                 out = acc * across(inverse, out_dim)
             finish(out, lse)
 
         def carried_out(column, columns):
+            b, h, my_rows = place()
             at = carry_out_ref.at[b, my_rows, h, pl.ds(column, columns)]
             return plgpu.load(at, layout=ACC, optimized=False)
 
+        def without_first():
+            """-inf for a first part: the rest continues the carry."""
+            return jnp.where(again()[1] == FIRST, jnp.float32(-jnp.inf), jnp.float32(0))
+
         def finish(out, lse):
+            if aside:
+                same, part = again()
+                lax.cond(part == FIRST, lambda: aside.keep(same, wg, out, lse), lambda: write(out, lse))
+            else:
+                write(out, lse)
+
+        def write(out, lse):
+            b, h, my_rows = place()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             lse_smem[wg] = lse
             if out is None:
@@ -400,6 +373,8 @@ def _kernel(
             if use == "read":
                 out = carried_out(0, out_dim)
                 lse = plgpu.load(carry_lse_ref.at[b, h, my_rows], layout=ROW, optimized=False)
+                if aside:
+                    lse = lse + without_first()
             else:
                 out = plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)
                 lse = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
@@ -424,10 +399,20 @@ def _kernel(
         def one_drawn(state):
             _, before, at = state
             number, edges = drawn.take(at)
-            before = lax.cond(number < item_count, lambda: item(number, before, edges), lambda: before)
+            again = lambda: drawn.again(at)
+            before = lax.cond(number < item_count, lambda: item(number, before, edges, again), lambda: before)
+            if cuts:
+                same, part = again()
+
+                @pl.when(part == FIRST)
+                def _():
+                    plgpu.wait_smem_to_gmem(0)  # written, not only read
+                    cuts.done(same)
+
+            drawn.leave(at)
             return number, before, drawn.after(at)
 
-        if tuning.drawn:
+        if drawing:
             for r in range(mosaic_drawn.RECORDS):
                 record_free.arrive(r)
             lax.while_loop(lambda state: state[0] < item_count, one_drawn, (i32(0), i32(0), i32(0)))
@@ -439,7 +424,7 @@ def _kernel(
         """Producer: item j. With `edges` its items are drawn: returns the number of the next one too."""
         b, h, q0 = items.at(sm, j)
         kh = lax.div(h, i32(heads // kv_heads))
-        tiles = _Tiles(edges or edges_of(j), tile)
+        tiles = Tiles(edges or edges_of(j), tile)
         half = lax.div(tiles.count + 1, i32(2)) if edges else tiles.count
 
         def load(refs, full, free, to, i):
@@ -476,7 +461,7 @@ def _kernel(
     def fetch_carry(j, tiles=None):
         b, h, q0 = items.at(sm, j)
 
-        @pl.when((tiles or _Tiles(edges_of(j), tile)).count > 0)
+        @pl.when((tiles or Tiles(edges_of(j), tile)).count > 0)
         def _():
             for w in range(CONSUMERS):
                 carry_free.sync(w)
@@ -485,21 +470,39 @@ def _kernel(
 
     def producer():
         plgpu.set_max_registers(tuning.registers[1], action="decrease")
-        (produce_drawn if tuning.drawn else produce_share)()
+        (produce_drawn if drawing else produce_share)()
 
     def produce_drawn():
         """By the whole warpgroup: a loop of unknown length cannot be one warp's (jax 0.11.2)."""
-        ahead = lambda number: (number, *edges_of(lax.min(number, i32(item_count - 1))))
+        equal = cuts.equal(edges_of) if cuts else i32(0)
+
+        def ahead(number):
+            if cuts:
+                return number, *cuts.at(number, equal, edges_of)
+            return number, number, i32(WHOLE), *edges_of(lax.min(number, i32(item_count - 1)))
 
         def one(state):
-            before, at, number, *edges = state
-            drawn.hand_over(at, number, edges)
-            before, following = load_item(number, before, edges)
+            before, at, number, item, part, *edges = state
+            if cuts:
+                pl.when(part == REST)(lambda: cuts.wait(item))
+            drawn.hand_over(at, item, part, *edges)
+            if use == "in place":  # elsewhere an item that sees nothing has a result to write
+                pl.when((Tiles(edges, tile).count == 0) & (part == WHOLE) & (number >= equal))(
+                    lambda: skip(item, number)
+                )
+            before, following = load_item(item, before, edges)
             return before, drawn.after(at), *ahead(following)
 
         begin = (i32(0), i32(0), *ahead(drawn.draw()))
-        _, at, number, *edges = lax.while_loop(lambda state: state[2] < item_count, one, begin)
-        drawn.hand_over(at, number, edges)  # which says that there are no more
+        _, at, _, *record = lax.while_loop(lambda state: state[3] < item_count, one, begin)
+        drawn.hand_over(at, *record)  # which says that there are no more
+
+    def skip(j, number):
+        """Producer: item j sees nothing; if none with its queries does, none of them need be drawn."""
+        b, q0, rows, after = items.same_queries(j)
+        bs = 0 if shared_ranges else b
+        seen = Tiles(edges(start_ref, stop_ref, bs, q0, rows), tile).count
+        pl.when(seen == 0)(lambda: drawn.skip_to(number + after - j))
 
     def produce_share():
         @plgpu.warp_map

@@ -28,9 +28,9 @@ HOPPER: dict[tuple[int, int], Tuning] = {
     (64, 64): Tuning(ForwardTuning(stage_out=False)),
     (96, 64): Tuning(),
     (96, 96): Tuning(),
-    (128, 128): Tuning(ForwardTuning(drawn=True)),
+    (128, 128): Tuning(ForwardTuning(shares="cut")),
     (192, 128): Tuning(
-        ForwardTuning(query_group=2, stage_out=False, drawn=True),
+        ForwardTuning(query_group=8, stage_out=False, shares="cut"),
         BackwardTuning(overlap=False, ds_buffers=1),
         shared=64,
     ),
