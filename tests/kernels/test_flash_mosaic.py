@@ -3,8 +3,9 @@
 What the kernels compute is tested on a GPU (test_flash_gpu.py), how they compile in test_flash_mosaic_compiled.py.
 """
 
+import heapq
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,15 @@ import pytest
 
 from zigzag_jax import kernels
 from zigzag_jax.kernels import FLASH, SplitKeys, flash_bwd, flash_fwd, flash_implementation, hopper
-from zigzag_jax.kernels.flash import mosaic, mosaic_bwd, mosaic_chunks, mosaic_fwd, mosaic_items, mosaic_walk
+from zigzag_jax.kernels.flash import (
+    mosaic,
+    mosaic_bwd,
+    mosaic_chunks,
+    mosaic_cuts,
+    mosaic_fwd,
+    mosaic_items,
+    mosaic_walk,
+)
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
@@ -60,7 +69,7 @@ def test_every_item_has_one_block(batch, heads, query_tiles, group):
         for sm in range(items.sms)
         for j in range(int(items.of_sm(jnp.int32(sm))))
     ]
-    tiles = range(0, query_tiles * mosaic_fwd.QUERY_TILE, mosaic_fwd.QUERY_TILE)
+    tiles = range(0, query_tiles * mosaic_items.QUERY_TILE, mosaic_items.QUERY_TILE)
     assert sorted(seen) == sorted(itertools.product(range(batch), range(heads), tiles))
 
 
@@ -72,6 +81,139 @@ def test_drawn_numbers_are_every_item_in_the_order_of_fixed_shares():
     assert drawn[: items.sms] == [at(jnp.int32(sm), 0) for sm in range(items.sms)]
     late = [at(jnp.int32(sm), 1) for sm in reversed(range(items.sms))]
     assert drawn[items.sms :] == late
+
+
+class Parts(NamedTuple):
+    """What the drawn numbers are, in their order."""
+
+    equal: int
+    item: list[int]
+    part: list[int]
+    tiles: list[list[int]]
+    """Key tiles in the order in which they are visited."""
+    masked: list[int]
+    """How many of them, from the first on, have a mask."""
+
+
+def parts_of(cuts: mosaic_cuts.Cuts, keys: KeyRange, equal: int | None = None) -> Parts:
+    """All numbers that blocks draw; keys: int32 [B, Sq]. With `equal` in the place of what the ranges say."""
+    items, (start, stop) = cuts.items, keys
+    most = int(stop.max()) // cuts.tile + 1
+
+    def edges_of(j):
+        b, _, q0 = items.at(None, j)
+        return mosaic_items.edges(start, stop, b, q0, mosaic_items.QUERY_TILE)
+
+    @jax.jit
+    def run():
+        n = cuts.equal(edges_of) if equal is None else jnp.int32(equal)
+        numbers = jnp.arange(items.count + cuts.parts + 1, dtype=jnp.int32)
+        item, part, *edges = jax.vmap(lambda number: cuts.at(number, n, edges_of))(numbers)
+        tiles = mosaic_items.Tiles(edges, cuts.tile)
+        visited = jax.vmap(tiles.at, out_axes=1)(jnp.arange(most, dtype=jnp.int32))
+        return n, item, part, visited, tiles.count, tiles.masked
+
+    n, item, part, visited, count, masked = (np.asarray(x) for x in run())
+    total = items.count + (cuts.parts if n else 0)
+    assert (item[total:] >= items.count).all()  # there are no more
+    tiles = [row[:c].tolist() for row, c in zip(visited[:total], count[:total], strict=True)]
+    return Parts(int(n), item[:total].tolist(), part[:total].tolist(), tiles, masked[:total].tolist())
+
+
+def places_of(items: mosaic_items.Items) -> list[tuple[int, int, int]]:
+    """(batch row, head, query tile) of each item."""
+    b, h, q0 = jax.jit(jax.vmap(lambda j: items.at(None, j)))(jnp.arange(items.count, dtype=jnp.int32))
+    return list(zip(b.tolist(), h.tolist(), (q0 // mosaic_items.QUERY_TILE).tolist(), strict=True))
+
+
+def step_of(kind: str, batch: int, query_tiles: int, key_tiles: int) -> KeyRange:
+    """Ranges of whole tiles, int32 [B, Sq]."""
+    n = np.arange(query_tiles)
+    stop = {
+        "all": np.full((batch, query_tiles), key_tiles),
+        "later half": np.tile(np.where(n < query_tiles // 2, 0, key_tiles), (batch, 1)),
+        "causal": np.tile(np.minimum(n + 1, key_tiles), (batch, 1)),
+        "first rows": np.where(np.arange(batch)[:, None] * 2 < batch, key_tiles, 0) + 0 * n,
+    }[kind]
+    stop = np.repeat(stop, mosaic_items.QUERY_TILE, axis=1) * 128
+    return KeyRange(jnp.zeros(stop.shape, jnp.int32), jnp.asarray(stop, jnp.int32))
+
+
+@pytest.mark.parametrize("ranges", ["later half", "first rows", "random"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "query_tiles", "group", "cut_group"),
+    [
+        (1, 32, 24, 1, 1),
+        (2, 10, 32, 2, 16),
+        (1, 40, 15, 1, 16),
+        (2, 64, 6, 2, 16),
+        (3, 25, 12, 4, 3),
+        (2, 140, 2, 1, 1),
+    ],
+)
+def test_the_parts_of_cut_items_are_whole_items(ranges, batch, heads, query_tiles, group, cut_group):
+    """For what the ranges make of it, and where they mislead: every number of equal items that there can be."""
+    items = mosaic_items.Items(batch, heads, query_tiles, group)
+    cuts = mosaic_cuts.Cuts(items, 128, cut_group, None)
+    rng, key_rows = np.random.default_rng(0), 16 * 128
+    random = ranges == "random"
+    rows = query_tiles * mosaic_items.QUERY_TILE
+    keys = random_keys(rng, batch, rows, key_rows) if random else step_of(ranges, batch, query_tiles, 16)
+    _, whole = visible_tiles(keys, key_rows, mosaic_items.QUERY_TILE, cuts.tile)
+    places, uncut = places_of(items), parts_of(cuts, keys, 0)
+    assert uncut.item == list(range(items.count))
+    assert cuts.equal_numbers
+    for equal in (None, *cuts.equal_numbers):
+        found = parts_of(cuts, keys, equal)
+        assert found.part[: cuts.parts] == list(range(cuts.parts)) or not found.equal
+        parts: list[list[int]] = [[] for _ in range(items.count)]
+        seen: list[list[int]] = [[] for _ in range(items.count)]
+        for item, part, tiles, masked in zip(found.item, found.part, found.tiles, found.masked, strict=True):
+            b, _, query_tile = places[item]
+            assert whole[b, query_tile, tiles[masked:]].all()
+            parts[item].append(part)
+            seen[item] += tiles
+        assert [sorted(tiles) for tiles in seen] == [sorted(tiles) for tiles in uncut.tiles]
+        for first, *rest in parts:  # drawn in this order
+            assert rest == ([] if first == mosaic_cuts.WHOLE else [first + cuts.parts])
+
+
+@pytest.mark.parametrize(
+    ("kind", "heads", "query_tiles", "equal"),
+    [
+        ("all", 32, 64, 2048), ("later half", 32, 64, 1024), ("causal", 32, 64, 0),  # steps of a ring
+        ("all", 16, 16, 0), ("later half", 12, 32, 0), ("all", 33, 16, 0),  # too few, half too few, whole rounds
+        ("later half", 40, 31, 0),  # no half
+    ],
+)  # fmt: skip
+def test_which_items_are_cut(kind, heads, query_tiles, equal):
+    cuts = mosaic_cuts.Cuts(mosaic_items.Items(1, heads, query_tiles, 1), 128, 1, None)
+    found = parts_of(cuts, step_of(kind, 1, query_tiles, 64))
+    assert found.equal == equal
+    if equal:
+        rests = [len(tiles) for tiles in found.tiles[equal : equal + cuts.parts]]
+        assert rests == sorted(rests, reverse=True)
+    short = parts_of(cuts, step_of(kind, 1, query_tiles, 4))
+    assert short.equal == 0  # not worth it
+
+
+@pytest.mark.parametrize(("kind", "idle"), [("all", 0.03), ("later half", 0.03), ("causal", 0.0)])
+def test_blocks_that_share_items_end_together(kind, idle):
+    """By a schedule of their tiles in which whoever is free draws."""
+    items = mosaic_items.Items(1, 32, 64, 1)
+    cuts = mosaic_cuts.Cuts(items, 128, 1, None)
+    keys = step_of(kind, 1, 64, 64 if kind != "all" else 32)
+
+    def end(equal):
+        """Of the last block, over the mean."""
+        costs = [len(tiles) + mosaic_cuts.COST * bool(tiles) for tiles in parts_of(cuts, keys, equal).tiles]
+        free = [0.0] * items.sms
+        for cost in costs:
+            heapq.heapreplace(free, free[0] + cost)
+        return max(free) / (sum(costs) / items.sms)
+
+    assert end(0) >= 1 + idle
+    assert end(None) <= 1.005
 
 
 @pytest.mark.parametrize("form", ["plain", "carry"])
@@ -102,7 +244,7 @@ def test_the_last_queries_come_first():
 @pytest.mark.parametrize("seed", range(4))
 def test_forward_visits_what_is_visible_and_masks_what_is_cut(seed):
     rng = np.random.default_rng(seed)
-    query_tile, key_tile, key_rows = mosaic_fwd.QUERY_TILE, 128, 1024
+    query_tile, key_tile, key_rows = mosaic_items.QUERY_TILE, 128, 1024
     keys = random_keys(rng, 1, 4 * query_tile, key_rows)
     some, whole = visible_tiles(keys, key_rows, query_tile, key_tile)
     for n in range(4):
@@ -346,6 +488,11 @@ def test_preference_by_device(backend, capability, preference, monkeypatch, capl
 def test_tuning_and_barriers_name_their_rules():
     with pytest.raises(ValueError, match=r"key_tile must be 64, 128 or 256 .*, got 96"):
         mosaic_fwd.ForwardTuning(key_tile=96)
+    with pytest.raises(ValueError, match=r"shares must be fixed, drawn or cut, got 'all'"):
+        mosaic_fwd.ForwardTuning(shares="all")  # pyright: ignore[reportArgumentType]
+    wide, tuning = qkv(256, 256, rows=128), mosaic_fwd.ForwardTuning(key_tile=64, shares="cut")
+    with pytest.raises(ValueError, match=r'shares="cut" needs at most 128 columns of v a head, got 256'):
+        mosaic.flash_fwd(*wide, rows_of("causal", 128), PLAIN, None, jnp.bfloat16, tuning=tuning)
     with pytest.raises(ValueError, match=r"column_parts must be 1 or 2 .*, got 4"):
         BackwardTuning(column_parts=4)
     q, k, v = qkv(192, 128)

@@ -41,7 +41,7 @@ FORMS = {  # carry, result, a range for each of two batch rows
 # bytes of stack that are left: some addresses of the widest heads, of keys in two parts and of a softcap's
 # carry at D = 128 (six values, each stored and loaded once), and the slope of MLA's softcap, which no model has
 STACK = {
-    ("forward", 128, "last"): 8,
+    ("forward", 128, "last"): 16,
     ("forward", 128, "softcap"): 24,
     ("forward", 192, ""): 16,
     ("forward", 192, "softcap"): 32,

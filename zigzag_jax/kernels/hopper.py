@@ -118,7 +118,8 @@ def fence_smem() -> None:
 def wait_turn(turns, index, value) -> None:
     """Wait until turns[index] == value, then see all that was written to global memory before it was set.
 
-    turns: int32 ref in global memory, one axis. One warp calls it; TMA operations that follow are ordered too.
+    turns: int32 ref in global memory, one axis. Every warp that reads it, or tells others, calls it; TMA operations
+    that follow are ordered too.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT, plgpu.Layout.WG_SPLAT))

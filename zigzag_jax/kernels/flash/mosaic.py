@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
+from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd, mosaic_items
 from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
 from zigzag_jax.kernels.flash.mosaic_walk import KEY_TILE, QUERY_TILE
@@ -38,7 +38,7 @@ def takes_split(q, k: SplitKeys, v) -> bool:
 @functools.partial(jax.jit, static_argnames=("settings", "out_dtype", "tuning"), inline=True)
 def flash_fwd(q, k, v, keys: KeyRange, settings: Settings, carry: Carry | None, out_dtype, *, tuning=None):
     """The contract's forward; see contract.Forward. `tuning` in the place of the table's."""
-    tuning, tile = tuning or HOPPER[q.shape[3], v.shape[3]].forward, mosaic_fwd.QUERY_TILE
+    tuning, tile = tuning or HOPPER[q.shape[3], v.shape[3]].forward, mosaic_items.QUERY_TILE
     rows, key_rows = q.shape[1], k.shape[1]
     keys = pad_rows(clip_keys(keys, key_rows), tile)
     if carry is not None:

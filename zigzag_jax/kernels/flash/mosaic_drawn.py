@@ -8,7 +8,7 @@ The producer draws the next item in the middle of one, where the round trip to g
 of its rows, and hands both to the consumers as a *record* in shared memory. Two records take turns, with a signal of
 their own, for an item that sees nothing brings no tile whose signal could stand for it:
 
-    producer    record 0 | tiles of item 0 .. draw .. tiles | record 1 | ...           waits until record - 2 was read
+    producer    record 0 | tiles of item 0 .. draw .. tiles | record 1 | ...           waits until record - 2 was left
     consumers             | read, then as ever              | read ...
 """
 
@@ -66,7 +66,7 @@ class Drawn:
         return self.records[at * _FIELDS], self.records[at * _FIELDS + 1]
 
     def leave(self, at) -> None:
-        """Consumers: the record has been read."""
+        """Consumers: the record's item is done."""
         self.free.arrive(at)
 
     @staticmethod

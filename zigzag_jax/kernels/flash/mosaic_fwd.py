@@ -1,8 +1,9 @@
 """Flash attention forward for Hopper: wgmma, TMA, warp specialisation, in Pallas Mosaic GPU.
 
-An *item* is 128 queries of one head. One block a streaming multiprocessor takes items in turn (persistent); in each,
-the producer's single warp streams tiles of K and V through shared memory and two consumer warpgroups of 64 queries each
-keep an online softmax (FlashAttention-2; the overlap is FlashAttention-3's, Shah et al. 2024, section 3.2):
+An *item* is 128 queries of one head. One block a streaming multiprocessor takes items in turn (persistent): every n-th,
+or those that it draws (mosaic_drawn.py, mosaic_cuts.py). In each, the producer streams tiles of K and V through shared
+memory and two consumer warpgroups of 64 queries each keep an online softmax (FlashAttention-2; the overlap is
+FlashAttention-3's, Shah et al. 2024, section 3.2):
 
     producer     Q  K0 K1 V0 K2 V1 ...
     tensor core        QK0    QK1 PV0    QK2 PV1    QK3 PV2 ...
@@ -18,9 +19,9 @@ that no row sees are not loaded, an item that sees nothing costs one comparison.
 
 A carry (out, lse) is one more "tile" at the end: m = lse, l = 1, a = out. Where the result is float32 it is written
 back in place: two ring steps are merged without a pass of their own. Such a carry comes and goes by TMA through the
-buffer in shared memory from which results leave; a second warp of the producer fetches it while the item is computed.
-Where there is no room for that buffer (or the result is narrower than the carry) it is read into registers while the
-last PV runs.
+buffer in shared memory from which results leave; the producer fetches it while the item is computed (with fixed shares
+a second warp of it). Where there is no room for that buffer (or the result is narrower than the carry) it is read into
+registers while the last PV runs.
 """
 
 # Pallas' annotations do not know refs, layouts and the inline_mgpu decorator; the compile tests check these calls
@@ -42,7 +43,7 @@ from jax import lax
 
 from zigzag_jax.kernels.flash import mosaic_cuts, mosaic_drawn
 from zigzag_jax.kernels.flash.contract import LOG2E, Carry, Settings
-from zigzag_jax.kernels.flash.mosaic_cuts import FIRST, REST, WHOLE, Aside, Cuts
+from zigzag_jax.kernels.flash.mosaic_cuts import WHOLE, Aside, Cuts
 from zigzag_jax.kernels.flash.mosaic_items import CONSUMERS, QUERY_TILE, ROWS, Items, Tiles, edges
 from zigzag_jax.kernels.hopper import (
     ACC,
@@ -73,6 +74,9 @@ class ForwardTuning:
 
     query_group: int = 1
     """Query tiles of one head that are neighbours in the order of items: they share K and V in L2."""
+
+    cut_group: int = 1
+    """The same where items are cut."""
 
     stage_out: bool = True
     """The result leaves through shared memory by TMA, not from the registers."""
@@ -117,10 +121,11 @@ def flash_fwd(
         if carry is not None and out_dtype == jnp.float32:
             scratch["carry_full"] = plgpu.Barrier(num_barriers=CONSUMERS)
 
+    items = Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
+    if tuning.shares == "cut" and not mosaic_cuts.equal_numbers(items):
+        tuning = dataclasses.replace(tuning, shares="drawn")
     if drawing := tuning.shares != "fixed":
         scratch |= mosaic_drawn.SCRATCH
-
-    items = Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
 
     def run(use: CarryUse, *refs, out_type=()):
         arrays = (q, k_parts, v, *keys)
@@ -180,9 +185,9 @@ def _kernel(
     if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
-    cuts = Cuts(items, tile, counter) if tuning.shares == "cut" else None
+    cuts = Cuts(items, tile, tuning.cut_group, counter) if tuning.shares == "cut" else None
     # where a first part's result cannot lie where the carry and the whole item's do
-    aside = None if cuts is None or use == "in place" else Aside(*part_refs)
+    aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
     slot = lambda i: lax.rem(i, i32(stages))
     widths = [ref.shape[-1] for ref in k_refs]
     k_columns = [slice(None)] if len(widths) == 1 else [slice(0, widths[0]), slice(widths[0], sum(widths))]
@@ -307,7 +312,7 @@ def _kernel(
 
             l = l.sum(axis=1)
             if aside:
-                acc, m, l = aside.continued(*again(), wg, acc, m, l)
+                acc, m, l = aside.continued(again()[1], wg, acc, m, l)
             if has_carry:
                 if aside:
                     lse_carry = lse_carry + without_first()
@@ -342,13 +347,13 @@ def _kernel(
             return plgpu.load(at, layout=ACC, optimized=False)
 
         def without_first():
-            """-inf for a first part: the rest continues the carry."""
-            return jnp.where(again()[1] == FIRST, jnp.float32(-jnp.inf), jnp.float32(0))
+            """-inf for a first part: the rest continues the carry. Added, as a row has no selection by a scalar."""
+            return jnp.where(cuts.is_first(again()[1]), jnp.float32(-jnp.inf), jnp.float32(0))
 
         def finish(out, lse):
             if aside:
-                same, part = again()
-                lax.cond(part == FIRST, lambda: aside.keep(same, wg, out, lse), lambda: write(out, lse))
+                part = again()[1]
+                lax.cond(cuts.is_first(part), lambda: aside.keep(part, wg, out, lse), lambda: write(out, lse))
             else:
                 write(out, lse)
 
@@ -402,12 +407,12 @@ def _kernel(
             again = lambda: drawn.again(at)
             before = lax.cond(number < item_count, lambda: item(number, before, edges, again), lambda: before)
             if cuts:
-                same, part = again()
+                part = again()[1]
 
-                @pl.when(part == FIRST)
+                @pl.when(cuts.is_first(part))
                 def _():
                     plgpu.wait_smem_to_gmem(0)  # written, not only read
-                    cuts.done(same)
+                    cuts.done(part)
 
             drawn.leave(at)
             return number, before, drawn.after(at)
@@ -430,9 +435,9 @@ def _kernel(
         def load(refs, full, free, to, i):
             s, rows = slot(before + i), pl.ds(tiles.at(i) * tile, tile)
             free.sync(s)
-            for ref, part in zip(refs, to, strict=True):
+            for ref, slots in zip(refs, to, strict=True):
                 at = (b, rows, kh) if len(ref.shape) == 4 else (b, rows)
-                plgpu.copy_gmem_to_smem(ref.at[*at, :], part.at[s], full.at[s])
+                plgpu.copy_gmem_to_smem(ref.at[*at, :], slots.at[s], full.at[s])
 
         load_k = functools.partial(load, k_refs, k_full, k_free, k_smem)
         load_v = functools.partial(load, [v_ref], v_full, v_free, [v_smem])
@@ -484,7 +489,7 @@ def _kernel(
         def one(state):
             before, at, number, item, part, *edges = state
             if cuts:
-                pl.when(part == REST)(lambda: cuts.wait(item))
+                pl.when(cuts.is_rest(part))(lambda: cuts.wait(part))
             drawn.hand_over(at, item, part, *edges)
             if use == "in place":  # elsewhere an item that sees nothing has a result to write
                 pl.when((Tiles(edges, tile).count == 0) & (part == WHOLE) & (number >= equal))(

@@ -48,6 +48,17 @@ class Items:
         tile = self.query_tiles - 1 - (block * self.group + inner)
         return lax.div(bh, i32(self.heads)), lax.rem(bh, i32(self.heads)), tile * QUERY_TILE
 
+    def from_order(self, number, group: int):
+        """The item that is `number` in an order with `group` query tiles of a head side by side.
+
+        The same items up to a number of query tiles that is a multiple of both groups.
+        """
+        bh_count = self.batch * self.heads
+        idx, inner = lax.div(number, i32(group)), lax.rem(number, i32(group))
+        bh, tile = lax.rem(idx, i32(bh_count)), lax.div(idx, i32(bh_count)) * group + inner
+        block, inner = lax.div(tile, i32(self.group)), lax.rem(tile, i32(self.group))
+        return (block * bh_count + bh) * self.group + inner
+
     def same_queries(self, j):
         """(batch row, first query, queries, item): what item j has in common with its neighbours up to `item`.
 
