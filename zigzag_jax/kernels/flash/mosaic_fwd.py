@@ -75,8 +75,8 @@ class ForwardTuning:
     query_group: int = 1
     """Query tiles of one head that are neighbours in the order of items: they share K and V in L2."""
 
-    cut_group: int = 1
-    """The same where items are cut."""
+    cut_sharing: int = 8
+    """Where items are cut: neighbours in the order that share K and V, of one query head or of several."""
 
     stage_out: bool = True
     """The result leaves through shared memory by TMA, not from the registers."""
@@ -185,7 +185,8 @@ def _kernel(
     if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
-    cuts = Cuts(items, tile, tuning.cut_group, counter) if tuning.shares == "cut" else None
+    query_group = max(1, tuning.cut_sharing // (heads // kv_heads))
+    cuts = Cuts(items, tile, query_group, counter) if tuning.shares == "cut" else None
     # where a first part's result cannot lie where the carry and the whole item's do
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
     slot = lambda i: lax.rem(i, i32(stages))

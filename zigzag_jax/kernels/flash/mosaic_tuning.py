@@ -30,7 +30,7 @@ HOPPER: dict[tuple[int, int], Tuning] = {
     (96, 96): Tuning(),
     (128, 128): Tuning(ForwardTuning(shares="cut")),
     (192, 128): Tuning(
-        ForwardTuning(query_group=2, cut_group=16, stage_out=False, shares="cut"),
+        ForwardTuning(query_group=2, cut_sharing=16, stage_out=False, shares="cut"),
         BackwardTuning(overlap=False, ds_buffers=1),
         shared=64,
     ),
