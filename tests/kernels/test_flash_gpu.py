@@ -321,7 +321,7 @@ def order(request, monkeypatch):
 
 
 @pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
-@pytest.mark.parametrize("dims", [(128, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("dims", [d for d, row in mosaic_tuning.HOPPER.items() if row.forward.shares == "cut"], ids=str)
 @pytest.mark.parametrize(
     ("case", "order"),
     [
@@ -342,7 +342,6 @@ def test_items_that_two_blocks_share(case, dims, order):
     unseen = jnp.arange(rows) % 5 == 0
     out, lse = jnp.where(unseen[:, None, None], 0.0, out), jnp.where(unseen, -jnp.inf, lse)
     row = mosaic_tuning.HOPPER[dims]
-    assert row.forward.shares == "cut"
     if row.shared:
         k = SplitKeys(k[..., : -row.shared], k[:, :, 0, -row.shared :])
 
