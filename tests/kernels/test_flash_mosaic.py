@@ -102,7 +102,7 @@ def parts_of(cuts: mosaic_cuts.Cuts, keys: KeyRange, equal: int | None = None) -
 
     def edges_of(j):
         b, _, q0 = items.at(None, j)
-        return mosaic_items.edges(start, stop, b, q0, mosaic_items.QUERY_TILE)
+        return mosaic_items.read_edges(start, stop, b, q0, mosaic_items.QUERY_TILE)
 
     @jax.jit
     def run():

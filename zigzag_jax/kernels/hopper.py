@@ -30,6 +30,14 @@ _FIRST_NAMED_BARRIER = 4  # Mosaic itself takes those below
 _NAMED_BARRIERS = 16  # of a block
 _REGISTERS = 65536  # of a multiprocessor
 
+# p: whether this is the first thread of its warpgroup
+_FIRST_THREAD = f"""
+            .reg .pred p;
+            .reg .b32 t;
+            mov.u32 t, %tid.x;
+            and.b32 t, t, {WARPGROUP - 1};
+            setp.eq.u32 p, t, 0;"""
+
 
 def sm_count() -> int:
     """Streaming multiprocessors of the default device; an H100's where the host compiles for a GPU that it lacks."""
@@ -184,12 +192,7 @@ def draw(counter, box) -> jax.Array:
     def take(_, counter, box):
         box = mgpu.utils.memref_ptr(box)
         mgpu.utils.inline_ptx(
-            f"""{{
-            .reg .pred p;
-            .reg .b32 t;
-            mov.u32 t, %tid.x;
-            and.b32 t, t, {WARPGROUP - 1};
-            setp.eq.u32 p, t, 0;
+            f"""{{{_FIRST_THREAD}
             @p atom.global.add.u32 t, [$0], 1;
             @p st.shared.b32 [$1], t;
             }}""",
@@ -209,12 +212,7 @@ def raise_to(counter, number) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def at_least(_, counter, number):
         mgpu.utils.inline_ptx(
-            f"""{{
-            .reg .pred p;
-            .reg .b32 t;
-            mov.u32 t, %tid.x;
-            and.b32 t, t, {WARPGROUP - 1};
-            setp.eq.u32 p, t, 0;
+            f"""{{{_FIRST_THREAD}
             @p red.global.max.s32 [$0], $1;
             }}""",
             mgpu.utils.memref_ptr(counter), number.registers[()],

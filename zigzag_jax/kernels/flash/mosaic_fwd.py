@@ -44,7 +44,7 @@ from jax import lax
 from zigzag_jax.kernels.flash import mosaic_cuts, mosaic_drawn
 from zigzag_jax.kernels.flash.contract import LOG2E, Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_cuts import WHOLE, Aside, Cuts
-from zigzag_jax.kernels.flash.mosaic_items import CONSUMERS, QUERY_TILE, ROWS, Items, Tiles, edges
+from zigzag_jax.kernels.flash.mosaic_items import CONSUMERS, QUERY_TILE, ROWS, Items, Tiles, read_edges
 from zigzag_jax.kernels.hopper import (
     ACC,
     ROW,
@@ -187,7 +187,7 @@ def _kernel(
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
     query_group = max(1, tuning.cut_sharing // (heads // kv_heads))
     cuts = Cuts(items, tile, query_group, counter) if tuning.shares == "cut" else None
-    # where a first part's result cannot lie where the carry and the whole item's do
+    # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
     slot = lambda i: lax.rem(i, i32(stages))
     widths = [ref.shape[-1] for ref in k_refs]
@@ -195,10 +195,13 @@ def _kernel(
 
     def edges_of(j):
         b, _, q0 = items.at(sm, j)
-        return edges(start_ref, stop_ref, 0 if shared_ranges else b, q0, QUERY_TILE)
+        return read_edges(start_ref, stop_ref, 0 if shared_ranges else b, q0, QUERY_TILE)
 
     def item(j, before, edges, again=None):
-        """Consumers: item j; `before` tiles were visited by earlier items. Returns the tiles visited so far."""
+        """Consumers: item j; `before` tiles were visited by earlier items. Returns the tiles visited so far.
+
+        again: reads (item, part) from the record (mosaic_drawn.py).
+        """
         b, h, q0 = items.at(sm, j)
         bs = 0 if shared_ranges else b
         my_rows = pl.ds(q0 + wg * ROWS, ROWS)
@@ -206,6 +209,7 @@ def _kernel(
         again = again or (lambda: (j, i32(WHOLE)))
 
         def place():
+            """(batch row, head, this warpgroup's rows), made anew: kept from the start they would be spilled."""
             b, h, q0 = items.at(sm, again()[0])
             return b, h, pl.ds(q0 + wg * ROWS, ROWS)
 
@@ -507,7 +511,7 @@ def _kernel(
         """Producer: item j sees nothing; if none with its queries does, none of them need be drawn."""
         b, q0, rows, after = items.same_queries(j)
         bs = 0 if shared_ranges else b
-        seen = Tiles(edges(start_ref, stop_ref, bs, q0, rows), tile).count
+        seen = Tiles(read_edges(start_ref, stop_ref, bs, q0, rows), tile).count
         pl.when(seen == 0)(lambda: drawn.skip_to(number + after - j))
 
     def produce_share():
