@@ -122,6 +122,8 @@ def flash_fwd(
             scratch["carry_full"] = plgpu.Barrier(num_barriers=CONSUMERS)
 
     items = Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
+    if tuning.shares == "cut" and out_dim > 128:
+        raise ValueError(f'shares="cut" needs at most 128 columns of v a head, got {out_dim}')
     if tuning.shares == "cut" and not mosaic_cuts.equal_numbers(items):
         tuning = dataclasses.replace(tuning, shares="drawn")
     if drawing := tuning.shares != "fixed":
@@ -141,8 +143,6 @@ def flash_fwd(
         jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
     )
     if tuning.shares == "cut":
-        if out_dim > 128:
-            raise ValueError(f'shares="cut" needs at most 128 columns of v a head, got {out_dim}')
         result += mosaic_cuts.results(items, out_dim)
     if carry is None:
         return run("none", out_type=result)[:2]
