@@ -95,29 +95,35 @@ class Parts(NamedTuple):
     """How many of them, from the first on, have a mask."""
 
 
-def parts_of(cuts: mosaic_cuts.Cuts, keys: KeyRange, equal: int | None = None) -> Parts:
-    """All numbers that blocks draw; keys: int32 [B, Sq]. With `equal` in the place of what the ranges say."""
-    items, (start, stop) = cuts.items, keys
-    most = int(stop.max()) // cuts.tile + 1
+class Drawing:
+    """All numbers that blocks draw, of items and their cuts; compiled once for every ranges and lengths."""
 
-    def edges_of(j):
-        b, _, q0 = items.at(None, j)
-        return mosaic_items.read_edges(start, stop, b, q0, mosaic_items.QUERY_TILE)
+    def __init__(self, cuts: mosaic_cuts.Cuts, key_tiles: int) -> None:
+        items = cuts.items
+        self.cuts = cuts
 
-    @jax.jit
-    def run():
-        n = cuts.equal(edges_of) if equal is None else jnp.int32(equal)
-        numbers = jnp.arange(items.count + cuts.parts + 1, dtype=jnp.int32)
-        item, part, *edges = jax.vmap(lambda number: cuts.at(number, n, edges_of))(numbers)
-        tiles = mosaic_items.Tiles(edges, cuts.tile)
-        visited = jax.vmap(tiles.at, out_axes=1)(jnp.arange(most, dtype=jnp.int32))
-        return n, item, part, visited, tiles.count, tiles.masked
+        @jax.jit
+        def run(start, stop, forced):
+            def edges_of(j):
+                b, _, q0 = items.at(None, j)
+                return mosaic_items.read_edges(start, stop, b, q0, mosaic_items.QUERY_TILE)
 
-    n, item, part, visited, count, masked = (np.asarray(x) for x in run())
-    total = items.count + (cuts.parts if n else 0)
-    assert (item[total:] >= items.count).all()  # there are no more
-    tiles = [row[:c].tolist() for row, c in zip(visited[:total], count[:total], strict=True)]
-    return Parts(int(n), item[:total].tolist(), part[:total].tolist(), tiles, masked[:total].tolist())
+            equal = jnp.where(forced < 0, cuts.equal(edges_of), forced)
+            numbers = jnp.arange(items.count + cuts.parts + 1, dtype=jnp.int32)
+            item, part, *edges = jax.vmap(lambda number: cuts.at(number, equal, edges_of))(numbers)
+            tiles = mosaic_items.Tiles(edges, cuts.tile)
+            visited = jax.vmap(tiles.at, out_axes=1)(jnp.arange(key_tiles + 1, dtype=jnp.int32))
+            return equal, item, part, visited, tiles.count, tiles.masked
+
+        self.run = run
+
+    def parts(self, keys: KeyRange, forced: int = -1) -> Parts:
+        """keys: int32 [B, Sq]; `forced`, if not negative, in the place of the number of equal items that they say."""
+        equal, item, part, visited, count, masked = (np.asarray(x) for x in self.run(*keys, np.int32(forced)))
+        total = self.cuts.items.count + (self.cuts.parts if equal else 0)
+        assert (item[total:] >= self.cuts.items.count).all()  # there are no more
+        tiles = [row[:c].tolist() for row, c in zip(visited[:total], count[:total], strict=True)]
+        return Parts(int(equal), item[:total].tolist(), part[:total].tolist(), tiles, masked[:total].tolist())
 
 
 def places_of(items: mosaic_items.Items) -> list[tuple[int, int, int]]:
@@ -139,81 +145,72 @@ def step_of(kind: str, batch: int, query_tiles: int, key_tiles: int) -> KeyRange
     return KeyRange(jnp.zeros(stop.shape, jnp.int32), jnp.asarray(stop, jnp.int32))
 
 
-@pytest.mark.parametrize("ranges", ["later half", "first rows", "random"])
 @pytest.mark.parametrize(
     ("batch", "heads", "query_tiles", "group", "cut_group"),
-    [
-        (1, 32, 24, 1, 1),
-        (2, 10, 32, 2, 16),
-        (1, 40, 15, 1, 16),
-        (2, 64, 6, 2, 16),
-        (3, 25, 12, 4, 3),
-        (2, 140, 2, 1, 1),
-    ],
+    [(1, 32, 24, 1, 1), (2, 10, 32, 2, 16), (1, 40, 15, 1, 16), (2, 64, 6, 2, 16), (3, 25, 12, 4, 3)],
 )
-def test_the_parts_of_cut_items_are_whole_items(ranges, batch, heads, query_tiles, group, cut_group):
+def test_the_parts_of_cut_items_are_whole_items(batch, heads, query_tiles, group, cut_group):
     """For what the ranges make of it, and where they mislead: every number of equal items that there can be."""
     items = mosaic_items.Items(batch, heads, query_tiles, group)
     cuts = mosaic_cuts.Cuts(items, 128, cut_group, None)
-    rng, key_rows = np.random.default_rng(0), 16 * 128
-    random = ranges == "random"
-    rows = query_tiles * mosaic_items.QUERY_TILE
-    keys = random_keys(rng, batch, rows, key_rows) if random else step_of(ranges, batch, query_tiles, 16)
-    _, whole = visible_tiles(keys, key_rows, mosaic_items.QUERY_TILE, cuts.tile)
-    places, uncut = places_of(items), parts_of(cuts, keys, 0)
-    assert uncut.item == list(range(items.count))
+    key_tiles = 16
+    drawing, places = Drawing(cuts, key_tiles), places_of(items)
+    rows, key_rows = query_tiles * mosaic_items.QUERY_TILE, key_tiles * 128
+    random = random_keys(np.random.default_rng(0), batch, rows, key_rows)
     assert cuts.equal_numbers
-    for equal in (None, *cuts.equal_numbers):
-        found = parts_of(cuts, keys, equal)
-        assert found.part[: cuts.parts] == list(range(cuts.parts)) or not found.equal
-        parts: list[list[int]] = [[] for _ in range(items.count)]
-        seen: list[list[int]] = [[] for _ in range(items.count)]
-        for item, part, tiles, masked in zip(found.item, found.part, found.tiles, found.masked, strict=True):
-            b, _, query_tile = places[item]
-            assert whole[b, query_tile, tiles[masked:]].all()
-            parts[item].append(part)
-            seen[item] += tiles
-        assert [sorted(tiles) for tiles in seen] == [sorted(tiles) for tiles in uncut.tiles]
-        for first, *rest in parts:  # drawn in this order
-            assert rest == ([] if first == mosaic_cuts.WHOLE else [first + cuts.parts])
+    for keys in (*(step_of(kind, batch, query_tiles, key_tiles) for kind in ("later half", "first rows")), random):
+        _, whole = visible_tiles(keys, key_rows, mosaic_items.QUERY_TILE, cuts.tile)
+        uncut = drawing.parts(keys, 0)
+        assert uncut.item == list(range(items.count))
+        for equal in (-1, *cuts.equal_numbers):
+            found = drawing.parts(keys, equal)
+            assert found.part[: cuts.parts] == list(range(cuts.parts)) or not found.equal
+            parts: list[list[int]] = [[] for _ in range(items.count)]
+            seen: list[list[int]] = [[] for _ in range(items.count)]
+            for item, part, tiles, masked in zip(found.item, found.part, found.tiles, found.masked, strict=True):
+                b, _, query_tile = places[item]
+                assert whole[b, query_tile, tiles[masked:]].all()
+                parts[item].append(part)
+                seen[item] += tiles
+            assert [sorted(tiles) for tiles in seen] == [sorted(tiles) for tiles in uncut.tiles]
+            for first, *rest in parts:  # drawn in this order
+                assert rest == ([] if first == mosaic_cuts.WHOLE else [first + cuts.parts])
 
 
 @pytest.mark.parametrize(
-    ("kind", "heads", "query_tiles", "equal"),
+    ("heads", "query_tiles", "everything", "later_half"),
     [
-        ("all", 32, 64, 2048), ("later half", 32, 64, 1024), ("causal", 32, 64, 0),  # steps of a ring
-        ("all", 16, 16, 0), ("later half", 12, 32, 0), ("all", 33, 16, 0),  # too few, half too few, whole rounds
-        ("later half", 40, 31, 0),  # no half
+        (32, 64, 2048, 1024),  # a ring's steps
+        (16, 16, 0, 0), (12, 32, 384, 0), (33, 16, 0, 0), (40, 31, 1240, 0),  # few, half is few, whole rounds, no half
     ],
 )  # fmt: skip
-def test_which_items_are_cut(kind, heads, query_tiles, equal):
+def test_which_items_are_cut(heads, query_tiles, everything, later_half):
     cuts = mosaic_cuts.Cuts(mosaic_items.Items(1, heads, query_tiles, 1), 128, 1, None)
-    found = parts_of(cuts, step_of(kind, 1, query_tiles, 64))
-    assert found.equal == equal
-    if equal:
-        rests = [len(tiles) for tiles in found.tiles[equal : equal + cuts.parts]]
-        assert rests == sorted(rests, reverse=True)
-    short = parts_of(cuts, step_of(kind, 1, query_tiles, 4))
-    assert short.equal == 0  # not worth it
+    drawing = Drawing(cuts, 64)
+    for kind, equal in {"all": everything, "later half": later_half, "causal": 0}.items():
+        found = drawing.parts(step_of(kind, 1, query_tiles, 64))
+        assert found.equal == equal
+        if equal:
+            rests = [len(tiles) for tiles in found.tiles[equal : equal + cuts.parts]]
+            assert rests == sorted(rests, reverse=True)
+        assert drawing.parts(step_of(kind, 1, query_tiles, 4)).equal == 0  # not worth it
 
 
-@pytest.mark.parametrize(("kind", "idle"), [("all", 0.03), ("later half", 0.03), ("causal", 0.0)])
-def test_blocks_that_share_items_end_together(kind, idle):
+def test_blocks_that_share_items_end_together():
     """By a schedule of their tiles in which whoever is free draws."""
     items = mosaic_items.Items(1, 32, 64, 1)
-    cuts = mosaic_cuts.Cuts(items, 128, 1, None)
-    keys = step_of(kind, 1, 64, 64 if kind != "all" else 32)
-
-    def end(equal):
-        """Of the last block, over the mean."""
-        costs = [len(tiles) + mosaic_cuts.COST * bool(tiles) for tiles in parts_of(cuts, keys, equal).tiles]
-        free = [0.0] * items.sms
-        for cost in costs:
-            heapq.heapreplace(free, free[0] + cost)
-        return max(free) / (sum(costs) / items.sms)
-
-    assert end(0) >= 1 + idle
-    assert end(None) <= 1.005
+    drawing = Drawing(mosaic_cuts.Cuts(items, 128, 1, None), 64)
+    for kind, idle in {"all": 0.03, "later half": 0.03, "causal": 0.0}.items():
+        keys = step_of(kind, 1, 64, 64 if kind != "all" else 32)
+        ends = {}
+        for forced in (0, -1):
+            costs = [len(tiles) + mosaic_cuts.COST * bool(tiles) for tiles in drawing.parts(keys, forced).tiles]
+            free = [0.0] * items.sms
+            for cost in costs:
+                heapq.heapreplace(free, free[0] + cost)
+            ends[forced] = max(free) / (sum(costs) / items.sms)  # of the last block, over the mean
+        assert ends[0] >= 1 + idle
+        assert ends[-1] <= 1.005
 
 
 @pytest.mark.parametrize("form", ["plain", "carry"])
