@@ -518,19 +518,22 @@ def test_a_newer_jax_lowers_all_heads_of_the_table():
     def array(*shape: int, dtype=jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct((1, *shape), dtype)
 
-    settings, keys = Settings(0.1, 30.0), KeyRange(*[array(256, dtype=jnp.int32)] * 2)
-    stats = array(4, 256, dtype=jnp.float32)
+    rows = 12288  # items enough that some are cut
+    assert mosaic_cuts.equal_numbers(mosaic_items.Items(1, 4, rows // mosaic_items.QUERY_TILE, 1))
+    settings, keys = Settings(0.1, 30.0), KeyRange(*[array(rows, dtype=jnp.int32)] * 2)
+    stats = array(4, rows, dtype=jnp.float32)
     lower = lambda f, *args: jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     for (dim, out_dim), tuning in HOPPER.items():
-        q, k, v = array(256, 4, dim), array(256, 2, dim), array(256, 2, out_dim)
-        split = SplitKeys(array(256, 2, dim - tuning.shared), array(256, tuning.shared)) if tuning.shared else k
-        carry = Carry(array(256, 4, out_dim, dtype=jnp.float32), stats)
-        for dtype in (jnp.bfloat16, jnp.float32):
+        q, k, v = array(rows, 4, dim), array(rows, 2, dim), array(rows, 2, out_dim)
+        split = SplitKeys(array(rows, 2, dim - tuning.shared), array(rows, tuning.shared)) if tuning.shared else k
+        carry = Carry(array(rows, 4, out_dim, dtype=jnp.float32), stats)
+        uses = (None, carry) if tuning.forward.shares == "cut" else (carry,)  # a part's result lies elsewhere
+        for use, dtype in itertools.product(uses, (jnp.bfloat16, jnp.float32)):
             forward = lambda q, k, v, keys, carry, d=dtype: mosaic.flash_fwd(q, k, v, keys, settings, carry, d)
-            assert "mosaic_gpu_v2" in lower(forward, q, split, v, keys, carry)
+            assert "mosaic_gpu_v2" in lower(forward, q, split, v, keys, use)
         for fixed in (False, True) if dim == 128 else (False,):
             backward = lambda q, k, v, keys, dq, dout, lse, delta, d=fixed: mosaic.flash_bwd(
                 q, k, v, lse, delta, dout, keys, settings, dq, d
             )
-            gradient, dout = array(256, 4, dim, dtype=jnp.float32), array(256, 4, out_dim)
+            gradient, dout = array(rows, 4, dim, dtype=jnp.float32), array(rows, 4, out_dim)
             assert "mosaic_gpu_v2" in lower(backward, q, k, v, keys, gradient, dout, stats, stats)

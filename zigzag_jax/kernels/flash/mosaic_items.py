@@ -40,11 +40,14 @@ class Items:
             return j
         return j * self.sms + jnp.where(lax.rem(j, i32(2)) == 0, sm, self.sms - 1 - sm)
 
+    def _place(self, number, group: int):
+        """(batch row and head as one, block of `group` query tiles from the last on, tile of the block) of a number."""
+        idx, inner = lax.div(number, i32(group)), lax.rem(number, i32(group))
+        return lax.rem(idx, i32(self.batch * self.heads)), lax.div(idx, i32(self.batch * self.heads)), inner
+
     def at(self, sm, j):
         """(batch row, head, first query) of it: the last queries, which see most under a causal mask, come first."""
-        idx = self._index(sm, j)
-        idx, inner = lax.div(idx, i32(self.group)), lax.rem(idx, i32(self.group))
-        bh, block = lax.rem(idx, i32(self.batch * self.heads)), lax.div(idx, i32(self.batch * self.heads))
+        bh, block, inner = self._place(self._index(sm, j), self.group)
         tile = self.query_tiles - 1 - (block * self.group + inner)
         return lax.div(bh, i32(self.heads)), lax.rem(bh, i32(self.heads)), tile * QUERY_TILE
 
@@ -53,21 +56,19 @@ class Items:
 
         The same items up to a number of query tiles that is a multiple of both groups.
         """
-        bh_count = self.batch * self.heads
-        idx, inner = lax.div(number, i32(group)), lax.rem(number, i32(group))
-        bh, tile = lax.rem(idx, i32(bh_count)), lax.div(idx, i32(bh_count)) * group + inner
+        bh, block, inner = self._place(number, group)
+        tile = block * group + inner
         block, inner = lax.div(tile, i32(self.group)), lax.rem(tile, i32(self.group))
-        return (block * bh_count + bh) * self.group + inner
+        return (block * (self.batch * self.heads) + bh) * self.group + inner
 
     def same_queries(self, j):
         """(batch row, first query, queries, item): what item j has in common with its neighbours up to `item`.
 
         Those of all heads, in the order in which items are drawn (sm = None).
         """
-        rows, bh_count = self.group * QUERY_TILE, self.batch * self.heads
-        idx = lax.div(j, i32(self.group))
-        b, block = lax.div(lax.rem(idx, i32(bh_count)), i32(self.heads)), lax.div(idx, i32(bh_count))
-        after = (block * bh_count + (b + 1) * self.heads) * self.group
+        bh, block, _ = self._place(j, self.group)
+        b, rows = lax.div(bh, i32(self.heads)), self.group * QUERY_TILE
+        after = (block * (self.batch * self.heads) + (b + 1) * self.heads) * self.group
         return b, self.query_tiles * QUERY_TILE - (block + 1) * rows, rows, after
 
 

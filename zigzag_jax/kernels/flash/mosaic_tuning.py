@@ -6,7 +6,7 @@ the kernels choose the order of their tiles from the ranges themselves.
 
 The heads of the models that run on rings draw their items: no faster alone (0.5 and 1.5% slower), but beside a hop,
 whose kernel holds multiprocessors, a step of Qwen's loses nothing where fixed shares lose 8%. And they cut some, which
-saves the 3% that the last round idles in the steps of a ring. The others were not timed so.
+saves the 3% that the last round idles in the steps of a ring. The others were not timed beside a hop.
 """
 
 from typing import NamedTuple
