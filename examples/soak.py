@@ -1,7 +1,7 @@
 """Train while something kills the run again and again, and compare with a run that nobody touched.
 
     python examples/soak.py                                 # some 30 minutes on two CPU cores, a kill every 20 to 60 s
-    python examples/soak.py --steps 15 --kill-after 1 3     # a minute or two: what `make check` does
+    python examples/soak.py --steps 10 --kill-after .3 1.5  # a minute or two: what `make check` does
     python examples/soak.py -- --model tiny-deepseek-v2 --mesh.fsdp 2 --mesh.cp 2 --dtype bfloat16   # any flags
 
 The same command is started until it finishes. Each start is killed after a random number of seconds: by SIGKILL, or

@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "soak.py"
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path: Path):
     flags = ["--seq-len", "64", "--batch", "2"]
-    command = [sys.executable, str(SCRIPT), "--steps", "15", "--kill-after", "1", "3", "--out", str(tmp_path), "--"]
+    command = [sys.executable, str(SCRIPT), "--steps", "10", "--kill-after", "0.3", "1.5", "--out", str(tmp_path), "--"]
     environment = os.environ | shared_programs(tmp_path / "programs")  # more of the minute is training
     done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=850, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -108,6 +108,7 @@ with watchdog.Watchdog(Path(sys.argv[1]), 100 if sys.argv[2] == "abort" else 1, 
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("why", ["abort", "lock"])
 def test_a_process_that_cannot_look_any_more_is_ended_by_the_kernel(tmp_path: Path, why: str):
     done = subprocess.run(
@@ -201,6 +202,7 @@ in_a_library()
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("why", "code"), [("gone", 70), ("else", -6), ("after", -6)])
 def test_abort_has_our_last_word_where_a_peer_is_gone_and_leaves_stacks_always(tmp_path: Path, why: str, code: int):
     done = subprocess.run(
