@@ -278,20 +278,21 @@ def test_drawn_items_change_no_bit(case):
         np.testing.assert_array_equal(again, fixed)
 
 
-# heads, and the key tiles that each query tile of each batch row sees: what mosaic_cuts.py takes for equal items
+# heads, kv heads, and the key tiles that each query tile of each batch row sees: what mosaic_cuts.py takes for equal
+# items. With a kv head each, 8 query tiles are neighbours in the order
 CUT = {
-    "all": (10, [[16] * 16] * 2),
-    "later half": (20, [[0] * 8 + [40] * 8] * 2),
-    "not equal": (10, [list(range(1, 17))] * 2),
-    "in one batch row": (10, [[16] * 16, [16] * 9 + [0] * 7]),
-    "in one batch row, or one tile": (10, [[16] * 16, [16] * 9 + [1] * 7]),
-    "window": (10, [[16] * 16] * 2),  # moved on by a key a row: both ends of every item cut tiles
+    "all": (10, 2, [[16] * 16] * 2),
+    "later half": (20, 20, [[0] * 8 + [40] * 8] * 2),
+    "not equal": (10, 2, [list(range(1, 17))] * 2),
+    "in one batch row": (10, 2, [[16] * 16, [16] * 9 + [0] * 7]),
+    "in one batch row, or one tile": (10, 2, [[16] * 16, [16] * 9 + [1] * 7]),
+    "window": (10, 2, [[16] * 16] * 2),  # moved on by a key a row: both ends of every item cut tiles
 }
 
 
-def cut_keys(case: str) -> tuple[int, KeyRange]:
-    """Heads, and ranges int32 [B, Sq]."""
-    heads, tiles = CUT[case]
+def cut_keys(case: str) -> tuple[int, int, KeyRange]:
+    """Heads, kv heads, and ranges int32 [B, Sq]."""
+    heads, kv_heads, tiles = CUT[case]
     count = np.repeat(np.asarray(tiles), 128, axis=1) * 128
     row, most = np.arange(count.shape[1]), int(count.max())
     # a range that ends where it has so many keys, or begins where so many are left: no end and no start decreases
@@ -299,7 +300,7 @@ def cut_keys(case: str) -> tuple[int, KeyRange]:
     start, stop = (most - count, 0 * count + most) if falls else (0 * count, count)
     if case == "window":
         start, stop = (x + row for x in (start, stop))
-    return heads, KeyRange(*(jnp.asarray(x, jnp.int32) for x in (start, stop)))
+    return heads, kv_heads, KeyRange(*(jnp.asarray(x, jnp.int32) for x in (start, stop)))
 
 
 @pytest.fixture
@@ -333,11 +334,11 @@ def order(request, monkeypatch):
 def test_items_that_two_blocks_share(case, dims, order):
     """Against the same items whole, with and without a carry, of which some rows are empty; the same bits ten times."""
     rng, (dim, out_dim) = np.random.default_rng(0), dims
-    heads, keys = cut_keys(case)
+    heads, kv_heads, keys = cut_keys(case)
     (batch, rows), key_rows = keys.start.shape, int(keys.stop.max()) + 37
     normal = lambda *size, dtype=jnp.bfloat16: jnp.asarray(rng.standard_normal(size), dtype)
-    q, k = normal(batch, rows, heads, dim), normal(batch, key_rows, 2, dim)
-    v, out = normal(batch, key_rows, 2, out_dim), normal(batch, rows, heads, out_dim, dtype=jnp.float32)
+    q, k = normal(batch, rows, heads, dim), normal(batch, key_rows, kv_heads, dim)
+    v, out = normal(batch, key_rows, kv_heads, out_dim), normal(batch, rows, heads, out_dim, dtype=jnp.float32)
     lse = normal(batch, heads, rows, dtype=jnp.float32) + 7
     unseen = jnp.arange(rows) % 5 == 0
     out, lse = jnp.where(unseen[:, None, None], 0.0, out), jnp.where(unseen, -jnp.inf, lse)

@@ -178,6 +178,14 @@ def test_the_parts_of_cut_items_are_whole_items(batch, heads, query_tiles, group
 
 
 @pytest.mark.parametrize(
+    ("heads", "query_tiles", "most", "found"),
+    [(32, 64, 16, 16), (32, 64, 5, 4), (32, 20, 8, 5), (32, 20, 4, 2), (32, 65, 4, 1), (16, 16, 8, 0)],
+)
+def test_neighbours_lie_whole_among_the_items_that_are_cut(heads, query_tiles, most, found):
+    assert mosaic_cuts.neighbours(mosaic_items.Items(1, heads, query_tiles, 1), most) == found
+
+
+@pytest.mark.parametrize(
     ("heads", "query_tiles", "everything", "later_half"),
     [
         (32, 64, 2048, 1024),  # a ring's steps

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,23 @@ def test_an_exported_run_is_trained_further(calm: tuple[Path, str], corpus: Path
     assert done.returncode == 0, done.stderr
     # the batch is that of the first run's first step, and the model has seen nine
     assert losses(tmp_path / "on")[1] < losses(out)[9] + 0.5 * (losses(out)[1] - losses(out)[9])
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(calm: tuple[Path, str], corpus: Path, tmp_path: Path):
+    process = subprocess.Popen(command(tmp_path, corpus), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if (tmp_path / "metrics.jsonl").exists() and '"step": 5' in (tmp_path / "metrics.jsonl").read_text():
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was to be killed before its end"
+    done = run(tmp_path, corpus)
+    assert done.returncode == 0, done.stderr
+    assert lines(tmp_path)[-1]["step"] == 9
+    assert [line["resumed_from"] for line in lines(tmp_path) if "resumed_from" in line] in ([None, 3], [None, 6])
+    assert losses(tmp_path) == losses(calm[0])
 
 
 @pytest.mark.slow

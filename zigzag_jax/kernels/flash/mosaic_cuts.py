@@ -19,7 +19,6 @@ on the item's place and on the number of multiprocessors, and with it the last b
 
 # pyright: reportArgumentType=false
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -48,20 +47,26 @@ def equal_numbers(items: Items) -> tuple[int, ...]:
     return tuple(n for n in numbers if n >= 2 * items.sms and n % items.sms)
 
 
+def neighbours(items: Items, most: int) -> int:
+    """How many query tiles of one head can lie side by side among the equal items, `most` at most; 0: none is cut."""
+    tiles = [n // (items.batch * items.heads) for n in equal_numbers(items)]
+    return max(d for d in range(1, most + 1) if all(n % d == 0 for n in tiles)) if tiles else 0
+
+
 class Cuts:
     """Which items are cut, and where. All blocks must see the same ranges.
 
     A *part* is a number: p, the first part of the p-th item that is cut; parts + p, the rest of it; or WHOLE.
 
     counters: int32 [1 + parts] in global memory, zeros at the start; the first is mosaic_drawn's.
-    group: query tiles of one head side by side in the order of equal items. Blocks that begin one after the other read
-        different keys at a time, but for neighbours: these share K and V in L2.
+    group: query tiles of one head side by side in the order of equal items, at most. Blocks that begin one after the
+        other read different keys at a time, but for neighbours: these share K and V in L2.
     """
 
     def __init__(self, items: Items, tile: int, group: int, counters) -> None:
         self.items, self.tile, self.counters = items, tile, counters
         self.parts, self.equal_numbers = items.sms, equal_numbers(items)
-        self.group = math.gcd(group, *(n // (items.batch * items.heads) for n in self.equal_numbers))
+        self.group = neighbours(items, group) or 1
 
     def is_first(self, part):
         """Whether it is the first part of an item."""

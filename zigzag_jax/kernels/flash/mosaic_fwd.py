@@ -124,7 +124,9 @@ def flash_fwd(
     items = Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
     if tuning.shares == "cut" and out_dim > 128:
         raise ValueError(f'shares="cut" needs at most 128 columns of v a head, got {out_dim}')
-    if tuning.shares == "cut" and not mosaic_cuts.equal_numbers(items):
+    # cut without the neighbours that share K and V was measured to be slower than whole (docs/kernels.md)
+    wanted = _neighbours(tuning, heads // v.shape[2])
+    if tuning.shares == "cut" and 2 * mosaic_cuts.neighbours(items, wanted) < wanted:
         tuning = dataclasses.replace(tuning, shares="drawn")
     if drawing := tuning.shares != "fixed":
         scratch |= mosaic_drawn.SCRATCH
@@ -151,6 +153,11 @@ def flash_fwd(
     out_ref, lse_ref = jax.new_ref(carry.out), jax.new_ref(carry.lse)
     run("in place", out_ref, lse_ref)
     return jax.freeze(out_ref), jax.freeze(lse_ref)
+
+
+def _neighbours(tuning: ForwardTuning, group: int) -> int:
+    """Query tiles of a head that should be side by side where items are cut; `group` heads share K and V too."""
+    return max(1, tuning.cut_sharing // group)
 
 
 def _kernel(
@@ -185,8 +192,8 @@ def _kernel(
     if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
-    query_group = max(1, tuning.cut_sharing // (heads // kv_heads))
-    cuts = Cuts(items, tile, query_group, counter) if tuning.shares == "cut" else None
+    neighbours = _neighbours(tuning, heads // kv_heads)
+    cuts = Cuts(items, tile, neighbours, counter) if tuning.shares == "cut" else None
     # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
     slot = lambda i: lax.rem(i, i32(stages))

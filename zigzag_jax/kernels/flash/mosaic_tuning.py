@@ -1,12 +1,13 @@
 """What was measured to be fastest on Hopper, as data: the kernels' tuning by head dims (of q and k, of v).
 
-Measured on an H100 with the ring's steps at 8192 local tokens, bfloat16 (docs/kernels.md has what lost). An H200 has
-the same multiprocessors. dtype does not matter (bfloat16 and float16 run the same instructions) and the mask is data:
-the kernels choose the order of their tiles from the ranges themselves.
+Measured on an H100 and H200s, which have the same multiprocessors, with the ring's steps at 8192 local tokens, bfloat16
+(docs/kernels.md has what lost). dtype does not matter (bfloat16 and float16 run the same instructions) and the mask is
+data: the kernels choose the order of their tiles from the ranges themselves.
 
-Items are drawn: no faster alone (0.5 and 1.5% slower), but beside a hop, whose kernel holds multiprocessors, a step of
-Qwen's loses nothing where fixed shares lose 8%. And some are cut, which saves the 3% that the last round idles in the
-steps of a ring. 256 columns of v leave no registers for it.
+Items are drawn: Qwen's and MLA's are 0.5 and 1.5% slower so, but beside a hop, whose kernel holds multiprocessors, a
+step of Qwen's loses nothing where fixed shares lose 8%; D = 64 and 96 are 9% faster. And some are cut, which saves the
+3% that the last round idles in the steps of a ring. 256 columns of v leave no registers for that, and were not timed
+drawn.
 """
 
 from typing import NamedTuple
