@@ -152,7 +152,7 @@ def step_of(kind: str, batch: int, query_tiles: int, key_tiles: int) -> KeyRange
 def test_the_parts_of_cut_items_are_whole_items(batch, heads, query_tiles, group, cut_group):
     """For what the ranges make of it, and where they mislead: every number of equal items that there can be."""
     items = mosaic_items.Items(batch, heads, query_tiles, group)
-    cuts = mosaic_cuts.Cuts(items, 128, cut_group, None)
+    cuts = mosaic_cuts.Cuts(items, 128, cut_group)
     key_tiles = 16
     drawing, places = Drawing(cuts, key_tiles), places_of(items)
     rows, key_rows = query_tiles * mosaic_items.QUERY_TILE, key_tiles * 128
@@ -193,7 +193,7 @@ def test_neighbours_lie_whole_among_the_items_that_are_cut(heads, query_tiles, m
     ],
 )  # fmt: skip
 def test_which_items_are_cut(heads, query_tiles, everything, later_half):
-    cuts = mosaic_cuts.Cuts(mosaic_items.Items(1, heads, query_tiles, 1), 128, 1, None)
+    cuts = mosaic_cuts.Cuts(mosaic_items.Items(1, heads, query_tiles, 1), 128, 1)
     drawing = Drawing(cuts, 64)
     for kind, equal in {"all": everything, "later half": later_half, "causal": 0}.items():
         found = drawing.parts(step_of(kind, 1, query_tiles, 64))
@@ -207,7 +207,7 @@ def test_which_items_are_cut(heads, query_tiles, everything, later_half):
 def test_blocks_that_share_items_end_together():
     """By a schedule of their tiles in which whoever is free draws."""
     items = mosaic_items.Items(1, 32, 64, 1)
-    drawing = Drawing(mosaic_cuts.Cuts(items, 128, 1, None), 64)
+    drawing = Drawing(mosaic_cuts.Cuts(items, 128, 1), 64)
     for kind, idle in {"all": 0.03, "later half": 0.03, "causal": 0.0}.items():
         keys = step_of(kind, 1, 64, 64 if kind != "all" else 32)
         ends = {}

@@ -58,15 +58,17 @@ class Cuts:
 
     A *part* is a number: p, the first part of the p-th item that is cut; parts + p, the rest of it; or WHOLE.
 
-    counters: int32 [1 + parts] in global memory, zeros at the start; the first is mosaic_drawn's.
-    group: query tiles of one head side by side in the order of equal items, at most. Blocks that begin one after the
+    wanted: query tiles of one head side by side in the order of equal items, at most. Blocks that begin one after the
         other read different keys at a time, but for neighbours: these share K and V in L2.
     """
 
-    def __init__(self, items: Items, tile: int, group: int, counters) -> None:
-        self.items, self.tile, self.counters = items, tile, counters
+    def __init__(self, items: Items, tile: int, wanted: int) -> None:
+        self.items, self.tile = items, tile
         self.parts, self.equal_numbers = items.sms, equal_numbers(items)
-        self.group = neighbours(items, group) or 1
+        found = neighbours(items, wanted)
+        self.group = found or 1
+        self.pay = 2 * found >= wanted
+        """Without the neighbours cut items were measured to be slower than whole ones (docs/kernels.md)."""
 
     def is_first(self, part):
         """Whether it is the first part of an item."""
@@ -110,13 +112,18 @@ class Cuts:
         high = jnp.where(rest, cut, i32(2**31 - 1))
         return item, part, lax.max(start0, low), lax.max(start1, low), lax.min(stop0, high), lax.min(stop1, high)
 
-    def done(self, part) -> None:
-        """Consumers: this first part is in global memory."""
-        next_turn(self.counters, part + 1)
+    @property
+    def counters(self) -> int:
+        """How many there are in global memory, int32, zeros at the start; the first is mosaic_drawn's."""
+        return 1 + self.parts
 
-    def wait(self, part) -> None:
+    def done(self, counters, part) -> None:
+        """Consumers: this first part is in global memory."""
+        next_turn(counters, part + 1)
+
+    def wait(self, counters, part) -> None:
         """Producer, before a rest: for its first part."""
-        wait_turn(self.counters, part - self.parts + 1, i32(_DONE))
+        wait_turn(counters, part - self.parts + 1, i32(_DONE))
 
 
 def results(items: Items, out_dim: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

@@ -124,19 +124,18 @@ def flash_fwd(
     items = Items(batch, heads, rows // QUERY_TILE, tuning.query_group)
     if tuning.shares == "cut" and out_dim > 128:
         raise ValueError(f'shares="cut" needs at most 128 columns of v a head, got {out_dim}')
-    # cut without the neighbours that share K and V was measured to be slower than whole (docs/kernels.md)
-    wanted = _neighbours(tuning, heads // v.shape[2])
-    if tuning.shares == "cut" and 2 * mosaic_cuts.neighbours(items, wanted) < wanted:
-        tuning = dataclasses.replace(tuning, shares="drawn")
+    group = heads // v.shape[2]  # heads that share K and V as neighbouring query tiles do
+    cuts = Cuts(items, tuning.key_tile, max(1, tuning.cut_sharing // group)) if tuning.shares == "cut" else None
+    cuts = cuts if cuts and cuts.pay else None
     if drawing := tuning.shares != "fixed":
         scratch |= mosaic_drawn.SCRATCH
 
     def run(use: CarryUse, *refs, out_type=()):
         arrays = (q, k_parts, v, *keys)
         if drawing:
-            arrays = with_counter(*arrays, size=1 + items.sms * (tuning.shares == "cut"))
+            arrays = with_counter(*arrays, size=cuts.counters if cuts else 1)
         return launch(
-            functools.partial(_kernel, settings, tuning, items, use), *arrays, *refs, out_type=out_type,
+            functools.partial(_kernel, settings, tuning, items, cuts, use), *arrays, *refs, out_type=out_type,
             scratch_types=scratch, grid=(items.sms,), grid_names=("sm",), warpgroups=CONSUMERS + 1, name="flash_fwd",
         )  # fmt: skip
 
@@ -144,7 +143,7 @@ def flash_fwd(
         jax.ShapeDtypeStruct((batch, rows, heads, out_dim), out_dtype),
         jax.ShapeDtypeStruct((batch, heads, rows), jnp.float32),
     )
-    if tuning.shares == "cut":
+    if cuts:
         result += mosaic_cuts.results(items, out_dim)
     if carry is None:
         return run("none", out_type=result)[:2]
@@ -155,13 +154,8 @@ def flash_fwd(
     return jax.freeze(out_ref), jax.freeze(lse_ref)
 
 
-def _neighbours(tuning: ForwardTuning, group: int) -> int:
-    """Query tiles of a head that should be side by side where items are cut; `group` heads share K and V too."""
-    return max(1, tuning.cut_sharing // group)
-
-
 def _kernel(
-    settings: Settings, tuning: ForwardTuning, items: Items, use: CarryUse,
+    settings: Settings, tuning: ForwardTuning, items: Items, cuts: Cuts | None, use: CarryUse,
     q_ref, k_refs, v_ref, start_ref, stop_ref, *refs,
     q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
     records=None, record_full=None,
@@ -192,8 +186,6 @@ def _kernel(
     if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
-    neighbours = _neighbours(tuning, heads // kv_heads)
-    cuts = Cuts(items, tile, neighbours, counter) if tuning.shares == "cut" else None
     # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
     slot = lambda i: lax.rem(i, i32(stages))
@@ -424,7 +416,7 @@ def _kernel(
                 @pl.when(cuts.is_first(part))
                 def _():
                     plgpu.wait_smem_to_gmem(0)  # written, not only read
-                    cuts.done(part)
+                    cuts.done(counter, part)
 
             drawn.leave(at)
             return number, before, drawn.after(at)
@@ -501,7 +493,7 @@ def _kernel(
         def one(state):
             before, at, number, item, part, *edges = state
             if cuts:
-                pl.when(cuts.is_rest(part))(lambda: cuts.wait(part))
+                pl.when(cuts.is_rest(part))(lambda: cuts.wait(counter, part))
             drawn.hand_over(at, item, part, *edges)
             if use == "in place":  # elsewhere an item that sees nothing has a result to write
                 pl.when((Tiles(edges, tile).count == 0) & (part == WHOLE) & (number >= equal))(
