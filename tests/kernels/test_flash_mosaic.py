@@ -302,14 +302,35 @@ def test_the_longest_key_tile_comes_first_and_a_window_is_walked_by_head(kind, b
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-@pytest.mark.parametrize("index", [0, 131, 132, 300])
+@pytest.mark.parametrize("down", [False, True])
 @pytest.mark.parametrize(("lo", "hi", "group"), [(3, 8, 4), (5, 6, 1), (0, 7, 1), (2, 2, 3)])
-def test_a_walk_visits_every_pair_once(lo, hi, group, index, by_head):
-    walk = mosaic_walk.Walk(jnp.int32(lo), jnp.int32(hi), jnp.bool_(by_head), group, jnp.int32(index))
+def test_a_walk_visits_every_pair_once(lo, hi, group, down, by_head):
+    walk = mosaic_walk.Walk(jnp.int32(lo), jnp.int32(hi), jnp.bool_(by_head), group, down)
     seen = [tuple(int(x) for x in walk.at(jnp.int32(i))) for i in range(group * (hi - lo))]
     assert sorted(seen) == list(itertools.product(range(group), range(lo, hi)))
     slow = [pair[0 if by_head else 1] for pair in seen]  # what changes only when the other has been through
     assert len(list(itertools.groupby(slow))) == len(set(slow))
+    tiles = [tile for _, tile in seen]
+    if by_head or down:
+        assert all(tiles[i] > tiles[i + 1] for i in range(len(tiles) - 1) if seen[i][0] == seen[i + 1][0])
+    else:
+        assert tiles == sorted(tiles)
+
+
+def head_items(batch, kv_heads, group, key_tiles, parts=1, head_bytes=1 << 30, one_way=False):
+    return mosaic_walk.Items(batch, kv_heads, group, key_tiles, parts, head_bytes=head_bytes, one_way=one_way)
+
+
+def test_what_does_not_fit_l2_is_walked_down_and_up_and_else_down():
+    def down(**kwargs):
+        items = head_items(1, 8, 2, 128, **kwargs)  # two kv heads side by side: 256 items, one full wave and one less
+        assert items.together == 2
+        return [bool(items.walks_down(jnp.int32(i))) for i in range(items.count)]
+
+    per_head = mosaic_walk.L2_BYTES // 4  # two kv heads of two query heads
+    assert down(head_bytes=per_head + 1) == ([True] * 132 + [False] * 124) * 4
+    assert all(down(head_bytes=per_head))
+    assert all(down(one_way=True))  # deterministic: one that went up would hold those behind it up for its whole walk
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -318,7 +339,7 @@ def test_a_walk_visits_every_pair_once(lo, hi, group, index, by_head):
     [(1, 1, 16, 4, 1), (2, 4, 8, 3, 8), (1, 8, 1, 20, 8), (1, 6, 1, 100, 3), (1, 4, 2, 256, 1)],
 )
 def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles, together, parts):
-    items = mosaic_walk.Items(batch, kv_heads, group, key_tiles, parts)
+    items = head_items(batch, kv_heads, group, key_tiles, parts)
     assert items.together == together  # heads whose 256 key tiles or more run side by side
     seen = []
     at = jax.jit(jax.vmap(items.at))(jnp.arange(items.count, dtype=jnp.int32))
@@ -337,7 +358,7 @@ def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads, parts):
     keys = random_keys(np.random.default_rng(0), batch_rows, 512, 768)
     visits = mosaic_walk.visits(keys, 768)
     order = mosaic_walk.order(visits, ascending=False)
-    items = mosaic_walk.Items(2, kv_heads, 4, 6, parts)
+    items = head_items(2, kv_heads, 4, 6, parts)
     lengths = np.asarray(items.tiles(visits, order))
     assert lengths.shape == (items.count,)
     for item, length in enumerate(lengths.tolist()):

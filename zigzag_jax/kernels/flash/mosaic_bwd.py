@@ -116,7 +116,10 @@ def flash_bwd(
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * (-1 / settings.scale if settings.softcap is None else -LOG2E)
     visits = mosaic_walk.visits(keys, key_rows)
     order = mosaic_walk.order(visits, deterministic)
-    items = Items(batch, kv_heads, heads // kv_heads, key_rows // KEY_TILE, tuning.column_parts)
+    items = Items(
+        batch, kv_heads, heads // kv_heads, key_rows // KEY_TILE, tuning.column_parts,
+        head_bytes=rows * (dim * (dt.itemsize + 4) + out_dim * dt.itemsize), one_way=deterministic,
+    )  # fmt: skip
     tiles, counters = mosaic_chunks.shares(items.tiles(visits, order), sm_count(), whole=deterministic)
     helpers = 0 if deterministic else mosaic_chunks.HELPERS * sm_count()
     dq_ref, counters, turns = jax.new_ref(dq), jax.new_ref(counters), ()
@@ -365,7 +368,7 @@ def _kernel(
             self.first_key = self.key_tile * KEY_TILE
             self.out_b = split * batch + self.b
             lo, self.whole_lo, self.whole_hi, hi = [visits_ref[self.bs, self.key_tile, j] for j in range(4)]
-            self.walk = Walk(lo, hi, order_ref[items.key_tiles] > 0, items.group, index)
+            self.walk = Walk(lo, hi, order_ref[items.key_tiles] > 0, items.group, items.walks_down(index))
 
     def load_item(place: Place):
         """Producer's first warp: what its block needs once."""

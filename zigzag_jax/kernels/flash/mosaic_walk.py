@@ -12,6 +12,7 @@ from zigzag_jax.ranges import KeyRange, tile_rows
 
 QUERY_TILE, KEY_TILE = 64, 128
 TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: Q, dO and dQ stay in L2
+L2_BYTES = 50 << 20  # of an H100 and an H200
 
 
 def visits(keys: KeyRange, key_rows: int):
@@ -48,12 +49,15 @@ def first_visitor(visits, query_tiles: int):
 
 
 class Items:
-    """Which keys, kv head and share of its group each item has.
+    """Which keys, kv head and share of its group each item has, and which way it walks.
 
     The tiles of some kv heads side by side (see TOGETHER); `order` says which key tile is behind the number given here.
+    `head_bytes` are those of a query head's Q, dO and dQ; `one_way`: all walk down, whatever fits L2 (see Walk).
     """
 
-    def __init__(self, batch: int, kv_heads: int, group: int, key_tiles: int, parts: int) -> None:
+    def __init__(
+        self, batch: int, kv_heads: int, group: int, key_tiles: int, parts: int, *, head_bytes: int, one_way: bool
+    ) -> None:
         self.kv_heads, self.key_tiles, self.parts = kv_heads, key_tiles, parts
         self.every = every = batch * kv_heads
         self.together = next(
@@ -63,6 +67,7 @@ class Items:
         self.splits = fill[0] if fill else group  # items that share a group's heads: as few as fill the card
         self.group = group // self.splits
         self.count = every * key_tiles * self.parts * self.splits
+        self.one_way = one_way or self.together * group * head_bytes <= L2_BYTES
 
     def at(self, index):
         """(batch row, kv head, key tile, column part, split, first query head) of item `index`."""
@@ -73,6 +78,12 @@ class Items:
         head = outer * self.together + inner
         batch, kv_head = lax.div(head, i32(self.kv_heads)), lax.rem(head, i32(self.kv_heads))
         return batch, kv_head, tile, part, split, (kv_head * self.splits + split) * self.group
+
+    def walks_down(self, index):
+        """Whether item `index` walks down: the first and every other wave of those side by side, or all one way."""
+        beside = self.together * self.key_tiles * self.parts * self.splits
+        wave = lax.div(lax.rem(index, i32(beside)), i32(sm_count()))
+        return True if self.one_way else lax.rem(wave, i32(2)) == 0
 
     def tiles(self, visits, order):
         """int32 [count]: the length of each item's walk, with `visits` and `order`."""
@@ -87,14 +98,17 @@ class Walk:
     """The order in which an item visits its (head of the group, query tile) pairs.
 
     Blocks with one kv head should stand at the same tile of the same head at the same time, so that Q, dO and dQ come
-    from L2. Where key tiles end at the same query tile (causal, documents) they walk q tiles outside and heads inside,
-    down in one wave of items and up in the next: a wave starts where the sweep of the one before it passes. Where the
-    end moves with the key tile (a sliding window) each head is walked down by itself.
+    from L2. Where key tiles end at the same query tile (causal, documents) they walk q tiles outside and heads inside.
+    Where the end moves with the key tile (a sliding window) each head is walked down by itself.
+
+    What does not fit L2 is walked down in one wave of items and up in the next, which starts where the sweep of the one
+    before it passes. Else all walk down. So do blocks that take turns at a tile in the order of their keys: as they
+    start in that order too, whoever starts later is behind. One that went up before them would hold them up for the
+    length of its walk.
     """
 
-    def __init__(self, lo, hi, by_head, group: int, index) -> None:
-        wave = lax.div(index, i32(sm_count()))
-        down = by_head | (lax.rem(wave, i32(2)) == 0)
+    def __init__(self, lo, hi, by_head, group: int, down) -> None:
+        down = by_head | down
         self.by_head = by_head
         self.inside = jnp.where(by_head, lax.max(hi - lo, i32(1)), i32(group))
         self.first, self.inc = jnp.where(down, hi - 1, lo), jnp.where(down, i32(-1), i32(1))
