@@ -311,26 +311,31 @@ def test_a_walk_visits_every_pair_once(lo, hi, group, down, by_head):
     slow = [pair[0 if by_head else 1] for pair in seen]  # what changes only when the other has been through
     assert len(list(itertools.groupby(slow))) == len(set(slow))
     tiles = [tile for _, tile in seen]
-    if by_head or down:
-        assert all(tiles[i] > tiles[i + 1] for i in range(len(tiles) - 1) if seen[i][0] == seen[i + 1][0])
+    if by_head:
+        assert seen == sorted(seen, key=lambda pair: (pair[0], -pair[1]))
     else:
-        assert tiles == sorted(tiles)
+        assert tiles == sorted(tiles, reverse=down)
 
 
-def head_items(batch, kv_heads, group, key_tiles, parts=1, head_bytes=1 << 30, one_way=False):
-    return mosaic_walk.Items(batch, kv_heads, group, key_tiles, parts, head_bytes=head_bytes, one_way=one_way)
+def head_items(batch, kv_heads, group, key_tiles, parts=1, head_bytes=1 << 30, take_turns=False):
+    return mosaic_walk.Items(batch, kv_heads, group, key_tiles, parts, head_bytes=head_bytes, take_turns=take_turns)
 
 
 def test_what_does_not_fit_l2_is_walked_down_and_up_and_else_down():
-    def down(**kwargs):
-        items = head_items(1, 8, 2, 128, **kwargs)  # two kv heads side by side: 256 items, one full wave and one less
-        assert items.together == 2
-        return [bool(items.walks_down(jnp.int32(i))) for i in range(items.count)]
+    def down(*sizes, **kwargs):
+        items = head_items(1, *sizes, **kwargs)
+        return np.broadcast_to(items.walks_down(jnp.arange(items.count, dtype=jnp.int32)), items.count).tolist()
 
+    sizes = 8, 2, 128  # two kv heads side by side: 256 items, a full wave and one less
     per_head = mosaic_walk.L2_BYTES // 4  # two kv heads of two query heads
-    assert down(head_bytes=per_head + 1) == ([True] * 132 + [False] * 124) * 4
-    assert all(down(head_bytes=per_head))
-    assert all(down(one_way=True))  # deterministic: one that went up would hold those behind it up for its whole walk
+    assert down(*sizes, head_bytes=per_head + 1) == ([True] * 132 + [False] * 124) * 4
+    assert all(down(*sizes, head_bytes=per_head))
+    assert all(down(*sizes, take_turns=True))  # one that went up would hold up those after it for its whole walk
+    set_of_parts = [True] * 132 + [False] * 132 + [True] * 132 + [False] * 116
+    assert down(*sizes, parts=2) == set_of_parts * 4
+    # 32 key tiles in all: the group of 8 is split in eight, and all its heads count
+    assert down(1, 8, 32, head_bytes=mosaic_walk.L2_BYTES // 8 + 1) == [True] * 132 + [False] * 124
+    assert all(down(1, 8, 32, head_bytes=mosaic_walk.L2_BYTES // 8))
 
 
 @pytest.mark.parametrize("parts", [1, 2])

@@ -156,12 +156,8 @@ def test_forward_with_softcap(compiled, dim, out_dim, shared, form):
     forward(compiled, dim, out_dim, form, 30.0, shared=shared)
 
 
-@pytest.mark.parametrize(
-    ("dim", "out_dim", "form"), backward_cases("", "deterministic", "softcap", "batch-deterministic", "few-blocks")
-)
-def test_backward(compiled, dim, out_dim, form):
-    heads, kv_heads = HEADS[dim, out_dim]
-    batch, rows = 2 if "batch" in form else 1, 512 if form == "few-blocks" else SEQUENCE
+def backward(compiled, dim, out_dim, form, rows=SEQUENCE) -> None:
+    (heads, kv_heads), batch = HEADS[dim, out_dim], 2 if "batch" in form else 1
     q, dout = (array(batch, rows, heads, d) for d in (dim, out_dim))
     k, v = (array(batch, rows, kv_heads, d) for d in (dim, out_dim))
     stats, bounds = array(batch, heads, rows, dtype=F32), array(batch, rows, dtype=jnp.int32)
@@ -175,6 +171,25 @@ def test_backward(compiled, dim, out_dim, form):
     report = compiled(run, q, k, v, stats, stats, dout, bounds, bounds, dq)
     # S, dP, then dV, dQ and dK (or dV, dQ, dK and one more); dK and dV at the end
     check(report, "backward", dim, "softcap" if softcap else "", waits=7)
+
+
+@pytest.mark.parametrize(
+    ("dim", "out_dim", "form"), backward_cases("", "deterministic", "softcap", "batch-deterministic")
+)
+def test_backward(compiled, dim, out_dim, form):
+    backward(compiled, dim, out_dim, form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "out_dim"), HOPPER)
+def test_backward_of_few_blocks(compiled, dim, out_dim):
+    backward(compiled, dim, out_dim, "", rows=512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "out_dim", "rows"), [(96, 96, 98304), (192, 128, 12288)])
+def test_backward_of_heads_that_fit_l2_at_other_lengths(compiled, dim, out_dim, rows):
+    backward(compiled, dim, out_dim, "", rows)  # one head of 75 MB, four of 69: their walks turn
 
 
 def test_every_head_of_the_table_is_compiled():

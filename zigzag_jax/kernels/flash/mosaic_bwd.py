@@ -118,7 +118,7 @@ def flash_bwd(
     order = mosaic_walk.order(visits, deterministic)
     items = Items(
         batch, kv_heads, heads // kv_heads, key_rows // KEY_TILE, tuning.column_parts,
-        head_bytes=rows * (dim * (dt.itemsize + 4) + out_dim * dt.itemsize), one_way=deterministic,
+        head_bytes=rows * ((dim + out_dim) * dt.itemsize + dim * dq.dtype.itemsize), take_turns=deterministic,
     )  # fmt: skip
     tiles, counters = mosaic_chunks.shares(items.tiles(visits, order), sm_count(), whole=deterministic)
     helpers = 0 if deterministic else mosaic_chunks.HELPERS * sm_count()

@@ -11,8 +11,8 @@ from zigzag_jax.kernels.hopper import i32, sm_count
 from zigzag_jax.ranges import KeyRange, tile_rows
 
 QUERY_TILE, KEY_TILE = 64, 128
-TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: Q, dO and dQ stay in L2
-L2_BYTES = 50 << 20  # of an H100 and an H200
+TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: what they share is in L2
+L2_BYTES = 50 << 20  # of an H100 and an H200, compared with what only roughly says if reuse pays
 
 
 def visits(keys: KeyRange, key_rows: int):
@@ -52,11 +52,11 @@ class Items:
     """Which keys, kv head and share of its group each item has, and which way it walks.
 
     The tiles of some kv heads side by side (see TOGETHER); `order` says which key tile is behind the number given here.
-    `head_bytes` are those of a query head's Q, dO and dQ; `one_way`: all walk down, whatever fits L2 (see Walk).
+    `head_bytes` are those of a query head's Q, dO and dQ; `take_turns`: blocks do, at the tiles of dQ (see Walk).
     """
 
     def __init__(
-        self, batch: int, kv_heads: int, group: int, key_tiles: int, parts: int, *, head_bytes: int, one_way: bool
+        self, batch: int, kv_heads: int, group: int, key_tiles: int, parts: int, *, head_bytes: int, take_turns: bool
     ) -> None:
         self.kv_heads, self.key_tiles, self.parts = kv_heads, key_tiles, parts
         self.every = every = batch * kv_heads
@@ -67,7 +67,7 @@ class Items:
         self.splits = fill[0] if fill else group  # items that share a group's heads: as few as fill the card
         self.group = group // self.splits
         self.count = every * key_tiles * self.parts * self.splits
-        self.one_way = one_way or self.together * group * head_bytes <= L2_BYTES
+        self.one_way = take_turns or self.together * group * head_bytes <= L2_BYTES
 
     def at(self, index):
         """(batch row, kv head, key tile, column part, split, first query head) of item `index`."""
@@ -80,10 +80,12 @@ class Items:
         return batch, kv_head, tile, part, split, (kv_head * self.splits + split) * self.group
 
     def walks_down(self, index):
-        """Whether item `index` walks down: the first and every other wave of those side by side, or all one way."""
+        """Whether item `index` walks down through the query tiles: all, or every other wave of those side by side."""
+        if self.one_way:
+            return True
         beside = self.together * self.key_tiles * self.parts * self.splits
         wave = lax.div(lax.rem(index, i32(beside)), i32(sm_count()))
-        return True if self.one_way else lax.rem(wave, i32(2)) == 0
+        return lax.rem(wave, i32(2)) == 0
 
     def tiles(self, visits, order):
         """int32 [count]: the length of each item's walk, with `visits` and `order`."""
@@ -101,10 +103,10 @@ class Walk:
     from L2. Where key tiles end at the same query tile (causal, documents) they walk q tiles outside and heads inside.
     Where the end moves with the key tile (a sliding window) each head is walked down by itself.
 
-    What does not fit L2 is walked down in one wave of items and up in the next, which starts where the sweep of the one
-    before it passes. Else all walk down. So do blocks that take turns at a tile in the order of their keys: as they
-    start in that order too, whoever starts later is behind. One that went up before them would hold them up for the
-    length of its walk.
+    Where Q, dO and dQ of the heads side by side do not fit L2, the former go down in one wave of items and up in the
+    next, which starts where the sweep of the one before it passes. Else all walk down. So do blocks that take turns at
+    the tiles of dQ, in the order of their keys: as they start in that order too, whoever starts later is behind. A
+    block that went up would hold up those after it for the length of its walk.
     """
 
     def __init__(self, lo, hi, by_head, group: int, down) -> None:
