@@ -12,7 +12,7 @@ from zigzag_jax.ranges import KeyRange, tile_rows
 
 QUERY_TILE, KEY_TILE = 64, 128
 TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: what they share is in L2
-L2_BYTES = 50 << 20  # of an H100 and an H200, compared with what only roughly says if reuse pays
+L2_BYTES = 50 << 20  # of an H100 and an H200: a rough bound, for K and V are there too
 
 
 def visits(keys: KeyRange, key_rows: int):
