@@ -27,21 +27,24 @@ from zigzag_jax.kernels.hopper import NamedBarriers, draw, i32, raise_to
 RECORDS = 2
 _FIELDS = 6  # the item's number, the part of it, and four edges of its rows' ranges
 
-SCRATCH = {
-    "records": plgpu.SMEM((RECORDS * _FIELDS + 1,), jnp.int32),  # and a box for what was drawn
-    "record_full": plgpu.Barrier(num_barriers=RECORDS),
-}
+
+def records(behind: int):
+    """The records' shared memory, behind so many words of something else, and a box for what was drawn."""
+    return plgpu.SMEM((behind + RECORDS * _FIELDS + 1,), jnp.int32)
 
 
 class Drawn:
-    """The records of a block; `at` counts them, modulo RECORDS."""
+    """The records of a block, `behind` words into their memory; `at` counts them, modulo RECORDS."""
 
-    def __init__(self, counter, records, full, free: NamedBarriers) -> None:
-        self.counter, self.records, self.full, self.free = counter, records, full, free
+    def __init__(self, counter, records, behind: int, full, free: NamedBarriers) -> None:
+        self.counter, self.records, self.behind, self.full, self.free = counter, records, behind, full, free
+
+    def _word(self, at, field: int):
+        return self.behind + at * _FIELDS + field
 
     def draw(self) -> jax.Array:
         """Producer, the whole warpgroup: the next number, one that is no item's after the last. Once a record."""
-        return draw(self.counter, self.records.at[RECORDS * _FIELDS])
+        return draw(self.counter, self.records.at[self._word(RECORDS, 0)])
 
     def skip_to(self, number) -> None:
         """Producer: numbers below this one need not be drawn."""
@@ -51,19 +54,19 @@ class Drawn:
         """Producer, the whole warpgroup: the item, the part of it, its edges."""
         self.free.sync(at)
         for i, value in enumerate(record):
-            self.records[at * _FIELDS + i] = value
+            self.records[self._word(at, i)] = value
         plgpu.commit_smem()  # a barrier: all threads have written
         plgpu.barrier_arrive(self.full.at[at])
 
     def take(self, at) -> tuple[jax.Array, Edges]:
         """Consumers: the next item and its edges."""
         plgpu.barrier_wait(self.full.at[at])
-        item, *edges = (self.records[at * _FIELDS + i] for i in (0, *range(2, _FIELDS)))
+        item, *edges = (self.records[self._word(at, i)] for i in (0, *range(2, _FIELDS)))
         return item, edges
 
     def again(self, at) -> tuple[jax.Array, jax.Array]:
         """Consumers, between `take` and `leave`: the item, and the part of it. Costs no register until then."""
-        return self.records[at * _FIELDS], self.records[at * _FIELDS + 1]
+        return self.records[self._word(at, 0)], self.records[self._word(at, 1)]
 
     def leave(self, at) -> None:
         """Consumers: the record's item is done."""

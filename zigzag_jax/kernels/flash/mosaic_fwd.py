@@ -111,8 +111,8 @@ def flash_fwd(
         "q_smem": smem((CONSUMERS, ROWS, dim), dt, math.gcd(*columns)),
         "k_smem": [smem((tuning.stages, tuning.key_tile, n), dt, math.gcd(*columns)) for n in columns],
         "v_smem": smem((tuning.stages, tuning.key_tile, out_dim), dt),
-        "lse_smem": plgpu.SMEM((CONSUMERS, ROWS), jnp.float32),
-        "q_full": plgpu.Barrier(num_arrivals=CONSUMERS),
+        "bounds_smem": plgpu.SMEM((CONSUMERS, len(keys), ROWS), jnp.int32),
+        "q_full": plgpu.Barrier(num_arrivals=1 + len(keys), num_barriers=CONSUMERS),
         "k_full": plgpu.Barrier(num_arrivals=len(k_parts), num_barriers=tuning.stages),
         "v_full": plgpu.Barrier(num_barriers=tuning.stages),
     }
@@ -127,8 +127,10 @@ def flash_fwd(
     group = heads // v.shape[2]  # heads that share K and V as neighbouring query tiles do
     cuts = Cuts(items, tuning.key_tile, max(1, tuning.cut_sharing // group)) if tuning.shares == "cut" else None
     cuts = cuts if cuts and cuts.pay else None
-    if drawing := tuning.shares != "fixed":
-        scratch |= mosaic_drawn.SCRATCH
+    scratch["small_smem"] = [plgpu.SMEM((CONSUMERS, ROWS), jnp.float32)]  # lse on its way out
+    if drawing := tuning.shares != "fixed":  # the records behind it: each array of its own takes a whole KiB
+        scratch["small_smem"] = plgpu.RefUnion(*scratch["small_smem"], mosaic_drawn.records(behind=CONSUMERS * ROWS))
+        scratch["record_full"] = plgpu.Barrier(num_barriers=mosaic_drawn.RECORDS)
 
     def run(use: CarryUse, *refs, out_type=()):
         arrays = (q, k_parts, v, *keys)
@@ -157,8 +159,8 @@ def flash_fwd(
 def _kernel(
     settings: Settings, tuning: ForwardTuning, items: Items, cuts: Cuts | None, use: CarryUse,
     q_ref, k_refs, v_ref, start_ref, stop_ref, *refs,
-    q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
-    records=None, record_full=None,
+    q_smem, k_smem, v_smem, bounds_smem, small_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
+    record_full=None,
 ):  # fmt: skip
     if drawing := tuning.shares != "fixed":
         counter, *refs = refs
@@ -181,13 +183,14 @@ def _kernel(
     everyone = CONSUMERS * WARPGROUP + producer_threads
     k_free = NamedBarriers(4, stages, everyone)
     v_free = NamedBarriers(k_free.end, stages, everyone)
-    q_free = NamedBarriers(v_free.end, 1, everyone)
+    q_free = NamedBarriers(v_free.end, CONSUMERS, WARPGROUP + producer_threads)
     carry_free = NamedBarriers(q_free.end, CONSUMERS, WARPGROUP + producer_threads)
     if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
-        drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
+        drawn = mosaic_drawn.Drawn(counter, small_smem[1], CONSUMERS * ROWS, record_full, record_free)
     # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
+    lse_smem = small_smem[0]
     slot = lambda i: lax.rem(i, i32(stages))
     widths = [ref.shape[-1] for ref in k_refs]
     k_columns = [slice(None)] if len(widths) == 1 else [slice(0, widths[0]), slice(widths[0], sum(widths))]
@@ -201,9 +204,6 @@ def _kernel(
 
         again: reads (item, part) from the record (mosaic_drawn.py).
         """
-        b, h, q0 = items.at(sm, j)
-        bs = 0 if shared_ranges else b
-        my_rows = pl.ds(q0 + wg * ROWS, ROWS)
         tiles = Tiles(edges, tile)
         again = again or (lambda: (j, i32(WHOLE)))
 
@@ -217,9 +217,14 @@ def _kernel(
             for columns, keys in zip(k_columns, k_smem, strict=True):
                 plgpu.wgmma(s_acc, q_smem.at[wg, :, columns], keys.at[at].T)
 
+        def leave_q(i):
+            """Say that the producer may load the next item's Q, where tile i, whose scores are made, is the last."""
+            if drawing:
+                pl.when(i == tiles.count - 1)(lambda: q_free.arrive(wg))
+
         def row_bounds():
-            """First and end key of each of this warpgroup's rows."""
-            return [plgpu.load(ref.at[bs, my_rows], layout=ROW, optimized=False) for ref in (start_ref, stop_ref)]
+            """First and end key of each of this warpgroup's rows; they come and go with Q."""
+            return lax.optimization_barrier([plgpu.load(bounds_smem.at[wg, end], layout=ROW) for end in range(2)])
 
         def masked(s, i, bounds):
             start, stop = (across(x - tiles.at(i) * tile, tile) for x in bounds)
@@ -244,8 +249,7 @@ def _kernel(
             return parts[0]
 
         def run():
-            bounds = row_bounds()  # for the first tile; read again where another is cut, which costs no registers
-            plgpu.barrier_wait(q_full)
+            plgpu.barrier_wait(q_full.at[wg])
             first = slot(before)
             plgpu.barrier_wait(k_full.at[first])
 
@@ -254,7 +258,9 @@ def _kernel(
                 return s_acc[...]
 
             s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, tile), jnp.float32))
+            bounds = row_bounds()
             k_free.arrive(first)
+            leave_q(i32(0))
             none = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
             p, m, _ = softmax(s, none, i32(0), bounds)
             l = row_sums(p)
@@ -276,8 +282,10 @@ def _kernel(
                         add_scores(s_acc, ks)
                         plgpu.wgmma(acc_ref, p16, v_smem.at[vs])
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        bounds = row_bounds() if cut else None
                         k_free.arrive(ks)
-                        p, m, weight = softmax(s, m_ref[...], i, row_bounds() if cut else None)
+                        leave_q(i)
+                        p, m, weight = softmax(s, m_ref[...], i, bounds)
                         p_ref[...], m_ref[...], weight_ref[...] = p, m, weight
                         l_ref[...] = l_ref[...] * across(weight, 8) + row_sums(p)
                         # V of this tile is waited for here, before PV of the last one is: ptxas moves no work over an
@@ -296,7 +304,8 @@ def _kernel(
             state = lax.fori_loop(i32(1), edge, functools.partial(step, cut=True), state)
             state = lax.fori_loop(edge, tiles.count, functools.partial(step, cut=False), state)
             acc, m, l, p16 = state
-            q_free.arrive()
+            if not drawing:
+                q_free.arrive(wg)
             b, h, my_rows = place()
             last = slot(before + tiles.count - 1)
             if has_carry:
@@ -381,6 +390,7 @@ def _kernel(
                 return
             if use == "read":
                 out = carried_out(0, out_dim)
+                b, h, my_rows = place()
                 lse = plgpu.load(carry_lse_ref.at[b, h, my_rows], layout=ROW, optimized=False)
                 if aside:
                     lse = lse + without_first()
@@ -398,7 +408,7 @@ def _kernel(
         for s in range(stages):
             k_free.arrive(s)
             v_free.arrive(s)
-        q_free.arrive()
+        q_free.arrive(wg)
 
         def one(j, state):
             before, *edges = state
@@ -432,6 +442,7 @@ def _kernel(
     def load_item(j, before, edges=None):
         """Producer: item j. With `edges` its items are drawn: returns the number of the next one too."""
         b, h, q0 = items.at(sm, j)
+        bs = 0 if shared_ranges else b
         kh = lax.div(h, i32(heads // kv_heads))
         tiles = Tiles(edges or edges_of(j), tile)
         half = lax.div(tiles.count + 1, i32(2)) if edges else tiles.count
@@ -452,10 +463,13 @@ def _kernel(
 
         @pl.when(tiles.count > 0)
         def _():
-            q_free.sync()
+            load_k(i32(0))  # before Q, which waits for the slower consumer
             for w in range(CONSUMERS):
-                plgpu.copy_gmem_to_smem(q_ref.at[b, pl.ds(q0 + w * ROWS, ROWS), h, :], q_smem.at[w], q_full)
-            load_k(i32(0))
+                its_rows = pl.ds(q0 + w * ROWS, ROWS)
+                q_free.sync(w)
+                plgpu.copy_gmem_to_smem(q_ref.at[b, its_rows, h, :], q_smem.at[w], q_full.at[w])
+                for end, ref in enumerate((start_ref, stop_ref)):
+                    plgpu.copy_gmem_to_smem(ref.at[bs, its_rows], bounds_smem.at[w, end], q_full.at[w])
 
             pl.loop(i32(0), half)(load_kv)
 
