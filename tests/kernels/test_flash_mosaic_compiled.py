@@ -38,16 +38,14 @@ FORMS = {  # carry, result, a range for each of two batch rows
     "carry-batch": (True, F32, True),
     "last": (True, jnp.bfloat16, False),
 }
-# bytes of stack that are left: some addresses of the widest heads, of keys in two parts and of a softcap's
-# carry at D = 128 (six values, each stored and loaded once), and the slope of MLA's softcap, which no model has
+# bytes of stack that are left: a few values stored and loaded once an item, of keys in two parts, of the widest heads,
+# of a softcap and of a carry that a narrow result continues; and the slope of MLA's softcap, which no model has
 STACK = {
-    ("forward", 128, "last"): 16,
-    ("forward", 128, "softcap"): 24,
-    ("forward", 192, ""): 16,
+    ("forward", 128, "last"): 8,
+    ("forward", 128, "softcap"): 16,
     ("forward", 192, "softcap"): 32,
     ("forward", 192, "split"): 24,
-    ("forward", 256, ""): 40,
-    ("forward", 256, "softcap"): 40,
+    ("forward", 256, ""): 16,
     ("backward", 192, "softcap"): 88,
 }
 # heads whose keys come in two parts are given whole ones by few: these forms do
