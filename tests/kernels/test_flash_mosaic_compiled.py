@@ -43,6 +43,7 @@ FORMS = {  # carry, result, a range for each of two batch rows
 STACK = {
     ("forward", 128, "last"): 8,
     ("forward", 128, "softcap"): 16,
+    ("forward", 192, ""): 8,
     ("forward", 192, "softcap"): 32,
     ("forward", 192, "split"): 24,
     ("forward", 256, ""): 16,

@@ -4,9 +4,9 @@ With fixed shares every block is sure of a multiprocessor of its own. Beside ano
 which moves the next step's keys) the blocks left over begin when the first ones end, and the call takes twice as long.
 Blocks that draw leave nothing to a late one: it finds the counter at its end.
 
-The producer draws the next item in the middle of one, where the round trip to global memory is hidden, reads the ranges
-of its rows, and hands both to the consumers as a *record* in shared memory. Two records take turns, with a signal of
-their own, for an item that sees nothing brings no tile whose signal could stand for it:
+The producer draws the next item in the middle of one, where the round trip to global memory is hidden, reads the edges
+of its rows' ranges, and hands both to the consumers as a *record* in shared memory. Two records take turns, with a
+signal of their own, for an item that sees nothing brings no tile whose signal could stand for it:
 
     producer    record 0 | tiles of item 0 .. draw .. tiles | record 1 | ...           waits until record - 2 was left
     consumers             | read, then as ever              | read ...
@@ -27,24 +27,21 @@ from zigzag_jax.kernels.hopper import NamedBarriers, draw, i32, raise_to
 RECORDS = 2
 _FIELDS = 6  # the item's number, the part of it, and four edges of its rows' ranges
 
-
-def records(behind: int):
-    """The records' shared memory, behind so many words of something else, and a box for what was drawn."""
-    return plgpu.SMEM((behind + RECORDS * _FIELDS + 1,), jnp.int32)
+SCRATCH = {
+    "records": plgpu.SMEM((RECORDS * _FIELDS + 1,), jnp.int32),  # and a box for what was drawn
+    "record_full": plgpu.Barrier(num_barriers=RECORDS),
+}
 
 
 class Drawn:
-    """The records of a block, `behind` words into their memory; `at` counts them, modulo RECORDS."""
+    """The records of a block; `at` counts them, modulo RECORDS."""
 
-    def __init__(self, counter, records, behind: int, full, free: NamedBarriers) -> None:
-        self.counter, self.records, self.behind, self.full, self.free = counter, records, behind, full, free
-
-    def _word(self, at, field: int):
-        return self.behind + at * _FIELDS + field
+    def __init__(self, counter, records, full, free: NamedBarriers) -> None:
+        self.counter, self.records, self.full, self.free = counter, records, full, free
 
     def draw(self) -> jax.Array:
         """Producer, the whole warpgroup: the next number, one that is no item's after the last. Once a record."""
-        return draw(self.counter, self.records.at[self._word(RECORDS, 0)])
+        return draw(self.counter, self.records.at[RECORDS * _FIELDS])
 
     def skip_to(self, number) -> None:
         """Producer: numbers below this one need not be drawn."""
@@ -54,19 +51,19 @@ class Drawn:
         """Producer, the whole warpgroup: the item, the part of it, its edges."""
         self.free.sync(at)
         for i, value in enumerate(record):
-            self.records[self._word(at, i)] = value
+            self.records[at * _FIELDS + i] = value
         plgpu.commit_smem()  # a barrier: all threads have written
         plgpu.barrier_arrive(self.full.at[at])
 
     def take(self, at) -> tuple[jax.Array, Edges]:
         """Consumers: the next item and its edges."""
         plgpu.barrier_wait(self.full.at[at])
-        item, *edges = (self.records[self._word(at, i)] for i in (0, *range(2, _FIELDS)))
+        item, *edges = (self.records[at * _FIELDS + i] for i in (0, *range(2, _FIELDS)))
         return item, edges
 
     def again(self, at) -> tuple[jax.Array, jax.Array]:
         """Consumers, between `take` and `leave`: the item, and the part of it. Costs no register until then."""
-        return self.records[self._word(at, 0)], self.records[self._word(at, 1)]
+        return self.records[at * _FIELDS], self.records[at * _FIELDS + 1]
 
     def leave(self, at) -> None:
         """Consumers: the record's item is done."""

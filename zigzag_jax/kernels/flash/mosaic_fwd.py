@@ -5,7 +5,7 @@ or those that it draws (mosaic_drawn.py, mosaic_cuts.py). In each, the producer 
 memory and two consumer warpgroups of 64 queries each keep an online softmax (FlashAttention-2; the overlap is
 FlashAttention-3's, Shah et al. 2024, section 3.2):
 
-    producer     Q  K0 K1 V0 K2 V1 ...
+    producer     K0 Q  K1 V0 K2 V1 ...
     tensor core        QK0    QK1 PV0    QK2 PV1    QK3 PV2 ...
     softmax                S0        S1         S2         S3
 
@@ -13,9 +13,9 @@ While the tensor core multiplies P of tile i-1 by V, the other units turn the sc
 
 Keys in two parts (SplitKeys; MLA) come as two tiles on one signal, and QK is two wgmma on one accumulator.
 
-Ranges are data. A row of tiles is visited in the order: those cut by the right edge (causal diagonal, end of the
-chunk), those cut by the left edge (document, window), then the inside, from right to left and without a mask. Tiles
-that no row sees are not loaded, an item that sees nothing costs one comparison.
+Ranges are data: the bounds of each row come with Q. A row of tiles is visited in the order: those cut by the right edge
+(causal diagonal, end of the chunk), those cut by the left edge (document, window), then the inside, from right to left
+and without a mask. Tiles that no row sees are not loaded, an item that sees nothing costs one comparison.
 
 A carry (out, lse) is one more "tile" at the end: m = lse, l = 1, a = out. Where the result is float32 it is written
 back in place: two ring steps are merged without a pass of their own. Such a carry comes and goes by TMA through the
@@ -53,6 +53,7 @@ from zigzag_jax.kernels.hopper import (
     NamedBarriers,
     across,
     check_registers,
+    fence_smem,
     i32,
     launch,
     smem,
@@ -111,8 +112,8 @@ def flash_fwd(
         "q_smem": smem((CONSUMERS, ROWS, dim), dt, math.gcd(*columns)),
         "k_smem": [smem((tuning.stages, tuning.key_tile, n), dt, math.gcd(*columns)) for n in columns],
         "v_smem": smem((tuning.stages, tuning.key_tile, out_dim), dt),
-        "bounds_smem": plgpu.SMEM((CONSUMERS, len(keys), ROWS), jnp.int32),
-        "q_full": plgpu.Barrier(num_arrivals=1 + len(keys), num_barriers=CONSUMERS),
+        "bounds_smem": plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.int32),
+        "q_full": plgpu.Barrier(num_arrivals=3, num_barriers=CONSUMERS),
         "k_full": plgpu.Barrier(num_arrivals=len(k_parts), num_barriers=tuning.stages),
         "v_full": plgpu.Barrier(num_barriers=tuning.stages),
     }
@@ -127,10 +128,8 @@ def flash_fwd(
     group = heads // v.shape[2]  # heads that share K and V as neighbouring query tiles do
     cuts = Cuts(items, tuning.key_tile, max(1, tuning.cut_sharing // group)) if tuning.shares == "cut" else None
     cuts = cuts if cuts and cuts.pay else None
-    scratch["small_smem"] = [plgpu.SMEM((CONSUMERS, ROWS), jnp.float32)]  # lse on its way out
-    if drawing := tuning.shares != "fixed":  # the records behind it: each array of its own takes a whole KiB
-        scratch["small_smem"] = plgpu.RefUnion(*scratch["small_smem"], mosaic_drawn.records(behind=CONSUMERS * ROWS))
-        scratch["record_full"] = plgpu.Barrier(num_barriers=mosaic_drawn.RECORDS)
+    if drawing := tuning.shares != "fixed":
+        scratch |= mosaic_drawn.SCRATCH
 
     def run(use: CarryUse, *refs, out_type=()):
         arrays = (q, k_parts, v, *keys)
@@ -159,8 +158,8 @@ def flash_fwd(
 def _kernel(
     settings: Settings, tuning: ForwardTuning, items: Items, cuts: Cuts | None, use: CarryUse,
     q_ref, k_refs, v_ref, start_ref, stop_ref, *refs,
-    q_smem, k_smem, v_smem, bounds_smem, small_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
-    record_full=None,
+    q_smem, k_smem, v_smem, bounds_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
+    records=None, record_full=None,
 ):  # fmt: skip
     if drawing := tuning.shares != "fixed":
         counter, *refs = refs
@@ -187,10 +186,9 @@ def _kernel(
     carry_free = NamedBarriers(q_free.end, CONSUMERS, WARPGROUP + producer_threads)
     if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
-        drawn = mosaic_drawn.Drawn(counter, small_smem[1], CONSUMERS * ROWS, record_full, record_free)
+        drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
     # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
-    lse_smem = small_smem[0]
     slot = lambda i: lax.rem(i, i32(stages))
     widths = [ref.shape[-1] for ref in k_refs]
     k_columns = [slice(None)] if len(widths) == 1 else [slice(0, widths[0]), slice(widths[0], sum(widths))]
@@ -217,14 +215,22 @@ def _kernel(
             for columns, keys in zip(k_columns, k_smem, strict=True):
                 plgpu.wgmma(s_acc, q_smem.at[wg, :, columns], keys.at[at].T)
 
-        def leave_q(i):
-            """Say that the producer may load the next item's Q, where tile i, whose scores are made, is the last."""
-            if drawing:
-                pl.when(i == tiles.count - 1)(lambda: q_free.arrive(wg))
-
         def row_bounds():
-            """First and end key of each of this warpgroup's rows; they come and go with Q."""
-            return lax.optimization_barrier([plgpu.load(bounds_smem.at[wg, end], layout=ROW) for end in range(2)])
+            """First and end key of each of this warpgroup's rows, which come and go with Q: read before leave_q."""
+            return lax.optimization_barrier([plgpu.load(bounds_smem.at[wg, side], layout=ROW) for side in range(2)])
+
+        def leave_q():
+            """Let the producer load the next item's Q and bounds over this one's, which have been read."""
+            fence_smem()
+            q_free.arrive(wg)
+
+        def leave_q_after(i):
+            """The same, if tile i, whose scores are there, is the last; with fixed shares later.
+
+            The fence makes a branch of it: ptxas puts an arrival under a mere condition behind the whole softmax.
+            """
+            if drawing:
+                pl.when(i == tiles.count - 1)(leave_q)
 
         def masked(s, i, bounds):
             start, stop = (across(x - tiles.at(i) * tile, tile) for x in bounds)
@@ -260,7 +266,7 @@ def _kernel(
             s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, tile), jnp.float32))
             bounds = row_bounds()
             k_free.arrive(first)
-            leave_q(i32(0))
+            leave_q_after(i32(0))
             none = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
             p, m, _ = softmax(s, none, i32(0), bounds)
             l = row_sums(p)
@@ -284,7 +290,7 @@ def _kernel(
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         bounds = row_bounds() if cut else None
                         k_free.arrive(ks)
-                        leave_q(i)
+                        leave_q_after(i)
                         p, m, weight = softmax(s, m_ref[...], i, bounds)
                         p_ref[...], m_ref[...], weight_ref[...] = p, m, weight
                         l_ref[...] = l_ref[...] * across(weight, 8) + row_sums(p)
@@ -305,7 +311,7 @@ def _kernel(
             state = lax.fori_loop(edge, tiles.count, functools.partial(step, cut=False), state)
             acc, m, l, p16 = state
             if not drawing:
-                q_free.arrive(wg)
+                leave_q()
             b, h, my_rows = place()
             last = slot(before + tiles.count - 1)
             if has_carry:
@@ -372,18 +378,14 @@ def _kernel(
 
         def write(out, lse):
             b, h, my_rows = place()
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            lse_smem[wg] = lse
-            if out is None:
-                plgpu.commit_smem()
-            elif out_smem is None:
-                store(out_ref.at[b, my_rows, h, :], out.astype(out_ref.dtype))
-                plgpu.commit_smem()
-            else:
+            store(lse_ref.at[b, h, my_rows], lse)
+            if out_smem is not None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_smem[wg] = out.astype(out_ref.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, my_rows, h, :])
-            plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[b, h, my_rows])
+            elif out is not None:
+                store(out_ref.at[b, my_rows, h, :], out.astype(out_ref.dtype))
 
         def nothing():
             if use == "in place":
@@ -463,13 +465,13 @@ def _kernel(
 
         @pl.when(tiles.count > 0)
         def _():
-            load_k(i32(0))  # before Q, which waits for the slower consumer
+            load_k(i32(0))  # its slot is free a tile earlier than Q's
             for w in range(CONSUMERS):
                 its_rows = pl.ds(q0 + w * ROWS, ROWS)
                 q_free.sync(w)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, its_rows, h, :], q_smem.at[w], q_full.at[w])
-                for end, ref in enumerate((start_ref, stop_ref)):
-                    plgpu.copy_gmem_to_smem(ref.at[bs, its_rows], bounds_smem.at[w, end], q_full.at[w])
+                for side, ref in enumerate((start_ref, stop_ref)):
+                    plgpu.copy_gmem_to_smem(ref.at[bs, its_rows], bounds_smem.at[w, side], q_full.at[w])
 
             pl.loop(i32(0), half)(load_kv)
 
