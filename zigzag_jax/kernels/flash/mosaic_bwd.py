@@ -94,6 +94,10 @@ class BackwardTuning:
     ds_buffers: int = 2
     """Buffers of dS."""
 
+    held: tuple[int, int] = (0, 0)
+    """Columns of K and of V that a consumer keeps in registers, for S and dP where they overlap: 16 registers for 64,
+    and that much less is read from shared memory."""
+
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
 
@@ -252,19 +256,30 @@ def _kernel(
         def put_dq(dq, i, z):
             put(dq * scale, z, 0 if adders == 1 else lax.rem(i, i32(2)))
 
-        def overlapped(dk_acc, dv_acc, i):
+        def held(smem, columns):
+            """This warpgroup's rows of the first columns of K or V, in registers; None: of no columns."""
+            return _keep(plgpu.load(smem.at[my_rows(0), pl.ds(0, columns)], layout=ACC)) if columns else None
+
+        def multiply(acc, held, keys, queries, z):
+            """acc += keys queries^T, the columns of keys that are held first."""
+            n = 0 if held is None else held.shape[1]
+            if n:
+                plgpu.wgmma(acc, held, queries.at[:, pl.ds(0, n)].T)
+            if rest := keys.shape[1] - n:
+                plgpu.wgmma(acc, keys.at[my_rows(z), pl.ds(n, rest)], queries.at[:, pl.ds(n, rest)].T)
+
+        def overlapped(dk_acc, dv_acc, i, k_held, v_held):
             z, s = zero(i), slot(i, stages)
             plgpu.barrier_wait(q_full.at[s])
 
             def scores(s_acc, dp_acc):
+                dp_acc[...] = down_rows(load(stats_smem.at[s, 1]))
                 lse = load(stats_smem.at[s, 0])
                 s0 = lax.cond(on_edge(s), lambda: masked(lambda: down_rows(lse), s, -jnp.inf), lambda: down_rows(lse))
-                dp0 = down_rows(load(stats_smem.at[s, 1]))
                 s_acc[...] = s0  # both before any wgmma is in flight
-                dp_acc[...] = dp0
-                plgpu.wgmma(s_acc, k_smem.at[my_rows(z)], q_smem.at[s].T)
+                multiply(s_acc, k_held, k_smem, q_smem.at[s], z)
                 plgpu.barrier_wait(do_full.at[s])
-                plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[s].T)
+                multiply(dp_acc, v_held, v_smem, do_smem.at[s], z)
                 p = jnp.exp2(_keep(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)) * to_log2).astype(dt)
                 dp = _keep(plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
                 p32, dp = _keep((p, dp))
@@ -337,17 +352,19 @@ def _kernel(
 
             return pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
 
-        step = overlapped if tuning.overlap and cap is None else serial
+        overlap = tuning.overlap and cap is None
+        step = overlapped if overlap else serial
 
         def run(end, dk_acc, dv_acc):
             for s in range(stages):
                 q_free.arrive(s)
                 do_free.arrive(s)
             plgpu.barrier_wait(kv_full)
+            operands = (held(k_smem, tuning.held[0]), held(v_smem, tuning.held[1])) if overlap else ()
 
             def tile(state):
                 i, _ = state
-                return i + 1, step(dk_acc, dv_acc, i)
+                return i + 1, step(dk_acc, dv_acc, i, *operands)
 
             done, _ = lax.while_loop(lambda state: state[1] > 0, tile, (i32(0), end))
             results = plgpu.wgmma_accumulator_load(dk_acc) * scale, plgpu.wgmma_accumulator_load(dv_acc)
