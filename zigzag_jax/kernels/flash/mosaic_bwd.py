@@ -257,11 +257,11 @@ def _kernel(
             put(dq * scale, z, 0 if adders == 1 else lax.rem(i, i32(2)))
 
         def held(smem, columns):
-            """This warpgroup's rows of the first columns of K or V, in registers; None: of no columns."""
+            """The first columns of this warpgroup's rows of K or V, in registers; None: of no columns."""
             return _keep(plgpu.load(smem.at[my_rows(0), pl.ds(0, columns)], layout=ACC)) if columns else None
 
         def multiply(acc, held, keys, queries, z):
-            """acc += keys queries^T, the columns of keys that are held first."""
+            """Add keys queries^T to acc, beginning with the columns of keys that are held."""
             n = 0 if held is None else held.shape[1]
             if n:
                 plgpu.wgmma(acc, held, queries.at[:, pl.ds(0, n)].T)
