@@ -232,19 +232,24 @@ def _kernel(
             if drawing:
                 pl.when(i == tiles.count - 1)(leave_q)
 
+        def capped(s):
+            if settings.softcap is None:
+                return s
+            # tanh by exp2 and a division: tanh.approx is too coarse for the lse
+            return 1 - 2 / (jnp.exp2(s * (2 * LOG2E * settings.scale / settings.softcap)) + 1)
+
         def masked(s, i, bounds):
             start, stop = (across(x - tiles.at(i) * tile, tile) for x in bounds)
             at = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=ACC)
             return jnp.where((at >= start) & (at < stop), s, -jnp.inf)
 
-        def softmax(s, m, i, bounds):
-            """Unnormalised probabilities of tile i, the new maximum (times log2 e) and the old ones' weight."""
-            if settings.softcap is not None:  # tanh by exp2 and a division: tanh.approx is too coarse for the lse
-                s = 1 - 2 / (jnp.exp2(s * (2 * LOG2E * settings.scale / settings.softcap)) + 1)
-            if bounds:
-                s = masked(s, i, bounds)
+        def softmax(s, m, cut):
+            """Unnormalised probabilities, the new maximum (times log2 e) and the old ones' weight.
+
+            cut: rows may have seen nothing yet.
+            """
             m_new = jnp.maximum(m, s.max(axis=1) * to_log2)
-            m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new) if bounds else m_new
+            m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new) if cut else m_new
             return jnp.exp2(s * to_log2 - across(m_used, tile)), m_new, jnp.exp2(m - m_used)
 
         def row_sums(p):
@@ -268,7 +273,9 @@ def _kernel(
             k_free.arrive(first)
             leave_q_after(i32(0))
             none = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
-            p, m, _ = softmax(s, none, i32(0), bounds)
+            s = capped(s)
+            s = lax.cond(tiles.masked > 0, lambda: masked(s, i32(0), bounds), lambda: s)
+            p, m, _ = softmax(s, none, cut=True)
             l = row_sums(p)
             acc = plgpu.layout_cast(jnp.zeros((ROWS, out_dim), jnp.float32), ACC)
             if fetched:  # the last item's result has left by now: its buffer is free for this one's carry
@@ -291,7 +298,8 @@ def _kernel(
                         bounds = row_bounds() if cut else None
                         k_free.arrive(ks)
                         leave_q_after(i)
-                        p, m, weight = softmax(s, m_ref[...], i, bounds)
+                        s = masked(capped(s), i, bounds) if bounds else capped(s)
+                        p, m, weight = softmax(s, m_ref[...], cut)
                         p_ref[...], m_ref[...], weight_ref[...] = p, m, weight
                         l_ref[...] = l_ref[...] * across(weight, 8) + row_sums(p)
                         # V of this tile is waited for here, before PV of the last one is: ptxas moves no work over an
