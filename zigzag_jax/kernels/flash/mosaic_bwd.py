@@ -20,10 +20,9 @@ and at the end dK and dV the same way:
 What differs from tile to tile and item to item (is there a mask, is it the last one) the producer leaves in shared
 memory as a *note*, so that the consumers need no registers for it.
 
-Shared memory bandwidth is the limit: S, dP and dQ read both operands from it (but for columns of K and V that a
-consumer keeps in registers) and run beside exp2, which reads none. More wgmma in flight lose (docs/kernels.md). So does
-another order of statements: ptxas allocates registers on a knife's edge, and the deviceless compile test holds every
-configuration to no spill and no serialised wgmma.
+Shared memory bandwidth is the limit (82% busy): S, dP and dQ read both operands from it and run beside exp2, which
+reads none. More wgmma in flight lose (docs/kernels.md). So does another order of statements: ptxas allocates registers
+on a knife's edge, and the deviceless compile test holds every configuration to no spill and no serialised wgmma.
 
 `deterministic` makes the blocks that add to a tile of dQ take turns in the order of their keys; two warps then add
 alternately, each waiting for its own tile's turn. Blocks start in that order too, so each waits for running ones only.
@@ -95,10 +94,6 @@ class BackwardTuning:
     ds_buffers: int = 2
     """Buffers of dS."""
 
-    kept: tuple[int, int] = (0, 0)
-    """Columns of K and of V that a consumer keeps in registers (8 for 32 columns) as the left operands of S and dP, so
-    that they are not read from shared memory. Only where `overlap` runs. Of V all or none."""
-
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
 
@@ -117,8 +112,6 @@ def flash_bwd(
     dt, narrow = q.dtype, dim // tuning.column_parts // CONSUMERS  # columns of dQ that a warpgroup computes
     if tuning.column_parts > 1 and out_dim // tuning.column_parts % narrow:
         raise ValueError(f"a part of {out_dim} columns of v must be a multiple of {narrow}, a piece of dv")
-    if tuning.kept[1] not in (0, out_dim):  # the wait for S counts dP as one group of wgmma
-        raise ValueError(f"all {out_dim} columns of v are kept in registers or none, got {tuning.kept[1]}")
     # -inf, the lse of a row that saw nothing, would give inf - inf
     lse = jnp.where(lse == -jnp.inf, 0.0, lse) * (-1 / settings.scale if settings.softcap is None else -LOG2E)
     visits = mosaic_walk.visits(keys, key_rows)
@@ -259,36 +252,23 @@ def _kernel(
         def put_dq(dq, i, z):
             put(dq * scale, z, 0 if adders == 1 else lax.rem(i, i32(2)))
 
-        def keep_columns(smem, columns):
-            """The first columns of this warpgroup's rows of K or V, in registers; None: of no columns."""
-            return _keep(plgpu.load(smem.at[my_rows(0), pl.ds(0, columns)], layout=ACC)) if columns else None
-
-        def multiply(acc, kept, keys, queries, z):
-            """Add keys queries^T to acc, beginning with the columns of keys that are kept."""
-            n = 0 if kept is None else kept.shape[1]
-            if n:
-                plgpu.wgmma(acc, kept, queries.at[:, pl.ds(0, n)].T)
-            if rest := keys.shape[1] - n:
-                plgpu.wgmma(acc, keys.at[my_rows(z), pl.ds(n, rest)], queries.at[:, pl.ds(n, rest)].T)
-
-        def overlapped(dk_acc, dv_acc, i, k_kept, v_kept):
+        def overlapped(dk_acc, dv_acc, i):
             z, s = zero(i), slot(i, stages)
             plgpu.barrier_wait(q_full.at[s])
 
             def scores(s_acc, dp_acc):
-                # both starting values before any wgmma is in flight. lse and the note are read first, for S waits for
-                # them; dP's are written first, or ptxas has no registers for what is kept
-                lse, edge = load(stats_smem.at[s, 0]), on_edge(s)
-                dp_acc[...] = down_rows(load(stats_smem.at[s, 1]))
-                s0 = lax.cond(edge, lambda: masked(lambda: down_rows(lse), s, -jnp.inf), lambda: down_rows(lse))
-                s_acc[...] = s0
-                multiply(s_acc, k_kept, k_smem, q_smem.at[s], z)
+                lse = load(stats_smem.at[s, 0])
+                s0 = lax.cond(on_edge(s), lambda: masked(lambda: down_rows(lse), s, -jnp.inf), lambda: down_rows(lse))
+                dp0 = down_rows(load(stats_smem.at[s, 1]))
+                s_acc[...] = s0  # both before any wgmma is in flight
+                dp_acc[...] = dp0
+                plgpu.wgmma(s_acc, k_smem.at[my_rows(z)], q_smem.at[s].T)
                 plgpu.barrier_wait(do_full.at[s])
-                multiply(dp_acc, v_kept, v_smem, do_smem.at[s], z)
-                p = jnp.exp2(_keep(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)) * to_log2).astype(dt)
+                plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[s].T)
+                p32 = jnp.exp2(_keep(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)) * to_log2)
+                p = p32.astype(dt)
                 dp = _keep(plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
-                p32, dp = _keep((p, dp))
-                ds = (p32.astype(jnp.float32) * dp).astype(dt)
+                ds = (p32 * dp).astype(dt)
                 at = put_ds(ds, i, z)
                 plgpu.wgmma(dv_acc, p, do_smem.at[s, :, columns(out_part, part_of(s))])
                 fence_smem()
@@ -300,10 +280,10 @@ def _kernel(
             def gradients(dq_acc):
                 plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z, s)])
                 plgpu.wgmma(dk_acc, ds, q_smem.at[s, :, columns(dim_part, part_of(s))])
+                following = notes[_STAGE_NOTE + s] & _MORE
                 plgpu.wgmma_wait(2)
                 do_free.arrive(s)
                 put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
-                following = notes[_STAGE_NOTE + s] & _MORE
                 plgpu.wgmma_wait(0)
                 q_free.arrive(s)
                 return following
@@ -357,19 +337,17 @@ def _kernel(
 
             return pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
 
-        overlap = tuning.overlap and cap is None
-        step = overlapped if overlap else serial
+        step = overlapped if tuning.overlap and cap is None else serial
 
         def run(end, dk_acc, dv_acc):
             for s in range(stages):
                 q_free.arrive(s)
                 do_free.arrive(s)
             plgpu.barrier_wait(kv_full)
-            kept = [keep_columns(x, n) for x, n in zip((k_smem, v_smem), tuning.kept, strict=True)] if overlap else []
 
             def tile(state):
                 i, _ = state
-                return i + 1, step(dk_acc, dv_acc, i, *kept)
+                return i + 1, step(dk_acc, dv_acc, i)
 
             done, _ = lax.while_loop(lambda state: state[1] > 0, tile, (i32(0), end))
             results = plgpu.wgmma_accumulator_load(dk_acc) * scale, plgpu.wgmma_accumulator_load(dv_acc)

@@ -26,17 +26,16 @@ class Tuning(NamedTuple):
 
 
 HOPPER: dict[tuple[int, int], Tuning] = {
-    (64, 64): Tuning(ForwardTuning(stage_out=False, shares="cut"), BackwardTuning(kept=(64, 64))),
-    (96, 64): Tuning(ForwardTuning(shares="cut"), BackwardTuning(kept=(96, 64))),
-    (96, 96): Tuning(ForwardTuning(shares="cut"), BackwardTuning(kept=(96, 96))),
-    (128, 128): Tuning(ForwardTuning(shares="cut"), BackwardTuning(kept=(64, 0))),
+    (64, 64): Tuning(ForwardTuning(stage_out=False, shares="cut")),
+    (96, 64): Tuning(ForwardTuning(shares="cut")),
+    (96, 96): Tuning(ForwardTuning(shares="cut")),
+    (128, 128): Tuning(ForwardTuning(shares="cut")),
     (192, 128): Tuning(
         ForwardTuning(query_group=2, cut_sharing=16, stage_out=False, shares="cut"),
         BackwardTuning(overlap=False, ds_buffers=1),
         shared=64,
     ),
     (256, 256): Tuning(
-        ForwardTuning(key_tile=64, stage_out=False),
-        BackwardTuning(column_parts=2, stages=1, staging=1, ds_buffers=1, kept=(64, 0)),
+        ForwardTuning(key_tile=64, stage_out=False), BackwardTuning(column_parts=2, stages=1, staging=1, ds_buffers=1)
     ),
-}
+}  # fmt: skip
