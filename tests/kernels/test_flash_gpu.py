@@ -173,6 +173,42 @@ def test_contract(implementation, case):
         oracle.check(f"{name} deterministic", x, want[name], bars[name])
 
 
+@pytest.mark.parametrize("mask", ["all", "random"])
+@pytest.mark.parametrize("growth", [3, 20])
+@pytest.mark.parametrize("case", ["gqa8", "float16", "mla", "D64", "D96-E64", "D256"])
+def test_maxima_that_grow_from_tile_to_tile(implementation, case, growth, mask):
+    """Of two rows in three; by 2^3 a tile sums are rescaled now and then, by 2^20 at every tile, the others' never."""
+    heads, dtype, rows, key_rows = CASES[case].heads, CASES[case].dtype, 320, 1408
+    rng = np.random.default_rng(growth)
+    q, k, v, dout = (np.array(x) for x in heads.draw(rng, 1, rows, key_rows))
+    scale = heads.dim**-0.5
+    q[..., 0] = (np.arange(rows) % 3 > 0)[None, :, None]
+    k[..., 0] = (growth * np.log(2) / scale * ((key_rows - 1 - np.arange(key_rows)) // 128))[None, :, None]
+    q, k, v, dout = (jnp.asarray(x, dtype) for x in (q, k, v, dout))
+    bounds = (
+        oracle.random_bounds(rng, 1, rows, key_rows)
+        if mask == "random"
+        else np.full((2, 1, rows), [[[0]], [[key_rows]]])
+    )
+    keys = KeyRange(*(jnp.asarray(x, jnp.int32) for x in bounds))
+    want = oracle.attention(q, k, v, oracle.seen(*keys, key_rows), scale=scale, dout=dout)
+
+    @jax.jit
+    def forward(q, k, v, keys):
+        run = functools.partial(flash_fwd, q, k, v, scale=scale, implementation=implementation)
+        cut = lambda low, high: KeyRange(*(jnp.clip(x, low, high) for x in keys))
+        # the first call sees the greater scores, and the second one the smaller
+        return (
+            run(keys),
+            run(cut(700, key_rows), carry=run(cut(0, 700))),
+            run(cut(0, 700), carry=run(cut(700, key_rows))),
+        )
+
+    for out, lse in forward(q, k, v, keys):
+        oracle.check("out", out, want.out, BARS[dtype]["out"])
+        oracle.check("lse", lse, want.lse, 1e-6)
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_scan_and_remat_do_not_change_the_gradient(implementation, deterministic):
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ itself; "free" signals are named barriers, which cost one instruction and no mem
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
 
 import functools
+import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir.dialects import vector
 
 WARPGROUP = 128  # threads
 WARP = 32
@@ -204,6 +206,39 @@ def draw(counter, box) -> jax.Array:
         return mgpu.FragmentedArray.splat(number, (), is_signed=True)
 
     return take(counter, box)
+
+
+def any_below(*pairs) -> Any:
+    """1 in the warps of which a thread holds a value below its array's bound, else 0: an int32 scalar for lax.cond.
+
+    pairs: (float32 registers [64] or [64, n], bound). ptxas does all work that the values need before the vote.
+    """
+    layouts = [ROW if x.ndim == 1 else ACC for x, _ in pairs]
+    bounds = [struct.pack(">f", bound).hex() for _, bound in pairs]
+    result = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT)
+
+    @plgpu.inline_mgpu(arg_types=layouts, return_type=result)
+    def vote(_, *arrays):
+        values, tests = [], ""
+        for x, bound in zip(arrays, bounds, strict=True):
+            for register in x.registers.flat:
+                for lane in range(register.type.shape[0]):
+                    values.append(vector.extract(register, [], [lane]))
+                    tests += f"setp.lt.or.f32 p, ${len(values)}, 0f{bound}, p;\n"
+        i32_type = mgpu.utils.dtype_to_ir_type(jnp.int32)
+        found = mgpu.utils.inline_ptx(
+            f"""{{
+            .reg .pred p;
+            setp.ne.b32 p, 0, 0;
+            {tests}
+            vote.sync.any.pred p, p, 0xffffffff;
+            selp.b32 $0, 1, 0, p;
+            }}""",
+            *values, result_types=i32_type, has_side_effects=True,
+        )  # fmt: skip
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
+
+    return vote(*(x for x, _ in pairs))
 
 
 def raise_to(counter, number) -> None:

@@ -52,6 +52,7 @@ from zigzag_jax.kernels.hopper import (
     WARPGROUP,
     NamedBarriers,
     across,
+    any_below,
     check_registers,
     fence_smem,
     i32,
@@ -61,6 +62,8 @@ from zigzag_jax.kernels.hopper import (
     with_counter,
 )
 from zigzag_jax.ranges import KeyRange
+
+SLACK = 8  # a row's reference may be smaller than its maximum by so much, in powers of two (FlashAttention-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,11 +247,13 @@ def _kernel(
             return jnp.where((at >= start) & (at < stop), s, -jnp.inf)
 
         def softmax(s, m, cut):
-            """Unnormalised probabilities, the new maximum (times log2 e) and the old ones' weight.
+            """Unnormalised probabilities, the new reference (times log2 e) and the old ones' weight.
 
-            cut: rows may have seen nothing yet.
+            The reference is a maximum that may be up to 2^SLACK too small (FlashAttention-4): it stays, and so do the
+            sums, until the maximum has left it behind. cut: rows may have seen nothing yet.
             """
             m_new = jnp.maximum(m, s.max(axis=1) * to_log2)
+            m_new = jnp.where(m_new > m + SLACK, m_new, m)
             m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new) if cut else m_new
             return jnp.exp2(s * to_log2 - across(m_used, tile)), m_new, jnp.exp2(m - m_used)
 
@@ -289,7 +294,7 @@ def _kernel(
                 plgpu.barrier_wait(k_full.at[ks])
 
                 def overlap(refs):
-                    acc_ref, p_ref, m_ref, l_ref, weight_ref = refs
+                    acc_ref, p_ref, m_ref, l_ref, weight_ref, rescale_ref = refs
 
                     def with_scores(s_acc):
                         add_scores(s_acc, ks)
@@ -301,7 +306,10 @@ def _kernel(
                         s = masked(capped(s), i, bounds) if bounds else capped(s)
                         p, m, weight = softmax(s, m_ref[...], cut)
                         p_ref[...], m_ref[...], weight_ref[...] = p, m, weight
-                        l_ref[...] = l_ref[...] * across(weight, 8) + row_sums(p)
+                        l = l_ref[...] * across(weight, 8) + row_sums(p)
+                        l_ref[...] = l
+                        # no sum is negative: it stands here because ptxas would add up p behind the wait for PV
+                        rescale_ref[...] = any_below((weight, 1.0), (l, 0.0))
                         # V of this tile is waited for here, before PV of the last one is: ptxas moves no work over an
                         # mbarrier wait, and without one it would put the whole softmax behind the wait for PV
                         plgpu.barrier_wait(v_full.at[ks])
@@ -309,9 +317,11 @@ def _kernel(
                     pl.run_scoped(with_scores, plgpu.ACC((ROWS, tile), jnp.float32))
 
                 unset = plgpu.layout_cast(jnp.zeros((ROWS, tile), jnp.float32), ACC)
-                acc, p, m, l, weight = pl.run_state(overlap)((plgpu.ACC.init(acc), unset, m, l, m))
+                start = plgpu.ACC.init(acc), unset, m, l, m, i  # weight and rescale are set: any row and number do
+                acc, p, m, l, weight, rescale = pl.run_state(overlap)(start)
                 v_free.arrive(vs)
-                return acc * across(weight, out_dim), m, l, p.astype(dt)
+                acc = lax.cond(rescale > 0, lambda: acc * across(weight, out_dim), lambda: acc)
+                return acc, m, l, p.astype(dt)
 
             state = (acc, m, l, p.astype(dt))
             edge = lax.max(tiles.masked, i32(1))
