@@ -173,40 +173,66 @@ def test_contract(implementation, case):
         oracle.check(f"{name} deterministic", x, want[name], bars[name])
 
 
+def grow(q, k, powers: int, scale: float):
+    """q and k so that scores of two rows in three grow by 2^powers a tile of 128 keys, from right to left.
+
+    After six tiles they fall back: maxima leave what the softmax is taken against behind, and then stay near it.
+    """
+    tile = (k.shape[1] - 1 - jnp.arange(k.shape[1])) // 128
+    q = q.at[..., 0].set((jnp.arange(q.shape[1]) % 3 > 0).astype(q.dtype)[None, :, None])
+    return q, k.at[..., 0].set((powers * np.log(2) / scale * (tile % 6)).astype(k.dtype)[None, :, None])
+
+
 @pytest.mark.parametrize("mask", ["all", "random"])
-@pytest.mark.parametrize("growth", [3, 20])
-@pytest.mark.parametrize("case", ["gqa8", "float16", "mla", "D64", "D96-E64", "D256"])
-def test_maxima_that_grow_from_tile_to_tile(implementation, case, growth, mask):
-    """Of two rows in three; by 2^3 a tile sums are rescaled now and then, by 2^20 at every tile, the others' never."""
-    heads, dtype, rows, key_rows = CASES[case].heads, CASES[case].dtype, 320, 1408
-    rng = np.random.default_rng(growth)
-    q, k, v, dout = (np.array(x) for x in heads.draw(rng, 1, rows, key_rows))
-    scale = heads.dim**-0.5
-    q[..., 0] = (np.arange(rows) % 3 > 0)[None, :, None]
-    k[..., 0] = (growth * np.log(2) / scale * ((key_rows - 1 - np.arange(key_rows)) // 128))[None, :, None]
-    q, k, v, dout = (jnp.asarray(x, dtype) for x in (q, k, v, dout))
-    bounds = (
-        oracle.random_bounds(rng, 1, rows, key_rows)
-        if mask == "random"
-        else np.full((2, 1, rows), [[[0]], [[key_rows]]])
-    )
+@pytest.mark.parametrize("powers", [3, 20])
+@pytest.mark.parametrize("case", ["gqa8", "float16", "softcap-50", "mla", "mla-shared", "D64", "D96-E64", "D256"])
+def test_maxima_that_grow_from_tile_to_tile(implementation, case, powers, mask):
+    """By 2^3 a tile sums are rescaled now and then, by 2^20 at every tile, the third rows' hardly ever."""
+    case = CASES[case]._replace(batch=1, rows=320, keys=1536)
+    rng, scale = np.random.default_rng(powers), case.heads.dim**-0.5
+    (q, k, v, dout), _ = draw(rng, case)
+    q, k = grow(q, k, powers, scale)
+    given = SplitKeys(k[..., : -case.shared], k[:, :, 0, -case.shared :]) if case.shared else k
+    whole = given.whole() if isinstance(given, SplitKeys) else given
+    bounds = oracle.random_bounds(rng, 1, case.rows, case.keys)
+    if mask == "all":
+        bounds = np.zeros((1, case.rows)), np.full((1, case.rows), case.keys)
     keys = KeyRange(*(jnp.asarray(x, jnp.int32) for x in bounds))
-    want = oracle.attention(q, k, v, oracle.seen(*keys, key_rows), scale=scale, dout=dout)
+    visible = oracle.seen(*keys, case.keys)
+    want = oracle.attention(q, whole, v, visible, scale=scale, dout=dout, softcap=case.softcap)
 
     @jax.jit
     def forward(q, k, v, keys):
-        run = functools.partial(flash_fwd, q, k, v, scale=scale, implementation=implementation)
+        options = dict(scale=scale, softcap=case.softcap, implementation=implementation)
+        run = functools.partial(flash_fwd, q, k, v, **options)
         cut = lambda low, high: KeyRange(*(jnp.clip(x, low, high) for x in keys))
-        # the first call sees the greater scores, and the second one the smaller
-        return (
-            run(keys),
-            run(cut(700, key_rows), carry=run(cut(0, 700))),
-            run(cut(0, 700), carry=run(cut(700, key_rows))),
-        )
+        left, right = cut(0, case.keys // 2), cut(case.keys // 2, case.keys)  # six tiles each: as much weight in both
+        narrow, _ = run(left, carry=run(right), out_dtype=case.dtype)
+        return (run(keys), run(right, carry=run(left)), run(left, carry=run(right))), narrow
 
-    for out, lse in forward(q, k, v, keys):
-        oracle.check("out", out, want.out, BARS[dtype]["out"])
-        oracle.check("lse", lse, want.lse, 1e-6)
+    found, narrow = forward(q, given, v, keys)
+    flat = np.arange(case.rows) % 3 == 0
+    for out, lse in found:
+        for rows in (flat, ~flat):
+            oracle.check("out", np.asarray(out)[:, rows], want.out[:, rows], BARS[case.dtype]["out"])
+            oracle.check("lse", np.asarray(lse)[..., rows], want.lse[..., rows], 1e-6)
+    np.testing.assert_array_equal(narrow, found[-1][0].astype(case.dtype))
+
+
+def test_a_nan_in_one_tile_of_keys_reaches_all_rows_that_see_it(implementation):
+    rng, case = np.random.default_rng(0), CASES["gqa8"]
+    (q, k, v, _), _ = draw(rng, case)
+    k = k.at[:, 200, 0].set(jnp.nan)
+    out, lse = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((1, case.heads.heads, case.rows)))
+    rows = np.arange(case.rows)[None]
+    keys = KeyRange(jnp.full(rows.shape, 128), jnp.asarray(np.where(rows % 2, 256, 150)))
+    options = dict(scale=0.1, implementation=implementation)
+    for carry in (None, Carry(out, lse)):
+        out, lse = jax.jit(lambda *args: flash_fwd(*args, carry=carry, **options))(q, k, v, keys)  # noqa: B023
+        seen = np.zeros((1, case.heads.heads, case.rows), bool)
+        seen[:, : case.heads.heads // 2, 1::2] = True  # the first kv head's queries
+        np.testing.assert_array_equal(np.isnan(lse), seen)
+        np.testing.assert_array_equal(np.isnan(out).all(-1), seen.swapaxes(1, 2))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -374,6 +400,7 @@ def test_items_that_two_blocks_share(case, dims, order):
     (batch, rows), key_rows = keys.start.shape, int(keys.stop.max()) + 37
     normal = lambda *size, dtype=jnp.bfloat16: jnp.asarray(rng.standard_normal(size), dtype)
     q, k = normal(batch, rows, heads, dim), normal(batch, key_rows, kv_heads, dim)
+    q, k = grow(q, k, 3, dim**-0.5)
     v, out = normal(batch, key_rows, kv_heads, out_dim), normal(batch, rows, heads, out_dim, dtype=jnp.float32)
     lse = normal(batch, heads, rows, dtype=jnp.float32) + 7
     unseen = jnp.arange(rows) % 5 == 0
@@ -393,7 +420,7 @@ def test_items_that_two_blocks_share(case, dims, order):
             whole = forward(carry, "drawn", dtype)
             first, *others = (forward(carry, "cut", dtype) for _ in range(10))
             for at, name in enumerate(("out", "lse")):
-                # a weight of P is rounded at another maximum
+                # a weight of P is rounded against another reference
                 bar = {"out": 2e-3, "lse": 1e-6}[name]
                 oracle.check(name, np.asarray(first[at], np.float64), np.asarray(whole[at], np.float64), bar)
                 differ.add(bool((first[at] != whole[at]).any()))

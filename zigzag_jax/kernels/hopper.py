@@ -211,7 +211,8 @@ def draw(counter, box) -> jax.Array:
 def any_below(*pairs) -> Any:
     """1 in the warps of which a thread holds a value below its array's bound, else 0: an int32 scalar for lax.cond.
 
-    pairs: (float32 registers [64] or [64, n], bound). ptxas does all work that the values need before the vote.
+    pairs: (float32 registers [64] or [64, n], bound); a nan is not below. It differs from warp to warp: no wgmma,
+    barrier or store of a warpgroup may depend on it. ptxas does all work that the values need before the vote.
     """
     layouts = [ROW if x.ndim == 1 else ACC for x, _ in pairs]
     bounds = [struct.pack(">f", bound).hex() for _, bound in pairs]
@@ -234,7 +235,7 @@ def any_below(*pairs) -> Any:
             vote.sync.any.pred p, p, 0xffffffff;
             selp.b32 $0, 1, 0, p;
             }}""",
-            *values, result_types=i32_type, has_side_effects=True,
+            *values, result_types=i32_type, has_side_effects=True, convergent=True,
         )  # fmt: skip
         return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 

@@ -135,7 +135,7 @@ def results(items: Items, out_dim: int) -> tuple[jax.ShapeDtypeStruct, jax.Shape
 
 
 class Aside(NamedTuple):
-    """Results of first parts in arrays of their own: float32, normalised, and the maximum and sum as one lse (base e).
+    """Results of first parts in arrays of their own: float32, normalised; reference and sum as one lse (base e).
 
     For calls without a carry that is continued in place.
     """

@@ -63,7 +63,9 @@ from zigzag_jax.kernels.hopper import (
 )
 from zigzag_jax.ranges import KeyRange
 
-SLACK = 8  # a row's reference may be smaller than its maximum by so much, in powers of two (FlashAttention-4)
+# a row's reference may be below its maximum by so much, in powers of two (FlashAttention-4): P up to 256 is far from
+# float16's end, and loses no digit
+SLACK = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,14 +225,18 @@ def _kernel(
             return lax.optimization_barrier([plgpu.load(bounds_smem.at[wg, side], layout=ROW) for side in range(2)])
 
         def leave_q():
-            """Let the producer load the next item's Q and bounds over this one's, which have been read."""
+            """Let the producer load the next item's Q and bounds over this one's.
+
+            The fence waits for the reads of the bounds, and TMA's writes come after it.
+            """
             fence_smem()
             q_free.arrive(wg)
 
         def leave_q_after(i):
-            """The same, if tile i, whose scores are there, is the last; with fixed shares later.
+            """The same, if tile i, whose scores are there, is the last. With fixed shares it is done behind the loop.
 
-            The fence makes a branch of it: ptxas puts an arrival under a mere condition behind the whole softmax.
+            (Their producer asks for the next item's Q when all of this item's tiles are on their way, no sooner.) The
+            fence also makes a branch of it: ptxas puts an arrival under a mere condition behind the whole softmax.
             """
             if drawing:
                 pl.when(i == tiles.count - 1)(leave_q)
@@ -310,8 +316,8 @@ def _kernel(
                         l_ref[...] = l
                         # no sum is negative: it stands here because ptxas would add up p behind the wait for PV
                         rescale_ref[...] = any_below((weight, 1.0), (l, 0.0))
-                        # V of this tile is waited for here, before PV of the last one is: ptxas moves no work over an
-                        # mbarrier wait, and without one it would put the whole softmax behind the wait for PV
+                        # V of this tile is waited for here, before PV of the last one is: ptxas moves no work over the
+                        # branch of an mbarrier wait; without one it would put the whole softmax behind the wait for PV
                         plgpu.barrier_wait(v_full.at[ks])
 
                     pl.run_scoped(with_scores, plgpu.ACC((ROWS, tile), jnp.float32))
@@ -353,7 +359,7 @@ def _kernel(
             if has_carry:
                 if aside:
                     lse_carry = lse_carry + without_first()
-                unseen, m_carry = m == -jnp.inf, lse_carry * LOG2E
+                unseen, m_carry = l == 0.0, lse_carry * LOG2E  # by l, which a nan reaches: m ignores one
                 m_new = jnp.maximum(m, m_carry)
                 m_used = jnp.where(m_new == -jnp.inf, 0.0, m_new)
                 weight, carry_weight = jnp.exp2(m - m_used), jnp.exp2(m_carry - m_used)
