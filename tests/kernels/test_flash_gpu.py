@@ -83,13 +83,18 @@ CASES = {
 }
 
 
+def split(k, shared: int) -> SplitKeys:
+    """k with its last `shared` columns taken from the first head."""
+    return SplitKeys(k[..., :-shared], k[:, :, 0, -shared:])
+
+
 def draw(rng, case: Case):
     """(q, k, v, dout) in the case's dtype, k whole; and k as the case gives it."""
     q, k, v, dout = (jnp.asarray(x, case.dtype) for x in case.heads.draw(rng, case.batch, case.rows, case.keys))
     if not case.shared:
         return (q, k, v, dout), k
-    own, shared = k[..., : -case.shared], k[:, :, 0, -case.shared :]
-    return (q, SplitKeys(own, shared).whole(), v, dout), SplitKeys(own, shared)
+    given = split(k, case.shared)
+    return (q, given.whole(), v, dout), given
 
 
 def named(given, dk) -> dict:
@@ -192,14 +197,13 @@ def test_maxima_that_grow_from_tile_to_tile(implementation, case, powers, mask):
     rng, scale = np.random.default_rng(powers), case.heads.dim**-0.5
     (q, k, v, dout), _ = draw(rng, case)
     q, k = grow(q, k, powers, scale)
-    given = SplitKeys(k[..., : -case.shared], k[:, :, 0, -case.shared :]) if case.shared else k
-    whole = given.whole() if isinstance(given, SplitKeys) else given
+    given = split(k, case.shared) if case.shared else k
     bounds = oracle.random_bounds(rng, 1, case.rows, case.keys)
     if mask == "all":
         bounds = np.zeros((1, case.rows)), np.full((1, case.rows), case.keys)
     keys = KeyRange(*(jnp.asarray(x, jnp.int32) for x in bounds))
     visible = oracle.seen(*keys, case.keys)
-    want = oracle.attention(q, whole, v, visible, scale=scale, dout=dout, softcap=case.softcap)
+    want = oracle.attention(q, k, v, visible, scale=scale, dout=dout, softcap=case.softcap)
 
     @jax.jit
     def forward(q, k, v, keys):
@@ -223,14 +227,14 @@ def test_a_nan_in_one_tile_of_keys_reaches_all_rows_that_see_it(implementation):
     rng, case = np.random.default_rng(0), CASES["gqa8"]
     (q, k, v, _), _ = draw(rng, case)
     k = k.at[:, 200, 0].set(jnp.nan)
-    out, lse = (jnp.zeros(q.shape, jnp.float32), jnp.zeros((1, case.heads.heads, case.rows)))
+    before = Carry(jnp.zeros(q.shape, jnp.float32), jnp.zeros((1, case.heads.heads, case.rows)))
+    seen = np.zeros(before.lse.shape, bool)
+    seen[:, : case.heads.heads // 2, 1::2] = True  # the first kv head's queries
     rows = np.arange(case.rows)[None]
     keys = KeyRange(jnp.full(rows.shape, 128), jnp.asarray(np.where(rows % 2, 256, 150)))
     options = dict(scale=0.1, implementation=implementation)
-    for carry in (None, Carry(out, lse)):
+    for carry in (None, before):
         out, lse = jax.jit(lambda *args: flash_fwd(*args, carry=carry, **options))(q, k, v, keys)  # noqa: B023
-        seen = np.zeros((1, case.heads.heads, case.rows), bool)
-        seen[:, : case.heads.heads // 2, 1::2] = True  # the first kv head's queries
         np.testing.assert_array_equal(np.isnan(lse), seen)
         np.testing.assert_array_equal(np.isnan(out).all(-1), seen.swapaxes(1, 2))
 
@@ -407,7 +411,7 @@ def test_items_that_two_blocks_share(case, dims, order):
     out, lse = jnp.where(unseen[:, None, None], 0.0, out), jnp.where(unseen, -jnp.inf, lse)
     row = mosaic_tuning.HOPPER[dims]
     if row.shared:
-        k = SplitKeys(k[..., : -row.shared], k[:, :, 0, -row.shared :])
+        k = split(k, row.shared)
 
     @functools.partial(jax.jit, static_argnames=("shares", "dtype"))
     def forward(carry, shares, dtype):

@@ -235,8 +235,8 @@ def _kernel(
         def leave_q_after(i):
             """The same, if tile i, whose scores are there, is the last. With fixed shares it is done behind the loop.
 
-            (Their producer asks for the next item's Q when all of this item's tiles are on their way, no sooner.) The
-            fence also makes a branch of it: ptxas puts an arrival under a mere condition behind the whole softmax.
+            There it has not been timed, and costs D = 256 8 bytes of stack with a softcap. The fence also makes a
+            branch of it: ptxas puts an arrival under a mere condition behind the whole softmax.
             """
             if drawing:
                 pl.when(i == tiles.count - 1)(leave_q)
@@ -309,7 +309,9 @@ def _kernel(
                         bounds = row_bounds() if cut else None
                         k_free.arrive(ks)
                         leave_q_after(i)
-                        s = masked(capped(s), i, bounds) if bounds else capped(s)
+                        s = capped(s)
+                        if bounds:
+                            s = masked(s, i, bounds)
                         p, m, weight = softmax(s, m_ref[...], cut)
                         p_ref[...], m_ref[...], weight_ref[...] = p, m, weight
                         l = l_ref[...] * across(weight, 8) + row_sums(p)
