@@ -68,6 +68,9 @@ CASES = {
     "mla-model": Case(Heads(16, 16, 192, 128), 1536, 1600),
     "mla": Case(Heads(4, 4, 192, 128), 384),
     "mla-many-keys": Case(Heads(4, 4, 192, 128), 512, 16640),  # fewer kv heads side by side than there are
+    "mla-one-row": Case(Heads(4, 4, 192, 128), 1, 129),
+    "mla-few-tiles": Case(Heads(4, 4, 192, 128), 192, 900),
+    "mla-a-tile-behind-a-chunk": Case(Heads(4, 4, 192, 128), 576, 576, causal=True),
     "mla-softcap": Case(Heads(2, 2, 192, 128), softcap=3.0),
     "mla-shared-model": Case(Heads(16, 16, 192, 128), 1536, 1600, shared=64),
     "mla-shared-causal": Case(Heads(16, 16, 192, 128), 2560, 2560, causal=True, shared=64),
@@ -237,6 +240,31 @@ def test_a_nan_in_one_tile_of_keys_reaches_all_rows_that_see_it(implementation):
         out, lse = jax.jit(lambda *args: flash_fwd(*args, carry=carry, **options))(q, k, v, keys)  # noqa: B023
         np.testing.assert_array_equal(np.isnan(lse), seen)
         np.testing.assert_array_equal(np.isnan(out).all(-1), seen.swapaxes(1, 2))
+
+
+@pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
+@pytest.mark.parametrize("rows", [64, 128, 448])
+def test_dq_that_comes_late_changes_no_bit_of_dk_and_dv(rows):
+    """MLA's fast backward multiplies dQ a tile late, the deterministic one does not; one block does all of an item."""
+    case = Case(Heads(4, 4, 192, 128), rows, 640)
+    assert mosaic_tuning.HOPPER[192, 128].backward.schedule == "late"
+    rng = np.random.default_rng(rows)
+    (q, k, v, dout), _ = draw(rng, case)
+    stop = jnp.asarray(np.sort(rng.integers(0, 640, (1, rows)), axis=1), jnp.int32)  # the last keys are seen by none
+    lse, delta = (jnp.asarray(rng.standard_normal((1, 4, rows)), jnp.float32) for _ in range(2))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(deterministic):
+        keys = KeyRange(0 * stop, stop)
+        return flash_bwd(
+            q, k, v, lse + 9, delta, dout, keys, scale=0.07, implementation="mosaic", deterministic=deterministic
+        )
+
+    late, in_turns = run(False), run(True)
+    oracle.check("dq", late[0], in_turns[0], 1e-6)  # sums in an order of chance
+    for x, y in zip(late[1:], in_turns[1:], strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert np.abs(y).max() > 0
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

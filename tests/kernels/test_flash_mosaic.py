@@ -395,6 +395,11 @@ def test_chunks_are_the_whole_of_each_item(tiles, blocks, whole, chunk):
     assert not left[len(tiles) :].any()
 
 
+def test_the_adding_warp_has_read_a_record_before_it_is_overwritten():
+    """It happens half a chunk after the next one has begun; the warp is stages + 2 tiles behind at most."""
+    assert all(tuning.backward.stages + 2 <= mosaic_chunks.SHORTEST for tuning in HOPPER.values())
+
+
 # ---------------------------------------------------------------- what runs
 
 
@@ -526,6 +531,15 @@ def test_tuning_and_barriers_name_their_rules():
         mosaic.flash_fwd(*wide, rows_of("causal", 128), PLAIN, None, jnp.bfloat16, tuning=tuning)
     with pytest.raises(ValueError, match=r"column_parts must be 1 or 2 .*, got 4"):
         BackwardTuning(column_parts=4)
+    with pytest.raises(ValueError, match="schedule must be overlapped or late, got 'Late'"):
+        BackwardTuning(schedule="Late")  # pyright: ignore[reportArgumentType]
+    tuning: Any = BackwardTuning
+    for wrong in dict(ds_buffers=3), dict(ds_buffers=1, schedule="late", out_stages=1):
+        with pytest.raises(ValueError, match=r"ds_buffers must be 1 or 2, of schedule 'late' 2, got [13]"):
+            tuning(**wrong)
+    for wrong in dict(stages=1), dict(out_stages=0), dict(stages=3, out_stages=3), dict(schedule="late"):
+        with pytest.raises(ValueError, match=r"out_stages must be .* at most 5, of schedule 'late' 3, got \d and \d"):
+            tuning(**wrong)
     q, k, v = qkv(192, 128)
     stats, keys = jnp.zeros((1, 4, 128)), KeyRange(*jnp.zeros((2, 1, 128), jnp.int32))
     with pytest.raises(ValueError, match="a part of 128 columns of v must be a multiple of 48"):
@@ -537,6 +551,8 @@ def test_tuning_and_barriers_name_their_rules():
             tuning(registers=(240, 32))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 3\.\.3"):
         hopper.NamedBarriers(3, 1, 128)
+    with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 9\.\.7"):
+        hopper.NamedBarriers(9, -1, 128)
     with pytest.raises(ValueError, match="multiples of 32 bytes, got 24 columns of bfloat16"):
         hopper.smem((64, 24), jnp.bfloat16)
     assert [hopper.swizzle(n, jnp.bfloat16) for n in (64, 96, 48)] == [128, 64, 32]

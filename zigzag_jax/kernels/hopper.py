@@ -85,7 +85,7 @@ class NamedBarriers:
     """
 
     def __init__(self, first: int, count: int, threads: int) -> None:
-        if first < _FIRST_NAMED_BARRIER or first + count > _NAMED_BARRIERS:
+        if count < 0 or first < _FIRST_NAMED_BARRIER or first + count > _NAMED_BARRIERS:
             raise ValueError(f"named barriers must lie in {_FIRST_NAMED_BARRIER}..15, got {first}..{first + count - 1}")
         self.first, self.end, self.threads = first, first + count, threads
 

@@ -8,14 +8,22 @@ FlashAttention-3, Shah et al. 2024, section 3),
     S = K Q^T - lse / scale      P = exp2(scale log2(e) S)      dP = V dO^T - delta      dS = P dP
     dV += P dO                   dK += dS Q                     dQ = dS^T K
 
-P and dS stay in registers for dV and dK, which are complete when the item ends. lse and delta enter as the *starting
-values* of the accumulators. dS goes through shared memory, so that each warpgroup computes half of dQ's columns over
-all 128 keys; dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the producer,
-and at the end dK and dV the same way:
+dV and dK are complete when the item ends. lse and delta enter as the *starting values* of the accumulators. P stays in
+registers. dS goes through shared memory, too, so that each warpgroup computes half of dQ's columns over all 128 keys;
+dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the producer, and at the
+end dK and dV the same way:
 
     producer warp 0   Q dO of the next tile                          tensor core   S dP | dV dQ dK | S dP | ...
     producer warp 1   dQ of the last tile, added to global memory    other units      P dS      dQ out
     producer warp 3   what to do next (`deterministic`: once, by warp 0)
+
+That is the *overlapped* schedule. Where dK and dV leave no registers for S and dP at once (192/128), and with a
+softcap, it is *serial*: S, P, dP and dS one after the other, and dK takes dS from shared memory. For 192/128 dQ comes a
+tile *late* then: the other consumer's half of dS has long been there, the two need not meet, and one computes P and dS
+while the other multiplies. (`deterministic` needs the named barriers for its turns.)
+
+    consumer 0   S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) |         S(i+1) ...
+    consumer 1   ...    dQ(i-2) dK(i-1) |      S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) | ...
 
 What differs from tile to tile and item to item (is there a mask, is it the last one) the producer leaves in shared
 memory as a *note*, so that the consumers need no registers for it.
@@ -36,6 +44,7 @@ alternately, each waiting for its own tile's turn. Blocks start in that order to
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.experimental.pallas as pl
@@ -79,14 +88,18 @@ _keep = lax.optimization_barrier  # holds LLVM back from moving a use above the 
 class BackwardTuning:
     """What may differ between head dims without changing the kernel's idea."""
 
-    overlap: bool = True
-    """dP runs while P is computed. Off where the accumulators of dK and dV leave no registers for both."""
+    schedule: Literal["overlapped", "late"] = "overlapped"
+    """Of a consumer's tile, see above. Overlapped with a softcap is serial, and late with `deterministic`. Late needs 2
+    ds_buffers, and no more than 3 stages of Q and dO together: named barriers."""
 
     column_parts: int = 1
     """Blocks that share the columns of dQ, dK and dV, each repeating S and dP: for head dims over 192."""
 
     stages: int = 2
-    """Tiles of Q and of dO in shared memory. More than 2 leave too few named barriers."""
+    """Tiles of Q in shared memory. With those of dO at most 5, for there are no more named barriers."""
+
+    out_stages: int = 2
+    """Tiles of dO in shared memory. More than of Q would lie idle."""
 
     staging: int = 2
     """Buffers of dQ on its way out: one a warpgroup, or one for both in turn."""
@@ -101,6 +114,16 @@ class BackwardTuning:
         check_registers(CONSUMERS, self.registers)
         if self.column_parts not in (1, 2):
             raise ValueError(f"column_parts must be 1 or 2 (a tile's note has one bit for it), got {self.column_parts}")
+        if self.schedule not in ("overlapped", "late"):
+            raise ValueError(f"schedule must be overlapped or late, got {self.schedule!r}")
+        late = self.schedule == "late"
+        if self.ds_buffers not in ((2,) if late else (1, 2)):
+            raise ValueError(f"ds_buffers must be 1 or 2, of schedule 'late' 2, got {self.ds_buffers}")
+        if not 1 <= self.out_stages <= self.stages or self.stages + self.out_stages > (3 if late else 5):
+            raise ValueError(
+                "out_stages must be at least 1, at most stages, and both together at most 5, of schedule 'late' 3, "
+                f"got {self.out_stages} and {self.stages}"
+            )
 
 
 def flash_bwd(
@@ -129,7 +152,7 @@ def flash_bwd(
         turns = (mosaic_walk.first_visitor(visits, query_tiles), jax.new_ref(turn))
     scratch = {
         "q_smem": smem((tuning.stages, QUERY_TILE, dim), dt, narrow),
-        "do_smem": smem((tuning.stages, QUERY_TILE, out_dim), dt),
+        "do_smem": smem((tuning.out_stages, QUERY_TILE, out_dim), dt),
         "k_smem": smem((KEY_TILE, dim), dt, narrow),
         "v_smem": smem((KEY_TILE, out_dim), dt),
         "ds_smem": smem((tuning.ds_buffers, KEY_TILE, QUERY_TILE), dt, math.gcd(narrow, QUERY_TILE)),
@@ -138,7 +161,7 @@ def flash_bwd(
         "notes": plgpu.SMEM((_STAGE_NOTE + tuning.stages,), jnp.int32),
         "kv_full": plgpu.Barrier(num_arrivals=2),
         "q_full": plgpu.Barrier(num_arrivals=3, num_barriers=tuning.stages),
-        "do_full": plgpu.Barrier(num_barriers=tuning.stages),
+        "do_full": plgpu.Barrier(num_barriers=tuning.out_stages),
         "record_full": plgpu.Barrier(num_barriers=mosaic_chunks.RECORDS),
     }
     gradient = lambda columns: jax.ShapeDtypeStruct((items.splits * batch, key_rows, kv_heads, columns), jnp.float32)
@@ -172,15 +195,17 @@ def _kernel(
     mine = lambda record: jnp.where(own, block, record.item)  # the block's item; -1: there is none
     chunks = mosaic_chunks.Chunks(tiles_ref, counters_ref, notes, record_full)
 
-    stages, adders = tuning.stages, 2 if deterministic else 1
+    stages, out_stages, adders = tuning.stages, tuning.out_stages, 2 if deterministic else 1
+    late = tuning.schedule == "late" and not deterministic  # whose turns take the named barriers
     everyone = CONSUMERS * WARPGROUP + WARP
     q_free = NamedBarriers(4, stages, everyone)
-    do_free = NamedBarriers(q_free.end, stages, everyone)
-    ds_full = NamedBarriers(do_free.end, 1, CONSUMERS * WARPGROUP)
+    do_free = NamedBarriers(q_free.end, out_stages, everyone)
+    ds_full = NamedBarriers(do_free.end, 2 * CONSUMERS if late else 1, CONSUMERS * WARPGROUP)
     ds_free = NamedBarriers(ds_full.end, 2 - tuning.ds_buffers, CONSUMERS * WARPGROUP)
     dq_full = NamedBarriers(ds_free.end, CONSUMERS * adders, WARPGROUP + WARP)
     dq_free = NamedBarriers(dq_full.end, CONSUMERS, WARPGROUP + WARP)
-    # of a chunk: time to claim the next; the producer's four warps but the adding one, which consumers keep in step
+    # of a chunk: time to claim the next; the producer's four warps but the adding one, which is no more than stages + 2
+    # tiles behind the loading one, less than the shortest chunk
     half_way = NamedBarriers(dq_free.end, 0 if deterministic else 1, 3 * WARP)
 
     def zero(i):
@@ -189,6 +214,14 @@ def _kernel(
 
     def slot(i, count):
         return lax.rem(i, i32(count)) if count > 1 else zero(i)
+
+    def buffer(i):
+        """Of `late`: where dS of tile i is, from -1 on."""
+        return slot(i + 2, 2)
+
+    def done_with(consumer, i):
+        """Of `late`: which ds_full says that a consumer has stored dS of tile i and has multiplied dQ of tile i - 1."""
+        return 2 * consumer + buffer(i)
 
     def pieces():
         """What an item's dk and dv are handed over by, as (0 for dk or 1 for dv, first column): as wide as dQ's buffer.
@@ -230,10 +263,10 @@ def _kernel(
         def on_edge(s):
             return notes[_STAGE_NOTE + s] & _EDGE > 0
 
-        def put_ds(ds, i, z):
+        def put_ds(ds, i):
             if tuning.ds_buffers == 1:
                 ds_free.sync()
-            at = lax.rem(i, i32(2)) if tuning.ds_buffers == 2 else z
+            at = slot(i, tuning.ds_buffers)
             ds_smem[at, pl.ds(wg * KEYS, KEYS)] = ds
             return at
 
@@ -253,7 +286,7 @@ def _kernel(
             put(dq * scale, z, 0 if adders == 1 else lax.rem(i, i32(2)))
 
         def overlapped(dk_acc, dv_acc, i):
-            z, s = zero(i), slot(i, stages)
+            z, s, d = zero(i), slot(i, stages), slot(i, out_stages)
             plgpu.barrier_wait(q_full.at[s])
 
             def scores(s_acc, dp_acc):
@@ -263,14 +296,14 @@ def _kernel(
                 s_acc[...] = s0  # both before any wgmma is in flight
                 dp_acc[...] = dp0
                 plgpu.wgmma(s_acc, k_smem.at[my_rows(z)], q_smem.at[s].T)
-                plgpu.barrier_wait(do_full.at[s])
-                plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[s].T)
+                plgpu.barrier_wait(do_full.at[d])
+                plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[d].T)
                 p32 = jnp.exp2(_keep(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)) * to_log2)
                 p = p32.astype(dt)
                 dp = _keep(plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
                 ds = (p32 * dp).astype(dt)
-                at = put_ds(ds, i, z)
-                plgpu.wgmma(dv_acc, p, do_smem.at[s, :, columns(out_part, part_of(s))])
+                at = put_ds(ds, i)
+                plgpu.wgmma(dv_acc, p, do_smem.at[d, :, columns(out_part, part_of(s))])
                 fence_smem()
                 ds_full.sync()
                 return ds, at
@@ -282,7 +315,7 @@ def _kernel(
                 plgpu.wgmma(dk_acc, ds, q_smem.at[s, :, columns(dim_part, part_of(s))])
                 following = notes[_STAGE_NOTE + s] & _MORE
                 plgpu.wgmma_wait(2)
-                do_free.arrive(s)
+                do_free.arrive(d)
                 put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
                 plgpu.wgmma_wait(0)
                 q_free.arrive(s)
@@ -292,7 +325,7 @@ def _kernel(
 
         def serial(dk_acc, dv_acc, i):
             """As overlapped, with S, P, dP and dS one after the other; with the softcap's slope, 1 - tanh^2."""
-            z, s = zero(i), slot(i, stages)
+            z, s, d = zero(i), slot(i, stages), slot(i, out_stages)
             plgpu.barrier_wait(q_full.at[s])
             lse = down_rows(load(stats_smem.at[s, 0]))
 
@@ -308,25 +341,30 @@ def _kernel(
 
             p, slope = pl.run_scoped(probabilities, acc(KEYS, QUERY_TILE))
             p = lax.cond(on_edge(s), lambda: masked(lambda: p, s, jnp.zeros((), dt)), lambda: p)
-            plgpu.barrier_wait(do_full.at[s])
+            plgpu.barrier_wait(do_full.at[d])
 
             def dscores(dp_acc):
                 dp_acc[...] = down_rows(load(stats_smem.at[s, 1]))
-                plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[s].T)
+                plgpu.wgmma(dp_acc, v_smem.at[my_rows(z)], do_smem.at[d].T)
                 dp = plgpu.wgmma_accumulator_load(dp_acc)
-                plgpu.wgmma(dv_acc, p, do_smem.at[s, :, columns(out_part, part_of(s))])
+                plgpu.wgmma(dv_acc, p, do_smem.at[d, :, columns(out_part, part_of(s))])
                 p32, dp = _keep((p, dp))
                 ds = p32.astype(jnp.float32) * dp
                 return (ds if slope is None else ds * slope.astype(jnp.float32)).astype(dt)
 
             ds = pl.run_scoped(dscores, acc(KEYS, QUERY_TILE))
             plgpu.wgmma_wait(0)
-            do_free.arrive(s)
-            at = put_ds(ds, i, z)
+            do_free.arrive(d)
+            return (gradients_late if late else gradients)(dk_acc, ds, i)
+
+        def gradients(dk_acc, ds, i):
+            """What `serial` ends with: dQ and dK."""
+            z, s = zero(i), slot(i, stages)
+            at = put_ds(ds, i)
             fence_smem()
             ds_full.sync()
 
-            def gradients(dq_acc):
+            def multiply(dq_acc):
                 plgpu.wgmma(dq_acc, ds_smem.at[at].T, k_smem.at[:, my_columns(z, s)])
                 plgpu.wgmma(dk_acc, ds_smem.at[at, my_rows(z)], q_smem.at[s, :, columns(dim_part, part_of(s))])
                 put_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), i, z)
@@ -335,14 +373,48 @@ def _kernel(
                 q_free.arrive(s)
                 return following
 
-            return pl.run_scoped(gradients, acc(QUERY_TILE, narrow))
+            return pl.run_scoped(multiply, acc(QUERY_TILE, narrow))
 
-        step = overlapped if tuning.overlap and cap is None else serial
+        def gradients_late(dk_acc, ds, i):
+            """As `gradients`, with dQ of the tile before, whose dS the other consumer has had a tile's time for."""
+            z, s = zero(i), slot(i, stages)
+            ds_full.sync(done_with(1 - wg, i - 1))
+            at = put_ds(ds, i)
+            plgpu.commit_smem()  # a fence and a barrier of this consumer: dK reads the dS of its own warps
+
+            def multiply(dq_acc):
+                plgpu.wgmma(dq_acc, ds_smem.at[buffer(i - 1)].T, k_smem.at[:, my_columns(z, s)])
+                plgpu.wgmma(dk_acc, ds_smem.at[at, my_rows(z)], q_smem.at[s, :, columns(dim_part, part_of(s))])
+                dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
+                ds_full.arrive(done_with(wg, i))  # now: the other consumer need not wait for dQ's buffer
+                pl.when(i > 0)(lambda: put(dq * scale, z, 0))
+                following = notes[_STAGE_NOTE + s] & _MORE
+                plgpu.wgmma_wait(0)
+                q_free.arrive(s)
+                return following
+
+            return pl.run_scoped(multiply, acc(QUERY_TILE, narrow))
+
+        def end_late(done):
+            """Multiply dQ of the last tile."""
+            z = zero(done)
+            ds_full.sync(done_with(1 - wg, done - 1))
+
+            def multiply(dq_acc):
+                plgpu.wgmma(dq_acc, ds_smem.at[buffer(done - 1)].T, k_smem.at[:, my_columns(z, 0)])
+                put(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)) * scale, z, 0)
+
+            pl.run_scoped(multiply, acc(QUERY_TILE, narrow))
+
+        step = overlapped if tuning.schedule == "overlapped" and cap is None else serial
 
         def run(end, dk_acc, dv_acc):
             for s in range(stages):
                 q_free.arrive(s)
-                do_free.arrive(s)
+            for d in range(out_stages):
+                do_free.arrive(d)
+            if late:  # the first tile multiplies whatever is in the place of a dS before it, and hands nothing over
+                ds_full.arrive(done_with(wg, -1))
             plgpu.barrier_wait(kv_full)
 
             def tile(state):
@@ -350,6 +422,8 @@ def _kernel(
                 return i + 1, step(dk_acc, dv_acc, i)
 
             done, _ = lax.while_loop(lambda state: state[1] > 0, tile, (i32(0), end))
+            if late:
+                pl.when(done > 0)(lambda: end_late(done))
             results = plgpu.wgmma_accumulator_load(dk_acc) * scale, plgpu.wgmma_accumulator_load(dv_acc)
             for x, start in pieces():
                 put(results[x][:, start : start + narrow], zero(done), 0)
@@ -380,7 +454,8 @@ def _kernel(
     def load_tile(place: Place, position, i, flags):
         """Producer's first warp: the tile of Q at a position of the walk, as the block's i-th."""
         g, qi = place.walk.at(position)
-        b, h, at, s = place.b, place.first_head + g, pl.ds(qi * QUERY_TILE, QUERY_TILE), slot(i, stages)
+        b, h, at = place.b, place.first_head + g, pl.ds(qi * QUERY_TILE, QUERY_TILE)
+        s, d = slot(i, stages), slot(i, out_stages)
         edge = (qi < place.whole_lo) | (qi >= place.whole_hi)
         note = qi * QUERY_TILE + jnp.where(edge, i32(_EDGE), i32(0)) + place.part * _PART + flags
         q_free.sync(s)
@@ -388,8 +463,8 @@ def _kernel(
         plgpu.copy_gmem_to_smem(q_ref.at[b, at, h, :], q_smem.at[s], q_full.at[s])
         plgpu.copy_gmem_to_smem(lse_ref.at[b, h, at], stats_smem.at[s, 0], q_full.at[s])
         plgpu.copy_gmem_to_smem(delta_ref.at[b, h, at], stats_smem.at[s, 1], q_full.at[s])
-        do_free.sync(s)
-        plgpu.copy_gmem_to_smem(do_ref.at[b, at, h, :], do_smem.at[s], do_full.at[s])
+        do_free.sync(d)
+        plgpu.copy_gmem_to_smem(do_ref.at[b, at, h, :], do_smem.at[d], do_full.at[d])
 
     def load_chunk(place: Place, record: mosaic_chunks.Record, at, begin):
         """All tiles of a chunk but the last, which waits until it is known whether another chunk follows."""

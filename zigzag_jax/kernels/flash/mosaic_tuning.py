@@ -32,10 +32,11 @@ HOPPER: dict[tuple[int, int], Tuning] = {
     (128, 128): Tuning(ForwardTuning(shares="cut")),
     (192, 128): Tuning(
         ForwardTuning(query_group=2, cut_sharing=16, stage_out=False, shares="cut"),
-        BackwardTuning(overlap=False, ds_buffers=1),
+        BackwardTuning(schedule="late", out_stages=1),  # the second dS takes the second dO's memory and barriers
         shared=64,
     ),
     (256, 256): Tuning(
-        ForwardTuning(key_tile=64, stage_out=False), BackwardTuning(column_parts=2, stages=1, staging=1, ds_buffers=1)
+        ForwardTuning(key_tile=64, stage_out=False),
+        BackwardTuning(column_parts=2, stages=1, out_stages=1, staging=1, ds_buffers=1),
     ),
 }  # fmt: skip
