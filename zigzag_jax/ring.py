@@ -15,6 +15,7 @@ forward, cp - 1 payload and cp - 1 gradient hops backward. A static window leave
 skipped, the payload taking the gap in one permute.
 
 The one hard thing is to have XLA run the hops *under* the kernels:
+
 - each permute carries `_xla_gpu_collective_stream="p2p"`, a scheduler resource of its own that lets four fly at a time,
   beside an ordinary one for small arrays. It is a hint that XLA may drop one day: a test of the compiled schedule
   guards it;

@@ -5,6 +5,7 @@ the vocabulary is full. With the default of 1024 tokens the embedding of a tiny 
 about 2.7 characters of the default corpus. The same text gives the same tokenizer.
 
 Whatever the tokenizer, two rules hold here:
+
 - it has an *end-of-document* token: a model must learn where texts end, and that id closes every document in the store;
 - such special tokens are never read out of the text: "<|endoftext|>" inside a document is thirteen characters.
 """
