@@ -558,6 +558,30 @@ def test_tuning_and_barriers_name_their_rules():
     assert [hopper.swizzle(n, jnp.bfloat16) for n in (64, 96, 48)] == [128, 64, 32]
 
 
+@pytest.mark.parametrize(
+    ("version", "installed", "library", "named"),
+    [
+        ((0, 11, 2), ["nvidia-nvjitlink"], "libnvJitLink.so.13", None),
+        ((0, 12, 0), ["nvidia-nvjitlink"], None, "nvidia-nvjitlink 1.2"),
+        ((0, 12, 0), ["nvidia-nvjitlink-cu12"], None, "nvidia-nvjitlink-cu12 1.2"),
+        ((0, 13, 0), [], "libnvJitLink.so.13", "libnvJitLink.so.13"),
+        ((0, 12, 0), [], None, None),
+    ],
+)
+def test_a_jax_that_takes_the_kernels_registers_is_warned_of(version, installed, library, named, monkeypatch, caplog):
+    def found(name):
+        if name in installed:
+            return "1.2"
+        raise hopper.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(hopper.importlib.metadata, "version", found)
+    monkeypatch.setattr(hopper.ctypes.util, "find_library", lambda name: library)
+    hopper.warn_of_nvjitlink.__wrapped__()
+    assert bool(caplog.records) == bool(named)
+    assert (named or "") in caplog.text
+
+
 # ---------------------------------------------------------------- lowering
 
 

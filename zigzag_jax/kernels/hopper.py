@@ -9,7 +9,10 @@ itself; "free" signals are named barriers, which cost one instruction and no mem
 # pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
 
+import ctypes.util
 import functools
+import importlib.metadata
+import logging
 import struct
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +23,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jaxlib.mlir.dialects import vector
+
+log = logging.getLogger(__name__)
 
 WARPGROUP = 128  # threads
 WARP = 32
@@ -59,6 +64,32 @@ def check_registers(consumers: int, registers: tuple[int, int]) -> None:
         )
 
 
+def _nvjitlink() -> str | None:
+    """What brings nvJitLink, or None: the package beside CUDA's others, or a library of the system."""
+    for name in ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12"):
+        try:
+            return f"{name} {importlib.metadata.version(name)}"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ctypes.util.find_library("nvJitLink")
+
+
+@functools.cache
+def warn_of_nvjitlink() -> None:
+    """Warn once, in the log, where jax compiles these kernels so that they are slow.
+
+    jax 0.12.0.1 has nvJitLink compile a kernel where it is there, for linking; then ptxas ignores setmaxnreg (C7504),
+    the consumers lack the producer's registers, and every wgmma is serialised (C7512). jax 0.11 compiles without it.
+    """
+    if jax.__version_info__ >= (0, 12) and (library := _nvjitlink()):
+        log.warning(
+            "zigzag_jax: jax %s compiles the kernels for Hopper by nvJitLink (%s), which takes their registers away: "
+            "they are right, and slow. Use jax 0.11: pip install 'jax[cuda12]<0.12' (or cuda13)",
+            jax.__version__,
+            library,
+        )
+
+
 def launch(
     body: Callable, *refs, out_type=(), scratch_types: dict, grid: Sequence[int], grid_names: Sequence[str],
     warpgroups: int, name: str,
@@ -68,6 +99,7 @@ def launch(
     Refs (`jax.new_ref`) among the arguments are read and written in place. This is pl.kernel over a plgpu.Mesh because
     plgpu.kernel wraps a custom_vmap that jax.checkpoint does not run again: gradients would be wrong without a word.
     """
+    warn_of_nvjitlink()
     mesh = plgpu.Mesh(grid=grid, grid_names=grid_names, num_threads=warpgroups, thread_name="wg", kernel_name=name)
 
     def run(*refs):
