@@ -83,8 +83,8 @@ def warn_of_nvjitlink() -> None:
     """
     if jax.__version_info__ >= (0, 12) and (library := _nvjitlink()):
         log.warning(
-            "zigzag_jax: jax %s compiles the kernels for Hopper by nvJitLink (%s), which takes their registers away: "
-            "they are right, and slow. Use jax 0.11: pip install 'jax[cuda12]<0.12' (or cuda13)",
+            "zigzag_jax: jax %s compiles the kernels for Hopper by nvJitLink (%s), which takes their registers away "
+            "and makes them slow. Use jax 0.11: pip install 'jax[cuda12]<0.12' (or cuda13)",
             jax.__version__,
             library,
         )
