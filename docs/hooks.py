@@ -64,7 +64,7 @@ def _lost_list(html: str) -> str | None:
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Refuse it."""
+    """Refuse a page with a list that came out as text."""
     del config, files
     if before := _lost_list(html):
         raise PluginError(f"{page.file.src_uri}: a list needs an empty line before it, behind {before!r}")

@@ -533,13 +533,13 @@ def test_tuning_and_barriers_name_their_rules():
         BackwardTuning(column_parts=4)
     with pytest.raises(ValueError, match="schedule must be overlapped or late, got 'Late'"):
         BackwardTuning(schedule="Late")  # pyright: ignore[reportArgumentType]
-    tuning: Any = BackwardTuning
+    make: Any = BackwardTuning
     for wrong in dict(ds_buffers=3), dict(ds_buffers=1, schedule="late", out_stages=1):
         with pytest.raises(ValueError, match=r"ds_buffers must be 1 or 2, of schedule 'late' 2, got [13]"):
-            tuning(**wrong)
+            make(**wrong)
     for wrong in dict(stages=1), dict(out_stages=0), dict(stages=3, out_stages=3), dict(schedule="late"):
         with pytest.raises(ValueError, match=r"out_stages must be .* at most 5, of schedule 'late' 3, got \d and \d"):
-            tuning(**wrong)
+            make(**wrong)
     q, k, v = qkv(192, 128)
     stats, keys = jnp.zeros((1, 4, 128)), KeyRange(*jnp.zeros((2, 1, 128), jnp.int32))
     with pytest.raises(ValueError, match="a part of 128 columns of v must be a multiple of 48"):

@@ -8,10 +8,10 @@ FlashAttention-3, Shah et al. 2024, section 3),
     S = K Q^T - lse / scale      P = exp2(scale log2(e) S)      dP = V dO^T - delta      dS = P dP
     dV += P dO                   dK += dS Q                     dQ = dS^T K
 
-dV and dK are complete when the item ends. lse and delta enter as the *starting values* of the accumulators. P stays in
-registers. dS goes through shared memory, too, so that each warpgroup computes half of dQ's columns over all 128 keys;
-dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the producer, and at the
-end dK and dV the same way:
+P stays in registers for dV, and dS for dK; both are complete when the item ends. lse and delta enter as the *starting
+values* of the accumulators. dS goes through shared memory, too, so that each warpgroup computes half of dQ's columns
+over all 128 keys; dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the
+producer, and at the end dK and dV the same way:
 
     producer warp 0   Q dO of the next tile                          tensor core   S dP | dV dQ dK | S dP | ...
     producer warp 1   dQ of the last tile, added to global memory    other units      P dS      dQ out
@@ -387,7 +387,7 @@ def _kernel(
                 plgpu.wgmma(dk_acc, ds_smem.at[at, my_rows(z)], q_smem.at[s, :, columns(dim_part, part_of(s))])
                 dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
                 ds_full.arrive(done_with(wg, i))  # now: the other consumer need not wait for dQ's buffer
-                pl.when(i > 0)(lambda: put(dq * scale, z, 0))
+                pl.when(i > 0)(lambda: put_dq(dq, i - 1, z))
                 following = notes[_STAGE_NOTE + s] & _MORE
                 plgpu.wgmma_wait(0)
                 q_free.arrive(s)
@@ -402,7 +402,7 @@ def _kernel(
 
             def multiply(dq_acc):
                 plgpu.wgmma(dq_acc, ds_smem.at[buffer(done - 1)].T, k_smem.at[:, my_columns(z, 0)])
-                put(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)) * scale, z, 0)
+                put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)), done - 1, z)
 
             pl.run_scoped(multiply, acc(QUERY_TILE, narrow))
 
