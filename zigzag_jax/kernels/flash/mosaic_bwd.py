@@ -136,7 +136,11 @@ def flash_bwd(
     if tuning.column_parts > 1 and out_dim // tuning.column_parts % narrow:
         raise ValueError(f"a part of {out_dim} columns of v must be a multiple of {narrow}, a piece of dv")
     # -inf, the lse of a row that saw nothing, would give inf - inf
-    lse = jnp.where(lse == -jnp.inf, 0.0, lse) * (-1 / settings.scale if settings.softcap is None else -LOG2E)
+    lse = jnp.where(lse == -jnp.inf, 0.0, lse)
+    if settings.softcap is None:
+        lse = (math.log(_scale_in_p(settings, tuning, dt)) - lse) / settings.scale
+    else:
+        lse = -LOG2E * lse
     visits = mosaic_walk.visits(keys, key_rows)
     order = mosaic_walk.order(visits, deterministic)
     items = Items(
@@ -175,6 +179,15 @@ def flash_bwd(
     return jax.freeze(dq_ref), total(dk), total(dv)
 
 
+def _scale_in_p(settings: Settings, tuning: BackwardTuning, dtype) -> float:
+    """What P, and dS with it, is multiplied by beside its definition: all of the scale where that is faster.
+
+    Then it is in S's starting values, and neither dQ's tiles nor dK need to be scaled; dV is divided by it at the end.
+    """
+    fits = dtype == jnp.bfloat16  # in float16 small values of P would lose their bits
+    return settings.scale if fits and tuning.schedule == "late" and settings.softcap is None else 1.0
+
+
 def _kernel(
     settings: Settings, tuning: BackwardTuning, items: Items, deterministic: bool,
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, bounds_ref, visits_ref, order_ref, tiles_ref,
@@ -189,6 +202,7 @@ def _kernel(
     narrow = dim_part // CONSUMERS
     scale, cap = settings.scale, settings.softcap
     to_log2 = scale * LOG2E
+    in_p = _scale_in_p(settings, tuning, dt)
 
     wg, block = lax.axis_index("wg"), lax.axis_index("block")
     own = block < items.count  # else it is a helper
@@ -264,7 +278,9 @@ def _kernel(
             return notes[_STAGE_NOTE + s] & _EDGE > 0
 
         def put_ds(ds, i):
-            if tuning.ds_buffers == 1:
+            if late:
+                ds_full.sync(done_with(1 - wg, i - 1))
+            elif tuning.ds_buffers == 1:
                 ds_free.sync()
             at = slot(i, tuning.ds_buffers)
             ds_smem[at, pl.ds(wg * KEYS, KEYS)] = ds
@@ -283,7 +299,7 @@ def _kernel(
             dq_full.arrive(adder * CONSUMERS + w)
 
         def put_dq(dq, i, z):
-            put(dq * scale, z, 0 if adders == 1 else lax.rem(i, i32(2)))
+            put(dq * (scale / in_p), z, 0 if adders == 1 else lax.rem(i, i32(2)))
 
         def overlapped(dk_acc, dv_acc, i):
             z, s, d = zero(i), slot(i, stages), slot(i, out_stages)
@@ -352,15 +368,14 @@ def _kernel(
                 ds = p32.astype(jnp.float32) * dp
                 return (ds if slope is None else ds * slope.astype(jnp.float32)).astype(dt)
 
-            ds = pl.run_scoped(dscores, acc(KEYS, QUERY_TILE))
-            plgpu.wgmma_wait(0)
+            at = put_ds(pl.run_scoped(dscores, acc(KEYS, QUERY_TILE)), i)
+            plgpu.wgmma_wait(0)  # here, that dV multiplies until dS is stored
             do_free.arrive(d)
-            return (gradients_late if late else gradients)(dk_acc, ds, i)
+            return (gradients_late if late else gradients)(dk_acc, at, i)
 
-        def gradients(dk_acc, ds, i):
-            """What `serial` ends with: dQ and dK."""
+        def gradients(dk_acc, at, i):
+            """What `serial` ends with: dQ and dK, of the dS in buffer `at`."""
             z, s = zero(i), slot(i, stages)
-            at = put_ds(ds, i)
             fence_smem()
             ds_full.sync()
 
@@ -375,11 +390,9 @@ def _kernel(
 
             return pl.run_scoped(multiply, acc(QUERY_TILE, narrow))
 
-        def gradients_late(dk_acc, ds, i):
+        def gradients_late(dk_acc, at, i):
             """As `gradients`, with dQ of the tile before, whose dS the other consumer has had a tile's time for."""
             z, s = zero(i), slot(i, stages)
-            ds_full.sync(done_with(1 - wg, i - 1))
-            at = put_ds(ds, i)
             plgpu.commit_smem()  # a fence and a barrier of this consumer: dK reads the dS of its own warps
 
             def multiply(dq_acc):
@@ -424,7 +437,10 @@ def _kernel(
             done, _ = lax.while_loop(lambda state: state[1] > 0, tile, (i32(0), end))
             if late:
                 pl.when(done > 0)(lambda: end_late(done))
-            results = plgpu.wgmma_accumulator_load(dk_acc) * scale, plgpu.wgmma_accumulator_load(dv_acc)
+            results = (
+                plgpu.wgmma_accumulator_load(dk_acc) * (scale / in_p),
+                plgpu.wgmma_accumulator_load(dv_acc) * (1 / in_p),
+            )
             for x, start in pieces():
                 put(results[x][:, start : start + narrow], zero(done), 0)
 
