@@ -25,7 +25,7 @@ from zigzag_jax.kernels.flash import (
     mosaic_walk,
 )
 from zigzag_jax.kernels.flash.contract import Carry, Settings
-from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
+from zigzag_jax.kernels.flash.mosaic_bwd_tiles import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
 from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
 from zigzag_jax.ranges import KeyRange
@@ -542,11 +542,11 @@ def test_tuning_and_barriers_name_their_rules():
             make(**wrong)
     q, k, v = qkv(192, 128)
     stats, keys = jnp.zeros((1, 4, 128)), KeyRange(*jnp.zeros((2, 1, 128), jnp.int32))
-    with pytest.raises(ValueError, match="a part of 128 columns of v must be a multiple of 48"):
+    with pytest.raises(ValueError, match="a part of 64 columns of v must be a multiple of 48"):
         mosaic_bwd.flash_bwd(q, k, v, stats, stats, v, keys, PLAIN, None, False, BackwardTuning(column_parts=2))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 15\.\.16"):
         hopper.NamedBarriers(15, 2, 128)
-    for tuning in (mosaic_fwd.ForwardTuning, mosaic_bwd.BackwardTuning, GroupedTuning):
+    for tuning in (mosaic_fwd.ForwardTuning, BackwardTuning, GroupedTuning):
         with pytest.raises(ValueError, match=r"registers of 2 consumers .* must be at most 3 x 168, got \(240, 32\)"):
             tuning(registers=(240, 32))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 3\.\.3"):

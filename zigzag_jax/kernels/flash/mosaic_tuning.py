@@ -12,7 +12,7 @@ drawn.
 
 from typing import NamedTuple
 
-from zigzag_jax.kernels.flash.mosaic_bwd import BackwardTuning
+from zigzag_jax.kernels.flash.mosaic_bwd_tiles import BackwardTuning
 from zigzag_jax.kernels.flash.mosaic_fwd import ForwardTuning
 
 

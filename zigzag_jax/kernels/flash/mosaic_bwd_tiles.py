@@ -1,0 +1,468 @@
+"""What a consumer of Hopper's backward does with a tile of queries: the schedules, and what they may differ in.
+
+A consumer has 64 keys in shared memory and, tile by tile, 64 queries: it makes S, P, dP, dS and adds to its dV and dK.
+dS goes through shared memory, too, so that each consumer computes half of dQ's columns over all 128 keys. What is in
+flight at a time:
+
+    overlapped    S dP | P dS | dV dQ dK | dQ out
+    serial        S | P | dP | dV dS | dQ dK | dQ out
+
+Serial is for where dK and dV leave no registers for S and dP at once (192/128), and for a softcap; dK takes dS from
+shared memory then. For 192/128 dQ comes a tile *late*: the other consumer's half of dS has long been there, the two
+need not meet, and one computes P and dS while the other multiplies. (`deterministic` needs the named barriers for its
+turns.)
+
+    consumer 0   S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) |         S(i+1) ...
+    consumer 1   ...    dQ(i-2) dK(i-1) |      S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) | ...
+
+What differs from tile to tile and item to item (is there a mask, is it the last one) the producer leaves in shared
+memory as a *note*, so that the consumers need no registers for it.
+
+Shared memory bandwidth is the limit (82% busy): S, dP and dQ read both operands from it and run beside exp2, which
+reads none. More wgmma in flight lose (docs/kernels.md). So does another order of statements: ptxas allocates registers
+on a knife's edge, and the deviceless compile test holds every configuration to no spill and no serialised wgmma.
+"""
+
+# Pallas' annotations do not know refs, layouts and the inline_mgpu decorator; the compile tests check these calls
+# pyright: reportArgumentType=false, reportCallIssue=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPrivateImportUsage=false, reportAbstractUsage=false, reportGeneralTypeIssues=false
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from zigzag_jax.kernels.flash import mosaic_chunks
+from zigzag_jax.kernels.flash.contract import LOG2E, Settings
+from zigzag_jax.kernels.flash.mosaic_walk import KEY_TILE, QUERY_TILE
+from zigzag_jax.kernels.hopper import (
+    ACC,
+    COLUMN,
+    WARP,
+    WARPGROUP,
+    NamedBarriers,
+    check_registers,
+    down,
+    fence_smem,
+    i32,
+    smem,
+)
+
+CONSUMERS = 2
+KEYS = KEY_TILE // CONSUMERS  # of a consumer: the M of its wgmmas
+
+# notes, behind the records of chunks: of the item, its first key and the batch row of its ranges; of each tile of Q,
+# its first query and, as the lowest bits: the mask cuts the scores, another tile follows, the second part of columns
+EDGE, MORE, PART = 1, 2, 4
+FIRST_KEY, RANGES, STAGE_NOTE = mosaic_chunks.SIZE, mosaic_chunks.SIZE + 1, mosaic_chunks.SIZE + 2
+
+_keep = lax.optimization_barrier  # holds LLVM back from moving a use above the wait that makes the value valid
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTuning:
+    """What may differ between head dims without changing the kernel's idea."""
+
+    schedule: Literal["overlapped", "late"] = "overlapped"
+    """Of a consumer's tile, see above. Overlapped with a softcap is serial, and late with `deterministic`. Late needs 2
+    ds_buffers, and no more than 3 stages of Q and dO together: named barriers."""
+
+    column_parts: int = 1
+    """Blocks that share the columns of dQ, dK and dV, each repeating S and dP: for head dims over 192."""
+
+    stages: int = 2
+    """Tiles of Q in shared memory. With those of dO at most 5, for there are no more named barriers."""
+
+    out_stages: int = 2
+    """Tiles of dO in shared memory. More than of Q would lie idle."""
+
+    staging: int = 2
+    """Buffers of dQ on its way out: one a consumer, or one for both in turn."""
+
+    ds_buffers: int = 2
+    """Buffers of dS."""
+
+    registers: tuple[int, int] = (240, 24)
+    """Registers a thread of consumers and producer."""
+
+    def __post_init__(self) -> None:
+        check_registers(CONSUMERS, self.registers)
+        if self.column_parts not in (1, 2):
+            raise ValueError(f"column_parts must be 1 or 2 (a tile's note has one bit for it), got {self.column_parts}")
+        if self.schedule not in ("overlapped", "late"):
+            raise ValueError(f"schedule must be overlapped or late, got {self.schedule!r}")
+        late = self.schedule == "late"
+        if self.ds_buffers not in ((2,) if late else (1, 2)):
+            raise ValueError(f"ds_buffers must be 1 or 2, of schedule 'late' 2, got {self.ds_buffers}")
+        if not 1 <= self.out_stages <= self.stages or self.stages + self.out_stages > (3 if late else 5):
+            raise ValueError(
+                "out_stages must be at least 1, at most stages, and both together at most 5, of schedule 'late' 3, "
+                f"got {self.out_stages} and {self.stages}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a kernel is made for."""
+
+    dim: int
+    """Of q and k."""
+    out_dim: int
+    """Of v."""
+    dtype: Any
+    settings: Settings
+    deterministic: bool
+    tuning: BackwardTuning
+
+    def __post_init__(self) -> None:
+        if self.tuning.column_parts > 1 and self.out_part % self.narrow:
+            raise ValueError(
+                f"a part of {self.out_part} columns of v must be a multiple of {self.narrow}, a piece of dv"
+            )
+
+    @property
+    def dim_part(self) -> int:
+        """Columns of dQ and dK that a block computes."""
+        return self.dim // self.tuning.column_parts
+
+    @property
+    def out_part(self) -> int:
+        """Columns of dV."""
+        return self.out_dim // self.tuning.column_parts
+
+    @property
+    def narrow(self) -> int:
+        """Columns of dQ that a consumer computes, and of the pieces in which dK and dV are handed over."""
+        return self.dim_part // CONSUMERS
+
+    @property
+    def late(self) -> bool:
+        """Whether dQ is; turns take the named barriers."""
+        return self.tuning.schedule == "late" and not self.deterministic
+
+    @property
+    def adders(self) -> int:
+        """Warps of the producer that add dQ."""
+        return 2 if self.deterministic else 1
+
+    @property
+    def scale_in_p(self) -> float:
+        """What P, and dS with it, is multiplied by beside its definition: all of the scale where that is faster.
+
+        Then it is in S's starting values, and neither dQ's tiles nor dK need to be scaled; dV is divided by it at the
+        end.
+        """
+        fits = self.dtype == jnp.bfloat16  # in float16 small values of P would lose their bits
+        late = self.tuning.schedule == "late"
+        return self.settings.scale if fits and late and self.settings.softcap is None else 1.0
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """What an item's dk and dv are handed over by, as (0 for dk or 1 for dv, first column): as wide as dQ's buffer.
+
+        Of the last piece TMA leaves out the columns that are not there.
+        """
+        parts = enumerate((self.dim_part, self.out_part))
+        return [(x, start) for x, columns in parts for start in range(0, columns, self.narrow)]
+
+    def memory(self) -> dict[str, Any]:
+        """The shared memory of a block and what TMA signals by, as `Block` takes them."""
+        tuning, dt, narrow = self.tuning, self.dtype, self.narrow
+        return {
+            "q_smem": smem((tuning.stages, QUERY_TILE, self.dim), dt, narrow),
+            "do_smem": smem((tuning.out_stages, QUERY_TILE, self.out_dim), dt),
+            "k_smem": smem((KEY_TILE, self.dim), dt, narrow),
+            "v_smem": smem((KEY_TILE, self.out_dim), dt),
+            "ds_smem": smem((tuning.ds_buffers, KEY_TILE, QUERY_TILE), dt, math.gcd(narrow, QUERY_TILE)),
+            "dq_smem": smem((tuning.staging, QUERY_TILE, narrow), jnp.float32),
+            "stats_smem": plgpu.SMEM((tuning.stages, 2, QUERY_TILE), jnp.float32),
+            "notes": plgpu.SMEM((STAGE_NOTE + tuning.stages,), jnp.int32),
+            "kv_full": plgpu.Barrier(num_arrivals=2),
+            "q_full": plgpu.Barrier(num_arrivals=3, num_barriers=tuning.stages),
+            "do_full": plgpu.Barrier(num_barriers=tuning.out_stages),
+        }
+
+
+def zero(i):
+    """0, but LLVM cannot know: without it the descriptors of operand slices leave the loop and are spilled."""
+    return lax.shift_right_logical(i, 30)
+
+
+def slot(i, count: int):
+    """Where the i-th of something is that has `count` places."""
+    return lax.rem(i, i32(count)) if count > 1 else zero(i)
+
+
+class Block:
+    """What the warpgroups of a block share: memory, and the signals between them."""
+
+    def __init__(
+        self, shape: Shape, *, q_smem, k_smem, v_smem, do_smem, ds_smem, dq_smem, stats_smem, notes,
+        kv_full, q_full, do_full,
+    ) -> None:  # fmt: skip
+        self.shape, tuning = shape, shape.tuning
+        self.q_smem, self.k_smem, self.v_smem, self.do_smem = q_smem, k_smem, v_smem, do_smem
+        self.ds_smem, self.dq_smem, self.stats_smem, self.notes = ds_smem, dq_smem, stats_smem, notes
+        self.kv_full, self.q_full, self.do_full = kv_full, q_full, do_full
+        everyone = CONSUMERS * WARPGROUP + WARP
+        self.q_free = NamedBarriers(4, tuning.stages, everyone)
+        self.do_free = NamedBarriers(self.q_free.end, tuning.out_stages, everyone)
+        self.ds_full = NamedBarriers(self.do_free.end, 2 * CONSUMERS if shape.late else 1, CONSUMERS * WARPGROUP)
+        self.ds_free = NamedBarriers(self.ds_full.end, 2 - tuning.ds_buffers, CONSUMERS * WARPGROUP)
+        self.dq_full = NamedBarriers(self.ds_free.end, CONSUMERS * shape.adders, WARPGROUP + WARP)
+        self.dq_free = NamedBarriers(self.dq_full.end, CONSUMERS, WARPGROUP + WARP)
+        # of a chunk: time to claim the next; the producer's four warps but the adding one, which is no more than
+        # stages + 2 tiles behind the loading one, less than the shortest chunk
+        self.half_way = NamedBarriers(self.dq_free.end, 0 if shape.deterministic else 1, 3 * WARP)
+
+
+class Consumer:
+    """One of the block's consumers, `wg`; bounds: the key ranges [2, B or 1, Sq] in global memory."""
+
+    def __init__(self, block: Block, bounds, wg) -> None:
+        self.block, self.shape, self.bounds, self.wg = block, block.shape, bounds, wg
+        self.scale, self.cap = self.shape.settings.scale, self.shape.settings.softcap
+        self.to_log2 = self.scale * LOG2E
+
+    def run(self, end, dk_acc, dv_acc) -> None:
+        """Compute an item, whose first chunk ends at tile `end`, and hand its gradients over."""
+        block, shape, tuning = self.block, self.shape, self.shape.tuning
+        for s in range(tuning.stages):
+            block.q_free.arrive(s)
+        for d in range(tuning.out_stages):
+            block.do_free.arrive(d)
+        if shape.late:  # the first tile multiplies whatever is in the place of a dS before it, and hands nothing over
+            block.ds_full.arrive(_done_with(self.wg, -1))
+        plgpu.barrier_wait(block.kv_full)
+        step = self._overlapped if tuning.schedule == "overlapped" and self.cap is None else self._serial
+
+        def tile(state):
+            i, _ = state
+            return i + 1, step(dk_acc, dv_acc, i)
+
+        done, _ = lax.while_loop(lambda state: state[1] > 0, tile, (i32(0), end))
+        if shape.late:
+            pl.when(done > 0)(lambda: self._end_late(done))
+        in_p = shape.scale_in_p
+        results = (
+            plgpu.wgmma_accumulator_load(dk_acc) * (self.scale / in_p),
+            plgpu.wgmma_accumulator_load(dv_acc) * (1 / in_p),
+        )
+        for x, start in shape.pieces():
+            self._put(results[x][:, start : start + shape.narrow], zero(done), 0)
+
+    # ------------------------------------------------------------ schedules: a tile, and whether another follows
+
+    def _overlapped(self, dk_acc, dv_acc, i):
+        block, tuning = self.block, self.shape.tuning
+        z, s, d = zero(i), slot(i, tuning.stages), slot(i, tuning.out_stages)
+        plgpu.barrier_wait(block.q_full.at[s])
+
+        def scores(s_acc, dp_acc):
+            lse = self._load(s, 0)
+            s0 = lax.cond(self._on_edge(s), lambda: self._masked(lambda: _down(lse), s, -jnp.inf), lambda: _down(lse))
+            dp0 = _down(self._load(s, 1))
+            s_acc[...] = s0  # both before any wgmma is in flight
+            dp_acc[...] = dp0
+            plgpu.wgmma(s_acc, block.k_smem.at[self._rows(z)], block.q_smem.at[s].T)
+            plgpu.barrier_wait(block.do_full.at[d])
+            plgpu.wgmma(dp_acc, block.v_smem.at[self._rows(z)], block.do_smem.at[d].T)
+            p32 = jnp.exp2(_keep(plgpu.wgmma_accumulator_load(s_acc, wait_n=1)) * self.to_log2)
+            p = p32.astype(self.shape.dtype)
+            dp = _keep(plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
+            ds = (p32 * dp).astype(self.shape.dtype)
+            at = self._put_ds(ds, i)
+            plgpu.wgmma(dv_acc, p, block.do_smem.at[d, :, self._out_columns(s)])
+            fence_smem()
+            block.ds_full.sync()
+            return ds, at
+
+        ds, at = pl.run_scoped(scores, _acc(KEYS, QUERY_TILE), _acc(KEYS, QUERY_TILE))
+
+        def gradients(dq_acc):
+            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._dq_columns(z, s)])
+            plgpu.wgmma(dk_acc, ds, block.q_smem.at[s, :, self._dim_columns(s)])
+            following = block.notes[STAGE_NOTE + s] & MORE
+            plgpu.wgmma_wait(2)
+            block.do_free.arrive(d)
+            self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
+            plgpu.wgmma_wait(0)
+            block.q_free.arrive(s)
+            return following
+
+        return pl.run_scoped(gradients, _acc(QUERY_TILE, self.shape.narrow))
+
+    def _serial(self, dk_acc, dv_acc, i):
+        """Also with the softcap's slope, 1 - tanh^2."""
+        block, tuning, dt, cap = self.block, self.shape.tuning, self.shape.dtype, self.cap
+        z, s, d = zero(i), slot(i, tuning.stages), slot(i, tuning.out_stages)
+        plgpu.barrier_wait(block.q_full.at[s])
+        lse = _down(self._load(s, 0))
+
+        def probabilities(s_acc):
+            if cap is None:
+                s_acc[...] = lse
+            plgpu.wgmma(s_acc, block.k_smem.at[self._rows(z)], block.q_smem.at[s].T)
+            scores = plgpu.wgmma_accumulator_load(s_acc)
+            if cap is None:
+                return jnp.exp2(scores * self.to_log2).astype(dt), None
+            t = 1 - 2 / (jnp.exp2(scores * (2 * self.to_log2 / cap)) + 1)
+            return jnp.exp2(t * (cap * LOG2E) + lse).astype(dt), (1 - t * t).astype(dt)
+
+        p, slope = pl.run_scoped(probabilities, _acc(KEYS, QUERY_TILE))
+        p = lax.cond(self._on_edge(s), lambda: self._masked(lambda: p, s, jnp.zeros((), dt)), lambda: p)
+        plgpu.barrier_wait(block.do_full.at[d])
+
+        def dscores(dp_acc):
+            dp_acc[...] = _down(self._load(s, 1))
+            plgpu.wgmma(dp_acc, block.v_smem.at[self._rows(z)], block.do_smem.at[d].T)
+            dp = plgpu.wgmma_accumulator_load(dp_acc)
+            plgpu.wgmma(dv_acc, p, block.do_smem.at[d, :, self._out_columns(s)])
+            p32, dp = _keep((p, dp))
+            ds = p32.astype(jnp.float32) * dp
+            return (ds if slope is None else ds * slope.astype(jnp.float32)).astype(dt)
+
+        at = self._put_ds(pl.run_scoped(dscores, _acc(KEYS, QUERY_TILE)), i)
+        plgpu.wgmma_wait(0)  # here, that dV multiplies until dS is stored
+        block.do_free.arrive(d)
+        return (self._gradients_late if self.shape.late else self._gradients)(dk_acc, at, i)
+
+    def _gradients(self, dk_acc, at, i):
+        """What serial ends with: dQ and dK, of the dS in buffer `at`."""
+        block = self.block
+        z, s = zero(i), slot(i, self.shape.tuning.stages)
+        fence_smem()
+        block.ds_full.sync()
+
+        def multiply(dq_acc):
+            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._dq_columns(z, s)])
+            plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s, :, self._dim_columns(s)])
+            self._put_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), i, z)
+            following = block.notes[STAGE_NOTE + s] & MORE
+            plgpu.wgmma_wait(0)
+            block.q_free.arrive(s)
+            return following
+
+        return pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.narrow))
+
+    def _gradients_late(self, dk_acc, at, i):
+        """The same with dQ of the tile before, whose dS the other consumer has had a tile's time for."""
+        block = self.block
+        z, s = zero(i), slot(i, self.shape.tuning.stages)
+        plgpu.commit_smem()  # a fence and a barrier of this consumer: dK reads the dS of its own warps
+
+        def multiply(dq_acc):
+            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(i - 1)].T, block.k_smem.at[:, self._dq_columns(z, s)])
+            plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s, :, self._dim_columns(s)])
+            dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
+            block.ds_full.arrive(_done_with(self.wg, i))  # now: the other consumer need not wait for dQ's buffer
+            pl.when(i > 0)(lambda: self._put_dq(dq, i - 1, z))
+            following = block.notes[STAGE_NOTE + s] & MORE
+            plgpu.wgmma_wait(0)
+            block.q_free.arrive(s)
+            return following
+
+        return pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.narrow))
+
+    def _end_late(self, done) -> None:
+        """Multiply dQ of the last tile."""
+        block, z = self.block, zero(done)
+        block.ds_full.sync(_done_with(1 - self.wg, done - 1))
+
+        def multiply(dq_acc):
+            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(done - 1)].T, block.k_smem.at[:, self._dq_columns(z, 0)])
+            self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)), done - 1, z)
+
+        pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.narrow))
+
+    # ------------------------------------------------------------ what they are made of
+
+    def _load(self, s, which: int):
+        """The lse (0) or delta (1) of the queries in slot s."""
+        return plgpu.load(self.block.stats_smem.at[s, which], layout=COLUMN)
+
+    def _rows(self, z):
+        return pl.ds(pl.multiple_of((self.wg + z) * KEYS, KEYS), KEYS)
+
+    def _columns(self, columns: int, s, start=0, width: int | None = None):
+        """Slice of a part of D or E columns, from `start`; all of them where there is one part."""
+        parts, width = self.shape.tuning.column_parts, width or columns
+        if parts == 1 and width == columns:
+            return slice(None)
+        part = lax.div(self.block.notes[STAGE_NOTE + s] & PART, i32(PART)) if parts > 1 else 0
+        at = start if parts == 1 else part * columns + start
+        return pl.ds(pl.multiple_of(at, math.gcd(width, 64)), width)
+
+    def _dq_columns(self, z, s):
+        return self._columns(self.shape.dim_part, s, (self.wg + z) * self.shape.narrow, self.shape.narrow)
+
+    def _dim_columns(self, s):
+        return self._columns(self.shape.dim_part, s)
+
+    def _out_columns(self, s):
+        return self._columns(self.shape.out_part, s)
+
+    def _on_edge(self, s):
+        return self.block.notes[STAGE_NOTE + s] & EDGE > 0
+
+    def _masked(self, x, s, fill):
+        """What `x()` [keys, queries] is where the query sees the key, else fill.
+
+        Two selects with a barrier between them keep register pressure low.
+        """
+        notes, bounds = self.block.notes, self.bounds
+        row, b = pl.multiple_of(notes[STAGE_NOTE + s] & -QUERY_TILE, QUERY_TILE), notes[RANGES]
+        at, first_key = pl.ds(row, QUERY_TILE), notes[FIRST_KEY] + self.wg * KEYS
+        start = plgpu.load(bounds.at[0, b, at], layout=COLUMN, optimized=False) - first_key
+        stop = plgpu.load(bounds.at[1, b, at], layout=COLUMN, optimized=False) - first_key
+        key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)
+        x = _keep(jnp.where(key >= _down(start), x(), fill))
+        return jnp.where(key < _down(stop), x, fill)
+
+    def _put_ds(self, ds, i):
+        """Store this consumer's dS of tile i; returns where."""
+        block, buffers = self.block, self.shape.tuning.ds_buffers
+        if self.shape.late:
+            block.ds_full.sync(_done_with(1 - self.wg, i - 1))
+        elif buffers == 1:
+            block.ds_free.sync()
+        at = slot(i, buffers)
+        block.ds_smem[at, pl.ds(self.wg * KEYS, KEYS)] = ds
+        return at
+
+    def _put(self, x, z, adder) -> None:
+        """Hand over [64, columns] to be added."""
+        block, w = self.block, self.wg + z
+        block.dq_free.sync(w)
+        at = w if self.shape.tuning.staging == CONSUMERS else z
+        if x.shape[1] == self.shape.narrow:
+            block.dq_smem[at] = x
+        else:
+            block.dq_smem[at, :, : x.shape[1]] = x
+        fence_smem()
+        block.dq_full.arrive(adder * CONSUMERS + w)
+
+    def _put_dq(self, dq, i, z) -> None:
+        """Hand over what was multiplied of tile i."""
+        self._put(dq * (self.scale / self.shape.scale_in_p), z, 0 if self.shape.adders == 1 else lax.rem(i, i32(2)))
+
+
+def _acc(m: int, n: int):
+    return plgpu.ACC((m, n), jnp.float32)
+
+
+def _down(x):
+    return down(x, QUERY_TILE)
+
+
+def _late_buffer(i):
+    """Of late: where dS of tile i is, from -1 on."""
+    return slot(i + 2, 2)
+
+
+def _done_with(consumer, i):
+    """Of late: which ds_full says that a consumer has stored dS of tile i and has multiplied dQ of tile i - 1."""
+    return 2 * consumer + _late_buffer(i)
