@@ -1,6 +1,7 @@
 """The Hopper kernels without a GPU: their schedules in plain numbers, their limits, and what None picks.
 
-What the kernels compute is tested on a GPU (test_flash_gpu.py), how they compile in test_flash_mosaic_compiled.py.
+What the kernels compute is tested on a GPU (test_flash_gpu.py) and interpreted (.._interpreted.py), how they compile in
+test_flash_mosaic_compiled.py.
 """
 
 import heapq

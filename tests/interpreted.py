@@ -1,0 +1,329 @@
+"""Hopper's flash kernels on a CPU: what they compute, and that no barrier is waited for in vain.
+
+jax has an interpreter of Pallas Mosaic GPU: threads for warpgroups, arrays for memory, callbacks for what is done to
+it. It does not know what a kernel spells out in PTX, nor accumulators that begin with a value, wgmma with A in
+registers, TMA that adds, and warps that go each their own way; this file teaches it. All of it is private to jax: an
+update may break it, and then these tests say so.
+
+It is a model: a wgmma or a copy is done when it is issued, so a wait that is missing shows on a GPU only, and blocks
+run one after the other.
+"""
+
+# pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportAbstractUsage=false, reportOptionalMemberAccess=false
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax._src import callback
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu import core as mosaic_core
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, params
+from jax._src.pallas.mosaic_gpu.interpret import shared_memory as simulated
+from jax._src.state import indexing
+from jax._src.state import primitives as state_primitives
+
+from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_chunks, mosaic_items, mosaic_walk
+
+PATIENCE = 60  # seconds; a kernel of these tests takes a few
+NONE = np.int32(0)
+
+_changed = threading.Condition(threading.RLock())  # held by whoever reads and writes memory in one go
+
+
+@contextlib.contextmanager
+def interpreted(multiprocessors: int, warps_apart: bool) -> Iterator[None]:
+    """Kernels of `zigzag_jax.kernels.flash` are interpreted here, for a card of so many multiprocessors.
+
+    warps_apart: the last warpgroup's warps go each their own way, as the backward's producer does.
+    """
+    cls = jaxpr_interpret.JaxprInterpreter
+    interpret = cls.interpret
+    replaced = [
+        (cls, "_interpret_inline_mgpu_p", _inline),
+        (gpu_callbacks, "wgmma", _wgmma),
+        (gpu_callbacks, "copy_smem_to_gmem", functools.partial(_copy_out, gpu_callbacks.copy_smem_to_gmem)),
+        (mosaic_core.WGMMAAbstractAccumulatorRef, "_setitem", _set_accumulator),
+        (pl, "run_state", _run_state),
+        *[
+            (simulated.Barrier, name, _unobserved(getattr(simulated.Barrier, name)))
+            for name in ("arrive", "deallocate")
+        ],
+        *[(module, "sm_count", lambda: multiprocessors) for module in (mosaic_bwd, mosaic_items, mosaic_walk)],
+    ]
+    if warps_apart:
+        replaced += [
+            (cls, "_interpret_run_scoped_p", _outermost(cls._interpret_run_scoped_p)),
+            (cls, "_interpret_mpmd_map_p", functools.partialmethod(_warp_map, interpret)),
+            (cls, "interpret", _apart(interpret)),
+        ]
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name, value in replaced:
+            patch.setattr(owner, name, value)
+        jax.clear_caches()  # the kernels' functions are jitted: what was traced stays
+        try:
+            with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
+                yield
+        finally:
+            jax.clear_caches()
+            gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+# ---------------------------------------------------------------- what a kernel spells out in PTX
+
+
+def _inline(self, eqn, token, get_invals):
+    """As the interpreter's `_interpret_inline_mgpu_p`: (token, results)."""
+    function = eqn.params["mgpu_fn"]
+    around = inspect.getclosurevars(function).nonlocals
+    args = get_invals()[: eqn.params["pytree_args"].num_leaves]
+
+    def call(effect: Callable, *args, result: bool = False, **kwargs):
+        effect = gpu_callbacks.fail_on_exception(functools.wraps(effect)(functools.partial(effect, **kwargs)))
+        token_type = gpu_callbacks.TOKEN_SHAPE_DTYPE
+        types = (token_type, jax.ShapeDtypeStruct((), jnp.int32)) if result else token_type
+        found = callback.io_callback(effect, types, token, self.mesh_location, self.thread, *args)
+        return (found[0], [found[1]]) if result else (found, [])
+
+    match function.__qualname__.replace(".<locals>", ""):
+        case "_named_barrier.static" | "_named_barrier.traced":
+            number = jnp.int32(args[0] if args else around["barrier"])
+            return call(_named_barrier, number, what=around["what"], threads=around["threads"])
+        case "fence_smem.fence":
+            return call(_fence)
+        case "any_below.vote":
+            bounds = [struct.unpack(">f", bytes.fromhex(bound))[0] for bound in around["bounds"]]
+            found = [jnp.any(x < bound) for x, bound in zip(args, bounds, strict=True)]
+            return token, [jnp.stack(found).any().astype(jnp.int32)]  # of a warpgroup, where a GPU asks each warp
+        case "draw.take":
+            return call(_change, args[0], NONE, change=lambda x: x + 1, result=True)
+        case "raise_to.at_least":
+            return call(_change_to, *args)
+        case "_count_up.up":
+            return call(_change, *args, change=lambda x: x + 1, result=True)
+        case "next_turn.signal":
+            return call(_change, *args, change=lambda x: x + 1, result=True)[0], []
+        case "wait_turn.wait":
+            return call(_wait_turn, *args)
+        case "_claim.claim":
+            return call(_claim, *args, items=around["items"], pitch=around["pitch"])
+    raise NotImplementedError(f"what {function.__qualname__} does is not known here")
+
+
+def _wait_until(true: Callable[[], bool], what: str) -> None:
+    """Wait, with _changed held, until it is so; TimeoutError after a while, and where another thread has failed."""
+    while not true():
+        if not _changed.wait(timeout=PATIENCE):
+            raise TimeoutError(what)
+        gpu_callbacks._get_shared_memory().check_failed()
+
+
+def _named_barrier(token, where, thread, number, *, what, threads):
+    with _changed:
+        # of a call, a block and a barrier: threads that have come, and how often it fell
+        barriers = gpu_callbacks._get_shared_memory().__dict__.setdefault("named_by_block", {})
+        state = barriers.setdefault((*map(int, where.cluster_coords), int(number)), [0, 0])
+        state[0] += 32 if isinstance(thread, simulated.Warp) else 128
+        assert state[0] <= threads, f"{state[0]} threads came to barrier {number} of {threads}"
+        fell = state[1]
+        if state[0] == threads:
+            state[:] = 0, fell + 1
+            _changed.notify_all()
+        if what == "sync":
+            _wait_until(lambda: state[1] > fell, f"barrier {number}: {state[0]} of {threads} threads came")
+    return token
+
+
+def _fence(token, where, thread):
+    del where
+    gpu_callbacks._get_shared_memory().commit_smem(thread)
+    return token
+
+
+def _unobserved(method):
+    """A consumer looks at the first record's signal and never again, which the interpreter takes for a mistake.
+
+    One that did wait again would wait for a phase that is over, and give up.
+    """
+
+    def forgetful(self, *args, **kwargs):
+        with self.cv:
+            seen = self.last_observed_phase_by_thread
+            ends = method.__name__ == "deallocate"
+            if self.ref_count == 1 if ends else self.arrivals_count + 1 == self.num_arrivals:
+                for thread in [x for x, phase in seen.items() if phase < self.phase - (not ends)]:
+                    del seen[thread]
+        return method(self, *args, **kwargs)
+
+    return forgetful
+
+
+def _read(where, thread, ref) -> np.ndarray:
+    return np.asarray(gpu_callbacks._get(NONE, where, thread, ref, ())[1])
+
+
+def _write(where, thread, ref, length: int, start: int, values) -> None:
+    index = indexing.NDIndexer((indexing.Slice(start, len(values)),), (length,), ())
+    gpu_callbacks._swap(NONE, where, thread, ref, (index,), np.asarray(values, np.int32), None)
+
+
+def _change(token, where, thread, ref, index, *, change):
+    """ref[index] = change(ref[index]); returns what it was."""
+    with _changed:
+        now = _read(where, thread, ref)
+        _write(where, thread, ref, now.size, int(index), [change(int(now[index]))])
+        _changed.notify_all()
+        return token, now[index]
+
+
+def _change_to(token, where, thread, ref, number):
+    return _change(token, where, thread, ref, NONE, change=lambda x: max(x, int(number)))[0]
+
+
+def _wait_turn(token, where, thread, turns, index, value):
+    with _changed:
+        _wait_until(lambda: bool(_read(where, thread, turns)[index] == value), f"turn {index} never was {value}")
+    return token
+
+
+def _claim(token, where, thread, tiles, counters, records, at, own, item, done, *, items, pitch):
+    """See mosaic_chunks._claim."""
+    with _changed:
+        lengths, left = _read(where, thread, tiles), _read(where, thread, counters)
+        if item < 0 and left[:pitch].max() >= mosaic_chunks._LEFT:
+            item = left[:pitch].argmax()
+        record = -1, 0, done
+        if item >= 0:
+            place = left[item]
+            _write(where, thread, counters, left.size, int(item), [place - mosaic_chunks._LEFT + (own != 0)])
+            number, first = divmod(int(place), mosaic_chunks._LEFT)
+            if number > 0:
+                start = (first if own else first + number - 1) * lengths[items]
+                record = item, start, min(lengths[item] - start, lengths[items]) + done
+        size = _read(where, thread, records).size
+        _write(where, thread, records, size, int(at) * mosaic_chunks._FIELDS, [*record, 0])
+    return token
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _access(named: dict, name: str):
+    shared = gpu_callbacks._get_shared_memory()
+    key = gpu_callbacks.HostAllocationKey.from_array(named[f"{name}_allocation_key_as_array"])
+    transforms = gpu_callbacks._remove_noop_transforms(named[f"{name}_transforms"])
+    return key, shared.access(key, jax.tree.map(int, transforms))
+
+
+@gpu_callbacks.fail_on_exception
+def _wgmma(*, token, mesh_location, thread, source_info=None, **named):
+    """As the interpreter's, with A in registers too; products of 2 byte numbers are exact, as in a tensor core."""
+    shared = gpu_callbacks._get_shared_memory()
+    info = simulated.GPULoggingInfo(mesh_location, thread, source_info)
+
+    def value(name: str):
+        given = np.asarray(named[f"{name}_allocation_key_as_array"])
+        if given.ndim == 1:  # a reference
+            given = shared.get_buffer_content(*_access(named, name), thread, logging_info=info)[0]
+        return given.astype(np.float32)
+
+    result = value("acc") + value("a") @ value("b")
+    shared.store_buffer_content(*_access(named, "acc"), result, thread, logging_info=info)
+    return token
+
+
+@gpu_callbacks.fail_on_exception
+def _copy_out(plain, *, token, mesh_location, thread, source_info=None, reduction_op, **named):
+    """As the interpreter's `copy_smem_to_gmem`, which cannot add."""
+    call = dict(token=token, mesh_location=mesh_location, thread=thread, source_info=source_info)
+    if reduction_op is None:
+        return plain(**call, reduction_op=None, **named)
+    assert reduction_op == "add"
+    shared = gpu_callbacks._get_shared_memory()
+    info = simulated.GPULoggingInfo(mesh_location, thread, source_info)
+    with _changed:
+        value = shared.get_buffer_content(*_access(named, "src"), thread, logging_info=info)[0]
+        key, access = _access(named, "dst")
+        shape, _ = shared.get_buffer_content(key, shared.access(key, ()), thread, logging_info=info)[1]
+        if inside := gpu_callbacks._clip_store_to_shape(access, value, shape):
+            access, value = inside
+            value = value + shared.get_buffer_content(key, access, thread, logging_info=info)[0]
+            shared.store_buffer_content(key, access, value, thread, logging_info=info)
+    return token
+
+
+def _set_accumulator(_, tracer, idx, value) -> None:
+    state_primitives.ref_set(tracer, idx, value)
+
+
+def _run_state(body):
+    """As pl.run_state, of accumulators and values in registers, by what the interpreter knows."""
+
+    def run(values):
+        values = [x._init if isinstance(x, plgpu.ACC) else jnp.asarray(x) for x in values]
+
+        def scoped(*refs):
+            for ref, value in zip(refs, values, strict=True):
+                ref[...] = value
+            body(refs)
+            return [ref[...] for ref in refs]
+
+        return pl.run_scoped(scoped, *(plgpu.ACC(x.shape, x.dtype) for x in values))
+
+    return run
+
+
+# ---------------------------------------------------------------- warps
+
+
+def _outermost(run_scoped):
+    """Marks where the kernel's own memory has been allocated: what follows is the kernel."""
+
+    def marked(self, eqn, *args):
+        if eqn.params["collective_axes"]:
+            object.__setattr__(self, "_begins", True)
+        return run_scoped(self, eqn, *args)
+
+    return marked
+
+
+def _apart(interpret):
+    """Warps are threads from the start: else they would wait for each other at the end of every warp_map."""
+
+    def interpret_apart(self, jaxpr, token, *args):
+        if not self.__dict__.pop("_begins", False):
+            return interpret(self, jaxpr, token, *args)
+
+        def warp(i, token):
+            where = dataclasses.replace(self.mesh_location, warp_id=i)
+            one = dataclasses.replace(self, mesh_location=where, thread=self.thread.warp(i))
+            return interpret(one, jaxpr, token, *args)[0]
+
+        token = lax.cond(
+            self.thread.warpgroup_id == self.num_threads_per_block - 1,
+            lambda token: thread_map.thread_map(warp, 4, token, on_exception=gpu_callbacks.fail),
+            lambda token: interpret(self, jaxpr, token, *args)[0],
+            token,
+        )
+        return token, []
+
+    return interpret_apart
+
+
+def _warp_map(self, interpret, eqn, token, get_invals):
+    if isinstance(self.thread, simulated.Warp):  # else a consumer, who does not come here
+        (mesh,), (jaxpr,) = eqn.params["meshes"], eqn.params["jaxprs"]
+        token, _ = interpret(dataclasses.replace(self, warp_mesh=mesh), jaxpr, token, *get_invals())
+    return token, []

@@ -1,0 +1,128 @@
+"""The Hopper kernels' contract without a GPU: interpreted (interpreted.py), against float64 with random cotangents.
+
+Barriers that are awaited in vain, tiles, ranges and columns that are taken for others, sums that lack a part show here;
+a wait for a wgmma that is missing does not, nor a race. test_flash_gpu.py has the same contract on a GPU.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from oracle import Heads
+
+from zigzag_jax.kernels import SplitKeys, flash_bwd, flash_fwd
+from zigzag_jax.kernels.flash import mosaic_tuning
+from zigzag_jax.ranges import KeyRange
+
+if jax.__version_info__ >= (0, 12):
+    pytest.skip("it is the interpreter of the pinned jax that is taught", allow_module_level=True)
+
+from interpreted import interpreted
+
+MULTIPROCESSORS = 3  # blocks have several items, and share some
+BARS = {"out": 3e-3, "lse": 1e-6, "dq": 4e-3, "dk": 4e-3, "dv": 4e-3}  # bfloat16, as in test_flash_gpu.py
+
+
+class Case(NamedTuple):
+    heads: Heads
+    rows: int
+    keys: int
+    batch: int = 1
+    softcap: float | None = None
+    shared: int = 0
+
+
+CASES = {
+    "D64": Case(Heads(2, 1, 64, 64), 130, 257),
+    "D96-E64": Case(Heads(2, 1, 96, 64), 100, 130),
+    "D96": Case(Heads(2, 2, 96, 96), 130, 130),
+    "gqa4": Case(Heads(4, 1, 128, 128), 192, 384),
+    "batch": Case(Heads(1, 1, 128, 128), 130, 150, batch=2),
+    "one-row": Case(Heads(2, 1, 128, 128), 1, 129),
+    "softcap": Case(Heads(2, 1, 128, 128), 130, 256, softcap=3.0),
+    "mla": Case(Heads(2, 2, 192, 128), 256, 300),
+    "mla-shared": Case(Heads(2, 2, 192, 128), 130, 200, shared=64),
+    "mla-softcap": Case(Heads(2, 2, 192, 128), 130, 200, softcap=3.0),
+    "D256": Case(Heads(2, 1, 256, 256), 192, 192),
+    "D256-batch-softcap": Case(Heads(1, 1, 256, 256), 65, 130, batch=2, softcap=3.0),
+}
+
+
+def cases(*quick: str):
+    """All of them, those but the named ones marked as slow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in CASES]
+
+
+class Drawn(NamedTuple):
+    """Arguments of a case and what they give."""
+
+    args: tuple[Any, Any, Any]
+    keys: KeyRange
+    dout: jax.Array
+    dlse: np.ndarray
+    options: dict
+    want: oracle.Attention
+
+
+def draw(name: str) -> Drawn:
+    case = CASES[name]
+    rng = np.random.default_rng(len(name))
+    q, k, v, dout = (jnp.asarray(x, jnp.bfloat16) for x in case.heads.draw(rng, case.batch, case.rows, case.keys))
+    keys = KeyRange(*map(jnp.asarray, oracle.random_bounds(rng, case.batch, case.rows, case.keys)))
+    mask = oracle.seen(*keys, case.keys)
+    dlse = rng.standard_normal((case.batch, case.heads.heads, case.rows)) * mask.any(-1)[:, None]
+    options = dict(scale=case.heads.dim**-0.5, softcap=case.softcap)
+    given = k
+    if case.shared:
+        given = SplitKeys(k[..., : -case.shared], k[:, :, 0, -case.shared :])
+        k = given.whole()
+    want = oracle.attention(q, k, v, mask, dout=dout, dlse=dlse, **options)
+    return Drawn((q, given, v), keys, dout, dlse, options | {"implementation": "mosaic"}, want)
+
+
+def test_every_head_of_the_table_is_interpreted():
+    assert {(case.heads.dim, case.heads.out_dim) for case in CASES.values()} == mosaic_tuning.HOPPER.keys()
+
+
+@pytest.mark.parametrize("name", cases("gqa4", "mla-shared"))
+def test_forward(name):
+    case = draw(name)
+    half = CASES[name].keys // 2
+    cut = lambda low, high: KeyRange(*(jnp.clip(x, low, high) for x in case.keys))
+    with interpreted(MULTIPROCESSORS, warps_apart=False):
+        out, lse = flash_fwd(*case.args, case.keys, **case.options)
+        first = flash_fwd(*case.args, cut(0, half), **case.options)
+        second = flash_fwd(*case.args, cut(half, CASES[name].keys), carry=first, **case.options)
+        last = flash_fwd(*case.args, cut(half, CASES[name].keys), carry=first, out_dtype=jnp.bfloat16, **case.options)
+    oracle.check("out", out, case.want.out, BARS["out"])
+    oracle.check("lse", lse, case.want.lse, BARS["lse"])
+    oracle.check("out in two calls", second[0], case.want.out, BARS["out"])
+    oracle.check("lse in two calls", second[1], case.want.lse, BARS["lse"])
+    np.testing.assert_array_equal(last[0], second[0].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(last[1], second[1])
+
+
+@pytest.mark.parametrize("name", cases("gqa4", "mla", "D256"))
+def test_backward(name):
+    backward(name, deterministic=False)
+
+
+@pytest.mark.parametrize("name", cases("mla"))
+def test_backward_that_is_deterministic(name):
+    backward(name, deterministic=True)
+
+
+def backward(name: str, deterministic: bool) -> None:
+    case = draw(name)
+    q, k, v = case.args
+    out, lse = jnp.asarray(case.want.out, jnp.float32), jnp.asarray(case.want.lse, jnp.float32)
+    delta = jnp.einsum("bqhe,bqhe->bhq", case.dout.astype(jnp.float32), out) - jnp.asarray(case.dlse, jnp.float32)
+    before = jnp.asarray(np.random.default_rng(0).standard_normal(q.shape), jnp.float32)
+    args = q, k, v, lse, delta, case.dout, case.keys
+    with interpreted(MULTIPROCESSORS, warps_apart=True):
+        dq, dk, dv = flash_bwd(*args, dq=before, deterministic=deterministic, **case.options)
+    for gradient, got in dict(dq=dq - before, dk=dk, dv=dv).items():
+        oracle.check(gradient, got, getattr(case.want, gradient), BARS[gradient])
