@@ -1,4 +1,4 @@
-"""Hopper's flash kernels on a CPU: what they compute, and that no barrier is waited for in vain.
+"""Hopper's kernels on a CPU: what they compute, and that no barrier is waited for in vain.
 
 jax has an interpreter of Pallas Mosaic GPU: threads for warpgroups, arrays for memory, callbacks for what is done to
 it. It does not know what a kernel spells out in PTX, nor accumulators that begin with a value, wgmma with A in
@@ -36,6 +36,7 @@ from jax._src.state import indexing
 from jax._src.state import primitives as state_primitives
 
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_chunks, mosaic_items, mosaic_walk
+from zigzag_jax.kernels.grouped import mosaic_pipeline
 
 PATIENCE = 60  # seconds; a kernel of these tests takes a few
 NONE = np.int32(0)
@@ -45,7 +46,7 @@ _changed = threading.Condition(threading.RLock())  # held by whoever reads and w
 
 @contextlib.contextmanager
 def interpreted(multiprocessors: int, warps_apart: bool) -> Iterator[None]:
-    """Kernels of `zigzag_jax.kernels.flash` are interpreted here, for a card of so many multiprocessors.
+    """Kernels for Hopper are interpreted here, for a card of so many multiprocessors.
 
     warps_apart: the last warpgroup's warps go each their own way, as the backward's producer does.
     """
@@ -61,7 +62,10 @@ def interpreted(multiprocessors: int, warps_apart: bool) -> Iterator[None]:
             (simulated.Barrier, name, _unobserved(getattr(simulated.Barrier, name)))
             for name in ("arrive", "deallocate")
         ],
-        *[(module, "sm_count", lambda: multiprocessors) for module in (mosaic_bwd, mosaic_items, mosaic_walk)],
+        *[
+            (module, "sm_count", lambda: multiprocessors)
+            for module in (mosaic_bwd, mosaic_items, mosaic_walk, mosaic_pipeline)
+        ],
     ]
     if warps_apart:
         replaced += [
@@ -88,7 +92,9 @@ def _inline(self, eqn, token, get_invals):
     """As the interpreter's `_interpret_inline_mgpu_p`: (token, results)."""
     function = eqn.params["mgpu_fn"]
     around = inspect.getclosurevars(function).nonlocals
-    args = get_invals()[: eqn.params["pytree_args"].num_leaves]
+    count, values = eqn.params["pytree_args"].num_leaves, get_invals()
+    args = values[:count]
+    parts = eqn.params["pytree_ref_transforms"].unflatten(values[count:])  # which of each reference is meant
 
     def call(effect: Callable, *args, result: bool = False, **kwargs):
         effect = gpu_callbacks.fail_on_exception(functools.wraps(effect)(functools.partial(effect, **kwargs)))
@@ -117,6 +123,13 @@ def _inline(self, eqn, token, get_invals):
             return call(_change, *args, change=lambda x: x + 1, result=True)[0], []
         case "wait_turn.wait":
             return call(_wait_turn, *args)
+        case "zero_rows.zero":
+            return call(_zero_rows, args[0], parts[0], *args[1:])
+        case "store_rows.write":
+            return call(_store_rows, args[0], parts[0], args[1], parts[1], *args[2:])
+        case "store_row_values.write":
+            at, row, first, end = args[2:]
+            return call(_store_rows, args[0], parts[0], args[1], parts[1], at, row, first, end, across=True)
         case "_claim.claim":
             return call(_claim, *args, items=around["items"], pitch=around["pitch"])
     raise NotImplementedError(f"what {function.__qualname__} does is not known here")
@@ -195,6 +208,36 @@ def _change_to(token, where, thread, ref, number):
 def _wait_turn(token, where, thread, turns, index, value):
     with _changed:
         _wait_until(lambda: bool(_read(where, thread, turns)[index] == value), f"turn {index} never was {value}")
+    return token
+
+
+def _zero_rows(token, where, thread, tile, part, first, end):
+    """See hopper.zero_rows. Each of the warpgroups that call it zeroes all of them here."""
+    rows = np.asarray(gpu_callbacks._get(NONE, where, thread, tile, part)[1])
+    at = np.arange(len(rows))
+    rows = np.where(((at >= first) & (at < end))[:, None], rows, np.zeros((), rows.dtype))
+    gpu_callbacks._swap(NONE, where, thread, tile, part, rows, None)
+    return token
+
+
+def _store_rows(token, where, thread, tile, part, ref, to, row, column, first, end, *, across=False):
+    """See hopper.store_rows and, `across`, store_row_values, whose rows are columns."""
+    values = np.asarray(gpu_callbacks._get(NONE, where, thread, tile, part)[1])
+    at, start = (column, row) if across else (row, column)
+    low, high = max(int(at), int(first)), min(int(at) + len(values), int(end))
+    if low >= high:
+        return token
+    values = values[low - at : high - at]
+    key = gpu_callbacks.HostAllocationKey.from_array(ref)
+    shape = (
+        gpu_callbacks._get_shared_memory()
+        .access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(to)))
+        .shape
+    )
+    rows = indexing.Slice(low, high - low)
+    places = (indexing.Slice(int(start), 1), rows) if across else (rows, indexing.Slice(int(start), values.shape[1]))
+    index = indexing.NDIndexer(places, shape, ())
+    gpu_callbacks._swap(NONE, where, thread, ref, (*to, index), values[None] if across else values, None)
     return token
 
 
