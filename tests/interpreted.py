@@ -1,23 +1,28 @@
-"""Hopper's kernels on a CPU: what they compute, and that no barrier is waited for in vain.
+"""Hopper's kernels on a CPU: what they compute, that they wait for what they read, and for nothing in vain.
 
 jax has an interpreter of Pallas Mosaic GPU: threads for warpgroups, arrays for memory, callbacks for what is done to
 it. It does not know what a kernel spells out in PTX, nor accumulators that begin with a value, wgmma with A in
-registers, TMA that adds, and warps that go each their own way; this file teaches it. All of it is private to jax: an
-update may break it, and then these tests say so.
+registers, TMA that adds, and warps that go each their own way, and it does at once what a GPU does when it likes; this
+file teaches it. All of it is private to jax: an update may break it, and then these tests say so.
 
-It is a model: a wgmma or a copy is done when it is issued, so a wait that is missing shows on a GPU only, and blocks
-run one after the other.
+Here a wgmma reads its operands and a copy to global memory its source as late as they may: when they are waited for.
+What a kernel overwrites before that, it multiplies. Copies to shared memory are there at once. Threads stand about for
+random times before a barrier. Blocks run one after the other. Swizzles, the proxies' fences and registers are not
+modelled: for those there are the GPU tests and the compiled ones.
 """
 
 # pyright: reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false
-# pyright: reportAbstractUsage=false, reportOptionalMemberAccess=false
+# pyright: reportAbstractUsage=false, reportOptionalMemberAccess=false, reportCallIssue=false
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import inspect
+import random
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -39,23 +44,33 @@ from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_chunks, mosaic_items, mo
 from zigzag_jax.kernels.grouped import mosaic_pipeline
 
 PATIENCE = 60  # seconds; a kernel of these tests takes a few
+PAUSE = 1e-3  # seconds, at most, before a barrier
 NONE = np.int32(0)
 
 _changed = threading.Condition(threading.RLock())  # held by whoever reads and writes memory in one go
 
 
 @contextlib.contextmanager
-def interpreted(multiprocessors: int, warps_apart: bool) -> Iterator[None]:
+def interpreted(multiprocessors: int, warps_apart: bool, own_claims: bool = True) -> Iterator[None]:
     """Kernels for Hopper are interpreted here, for a card of so many multiprocessors.
 
-    warps_apart: the last warpgroup's warps go each their own way, as the backward's producer does.
+    warps_apart: the last warpgroup's warps go each their own way, as the backward's producer does. own_claims: a block
+    of the backward gets all of its own item's chunks, as it runs alone; else none but the first, and helpers the rest.
     """
     cls = jaxpr_interpret.JaxprInterpreter
     interpret = cls.interpret
     replaced = [
-        (cls, "_interpret_inline_mgpu_p", _inline),
-        (gpu_callbacks, "wgmma", _wgmma),
-        (gpu_callbacks, "copy_smem_to_gmem", functools.partial(_copy_out, gpu_callbacks.copy_smem_to_gmem)),
+        (cls, "_interpret_inline_mgpu_p", functools.partialmethod(_inline, own_claims)),
+        (gpu_callbacks, "wgmma", _begin_wgmma),
+        (
+            gpu_callbacks,
+            "wgmma_accumulator_deref",
+            functools.partial(_read_accumulator, gpu_callbacks.wgmma_accumulator_deref),
+        ),
+        (gpu_callbacks, "wait_smem_to_gmem", _wait_for_copies),
+        (plgpu, "wgmma_wait", _wgmma_wait),
+        (plgpu, "commit_smem_to_gmem_group", _commit_group),
+        (gpu_callbacks, "copy_smem_to_gmem", functools.partial(_begin_copy, gpu_callbacks.copy_smem_to_gmem)),
         (mosaic_core.WGMMAAbstractAccumulatorRef, "_setitem", _set_accumulator),
         (pl, "run_state", _run_state),
         *[
@@ -88,7 +103,7 @@ def interpreted(multiprocessors: int, warps_apart: bool) -> Iterator[None]:
 # ---------------------------------------------------------------- what a kernel spells out in PTX
 
 
-def _inline(self, eqn, token, get_invals):
+def _inline(self, own_claims: bool, eqn, token, get_invals):
     """As the interpreter's `_interpret_inline_mgpu_p`: (token, results)."""
     function = eqn.params["mgpu_fn"]
     around = inspect.getclosurevars(function).nonlocals
@@ -109,6 +124,10 @@ def _inline(self, eqn, token, get_invals):
             return call(_named_barrier, number, what=around["what"], threads=around["threads"])
         case "fence_smem.fence":
             return call(_fence)
+        case "_wgmma_wait.wait":
+            return call(_finish_wgmma, left=around["n"])
+        case "_commit_group.commit":
+            return call(_close_group)
         case "any_below.vote":
             bounds = [struct.unpack(">f", bytes.fromhex(bound))[0] for bound in around["bounds"]]
             found = [jnp.any(x < bound) for x, bound in zip(args, bounds, strict=True)]
@@ -131,7 +150,7 @@ def _inline(self, eqn, token, get_invals):
             at, row, first, end = args[2:]
             return call(_store_rows, args[0], parts[0], args[1], parts[1], at, row, first, end, across=True)
         case "_claim.claim":
-            return call(_claim, *args, items=around["items"], pitch=around["pitch"])
+            return call(_claim, *args, items=around["items"], pitch=around["pitch"], own_claims=own_claims)
     raise NotImplementedError(f"what {function.__qualname__} does is not known here")
 
 
@@ -143,19 +162,44 @@ def _wait_until(true: Callable[[], bool], what: str) -> None:
         gpu_callbacks._get_shared_memory().check_failed()
 
 
+@dataclasses.dataclass
+class _NamedBarrier:
+    threads: int
+    came: set = dataclasses.field(default_factory=set)
+    fell: int = 0
+
+
+@dataclasses.dataclass
+class _InFlight:
+    """What a thread has begun and not waited for."""
+
+    wgmma: collections.deque = dataclasses.field(default_factory=collections.deque)
+    copies: list = dataclasses.field(default_factory=list)
+    """Of the group that is open."""
+    groups: collections.deque = dataclasses.field(default_factory=collections.deque)
+
+
+def _of_call(where, kind: type, *key, **new):
+    """The barrier or work in flight with that key, of the call and the block that run now."""
+    known = gpu_callbacks._get_shared_memory().__dict__.setdefault("taught", {})
+    return known.setdefault((kind, tuple(map(int, where.cluster_coords)), *key), kind(**new))
+
+
 def _named_barrier(token, where, thread, number, *, what, threads):
+    time.sleep(random.random() * PAUSE)
+    size = lambda thread: 32 if isinstance(thread, simulated.Warp) else 128
     with _changed:
-        # of a call, a block and a barrier: threads that have come, and how often it fell
-        barriers = gpu_callbacks._get_shared_memory().__dict__.setdefault("named_by_block", {})
-        state = barriers.setdefault((*map(int, where.cluster_coords), int(number)), [0, 0])
-        state[0] += 32 if isinstance(thread, simulated.Warp) else 128
-        assert state[0] <= threads, f"{state[0]} threads came to barrier {number} of {threads}"
-        fell = state[1]
-        if state[0] == threads:
-            state[:] = 0, fell + 1
+        barrier = _of_call(where, _NamedBarrier, int(number), threads=threads)
+        assert barrier.threads == threads, f"barrier {number} is of {barrier.threads} and of {threads} threads"
+        assert thread not in barrier.came, f"{thread} came to barrier {number} twice before it fell"
+        barrier.came.add(thread)
+        here, fell = sum(map(size, barrier.came)), barrier.fell
+        assert here <= threads, f"{here} threads came to barrier {number} of {threads}"
+        if here == threads:
+            barrier.came, barrier.fell = set(), fell + 1
             _changed.notify_all()
         if what == "sync":
-            _wait_until(lambda: state[1] > fell, f"barrier {number}: {state[0]} of {threads} threads came")
+            _wait_until(lambda: barrier.fell > fell, f"barrier {number}: {barrier.came} came, of {threads} threads")
     return token
 
 
@@ -241,14 +285,14 @@ def _store_rows(token, where, thread, tile, part, ref, to, row, column, first, e
     return token
 
 
-def _claim(token, where, thread, tiles, counters, records, at, own, item, done, *, items, pitch):
+def _claim(token, where, thread, tiles, counters, records, at, own, item, done, *, items, pitch, own_claims):
     """See mosaic_chunks._claim."""
     with _changed:
         lengths, left = _read(where, thread, tiles), _read(where, thread, counters)
         if item < 0 and left[:pitch].max() >= mosaic_chunks._LEFT:
             item = left[:pitch].argmax()
         record = -1, 0, done
-        if item >= 0:
+        if item >= 0 and (own_claims or not own):
             place = left[item]
             _write(where, thread, counters, left.size, int(item), [place - mosaic_chunks._LEFT + (own != 0)])
             number, first = divmod(int(place), mosaic_chunks._LEFT)
@@ -270,8 +314,49 @@ def _access(named: dict, name: str):
     return key, shared.access(key, jax.tree.map(int, transforms))
 
 
+def _wgmma_wait(n: int) -> None:
+    """In the place of plgpu.wgmma_wait, which the interpreter leaves out."""
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        return n
+
+    wait()
+
+
+def _commit_group() -> None:
+    """In the place of plgpu.commit_smem_to_gmem_group, which the interpreter leaves out."""
+
+    @plgpu.inline_mgpu()
+    def commit(_):
+        pass
+
+    commit()
+
+
 @gpu_callbacks.fail_on_exception
-def _wgmma(*, token, mesh_location, thread, source_info=None, **named):
+def _begin_wgmma(*, token, mesh_location, thread, **named):
+    named = {key: np.array(x) if key.endswith("_as_array") else x for key, x in named.items()}
+    begun = functools.partial(_wgmma, mesh_location, thread, **named)
+    _of_call(mesh_location, _InFlight, thread).wgmma.append(begun)
+    return token
+
+
+def _finish_wgmma(token, where, thread, *, left: int):
+    """Until no more than so many are in flight."""
+    begun = _of_call(where, _InFlight, thread).wgmma
+    while len(begun) > left:
+        begun.popleft()()
+    return token
+
+
+def _read_accumulator(plain, *, token, mesh_location, thread, wait_n, **named):
+    if wait_n is not None:
+        _finish_wgmma(token, mesh_location, thread, left=int(wait_n))
+    return plain(token=token, mesh_location=mesh_location, thread=thread, wait_n=wait_n, **named)
+
+
+def _wgmma(mesh_location, thread, source_info=None, **named) -> None:
     """As the interpreter's, with A in registers too; products of 2 byte numbers are exact, as in a tensor core."""
     shared = gpu_callbacks._get_shared_memory()
     info = simulated.GPULoggingInfo(mesh_location, thread, source_info)
@@ -284,15 +369,40 @@ def _wgmma(*, token, mesh_location, thread, source_info=None, **named):
 
     result = value("acc") + value("a") @ value("b")
     shared.store_buffer_content(*_access(named, "acc"), result, thread, logging_info=info)
+
+
+@gpu_callbacks.fail_on_exception
+def _begin_copy(plain, *, token, mesh_location, thread, commit_group, **named):
+    named = {key: np.array(x) if key.endswith("_as_array") else x for key, x in named.items()}
+    in_flight = _of_call(mesh_location, _InFlight, thread)
+    in_flight.copies.append(functools.partial(_copy_out, plain, token, mesh_location, thread, **named))
+    return _close_group(token, mesh_location, thread) if commit_group else token
+
+
+def _close_group(token, where, thread):
+    in_flight = _of_call(where, _InFlight, thread)
+    in_flight.groups.append(in_flight.copies)
+    in_flight.copies = []
     return token
 
 
 @gpu_callbacks.fail_on_exception
-def _copy_out(plain, *, token, mesh_location, thread, source_info=None, reduction_op, **named):
+def _wait_for_copies(*, token, mesh_location, thread, n, wait_read_only, source_info=None):
+    """Both kinds of waits: what has been read is written here, too."""
+    del wait_read_only, source_info
+    groups = _of_call(mesh_location, _InFlight, thread).groups
+    while len(groups) > n:
+        for copy in groups.popleft():
+            copy()
+    return token
+
+
+def _copy_out(plain, token, mesh_location, thread, source_info=None, reduction_op=None, **named) -> None:
     """As the interpreter's `copy_smem_to_gmem`, which cannot add."""
-    call = dict(token=token, mesh_location=mesh_location, thread=thread, source_info=source_info)
     if reduction_op is None:
-        return plain(**call, reduction_op=None, **named)
+        call = dict(token=token, mesh_location=mesh_location, thread=thread, source_info=source_info)
+        plain(**call, reduction_op=None, commit_group=True, **named)
+        return
     assert reduction_op == "add"
     shared = gpu_callbacks._get_shared_memory()
     info = simulated.GPULoggingInfo(mesh_location, thread, source_info)
@@ -304,7 +414,6 @@ def _copy_out(plain, *, token, mesh_location, thread, source_info=None, reductio
             access, value = inside
             value = value + shared.get_buffer_content(key, access, thread, logging_info=info)[0]
             shared.store_buffer_content(key, access, value, thread, logging_info=info)
-    return token
 
 
 def _set_accumulator(_, tracer, idx, value) -> None:

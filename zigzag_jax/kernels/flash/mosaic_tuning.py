@@ -1,7 +1,7 @@
 """What was measured to be fastest on Hopper, as data: the kernels' tuning by head dims (of q and k, of v).
 
 Measured on an H100 and H200s, which have the same multiprocessors, with the ring's steps at 8192 local tokens, bfloat16
-(docs/kernels.md has what lost). dtype does not matter (bfloat16 and float16 run the same instructions) and the mask is
+(docs/kernels.md has what lost). dtype does not matter (float16 runs nearly the same instructions) and the mask is
 data: the kernels choose the order of their tiles from the ranges themselves.
 
 Items are drawn: Qwen's and MLA's are 0.5 and 1.5% slower so, but beside a hop, whose kernel holds multiprocessors, a
