@@ -134,11 +134,18 @@ def test_what_a_killed_save_left_is_removed(tmp_path: Path, said: list[str]):
     checkpoints.close()
 
 
-def test_a_run_that_ends_says_what_was_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
-    monkeypatch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
+def save_in_the_background(checkpoints: Checkpoints) -> None:
+    """Returns while files are being written, however soon that ends: what fails is met later."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
+        patch.setattr(checkpoints._manager, "is_saving_in_progress", lambda: True)
+        checkpoints.save(1, state(1), {}, {}, {})
+
+
+def test_a_run_that_ends_says_what_was_not_written(tmp_path: Path, said: list[str]):
     checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
     with full():
-        checkpoints.save(1, state(1), {}, {}, {})
+        save_in_the_background(checkpoints)
         checkpoints.close()
     assert said == ["the checkpoint that was being written could not be (File too large); there is no checkpoint yet"]
 
@@ -163,11 +170,10 @@ def test_what_another_process_broke_off_is_left_to_the_watchdog(
     assert said == []
 
 
-def test_what_fails_in_the_background_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]):
-    monkeypatch.setattr("zigzag_jax.train.checkpoint._PATIENCE", 0.0)
+def test_what_fails_in_the_background_is_noticed(tmp_path: Path, said: list[str]):
     checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
     with full():
-        checkpoints.save(1, state(1), {}, {}, {})
+        save_in_the_background(checkpoints)
         with pytest.raises(SaveError, match="File too large"):
             checkpoints.wait()
         checkpoints.check()  # and only once
