@@ -57,6 +57,8 @@ def interpreted(multiprocessors: int, warps_apart: bool, own_claims: bool = True
     warps_apart: the last warpgroup's warps go each their own way, as the backward's producer does. own_claims: a block
     of the backward gets all of its own item's chunks, as it runs alone; else none but the first, and helpers the rest.
     """
+    # XLA's pool has a thread for each device: of two consumers and four warps all may be waiting
+    assert jax.local_device_count() >= 8, "conftest.py makes eight devices"
     cls = jaxpr_interpret.JaxprInterpreter
     interpret = cls.interpret
     replaced = [
