@@ -97,6 +97,7 @@ def interpreted(multiprocessors: int, warps_apart: bool, own_claims: bool = True
         try:
             with params.force_gpu_interpret_mode(params.InterpretGPUParams()):
                 yield
+            jax.effects_barrier()  # a call returns before it has ended, and what it runs in must last
         finally:
             jax.clear_caches()
             gpu_callbacks.reset_gpu_interpret_mode_state()
