@@ -24,6 +24,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -43,6 +44,7 @@ from jax._src.state import primitives as state_primitives
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_chunks, mosaic_items, mosaic_walk
 from zigzag_jax.kernels.grouped import mosaic_pipeline
 
+MULTIPROCESSORS = 3
 PATIENCE = 60  # seconds; a kernel of these tests takes a few
 PAUSE = 1e-3  # seconds, at most, before a barrier
 NONE = np.int32(0)
@@ -51,8 +53,8 @@ _changed = threading.Condition(threading.RLock())  # held by whoever reads and w
 
 
 @contextlib.contextmanager
-def interpreted(multiprocessors: int, warps_apart: bool, own_claims: bool = True) -> Iterator[None]:
-    """Kernels for Hopper are interpreted here, for a card of so many multiprocessors.
+def interpreted(warps_apart: bool, own_claims: bool = True) -> Iterator[None]:
+    """Kernels for Hopper are interpreted here, for a card of MULTIPROCESSORS.
 
     warps_apart: the last warpgroup's warps go each their own way, as the backward's producer does. own_claims: a block
     of the backward gets all of its own item's chunks, as it runs alone; else none but the first, and helpers the rest.
@@ -80,7 +82,7 @@ def interpreted(multiprocessors: int, warps_apart: bool, own_claims: bool = True
             for name in ("arrive", "deallocate")
         ],
         *[
-            (module, "sm_count", lambda: multiprocessors)
+            (module, "sm_count", lambda: MULTIPROCESSORS)
             for module in (mosaic_bwd, mosaic_items, mosaic_walk, mosaic_pipeline)
         ],
     ]
@@ -101,6 +103,12 @@ def interpreted(multiprocessors: int, warps_apart: bool, own_claims: bool = True
         finally:
             jax.clear_caches()
             gpu_callbacks.reset_gpu_interpret_mode_state()
+
+
+def cases(table: dict[str, Any], *quick: str):
+    """A test's parameters: all of a table, those but the named ones marked as slow."""
+    mark = lambda name: () if name in quick else pytest.mark.slow
+    return [pytest.param(case, marks=mark(name), id=name) for name, case in table.items()]
 
 
 # ---------------------------------------------------------------- what a kernel spells out in PTX
@@ -275,12 +283,7 @@ def _store_rows(token, where, thread, tile, part, ref, to, row, column, first, e
     if low >= high:
         return token
     values = values[low - at : high - at]
-    key = gpu_callbacks.HostAllocationKey.from_array(ref)
-    shape = (
-        gpu_callbacks._get_shared_memory()
-        .access(key, jax.tree.map(int, gpu_callbacks._remove_noop_transforms(to)))
-        .shape
-    )
+    shape = _access(ref, to)[1].shape
     rows = indexing.Slice(low, high - low)
     places = (indexing.Slice(int(start), 1), rows) if across else (rows, indexing.Slice(int(start), values.shape[1]))
     index = indexing.NDIndexer(places, shape, ())
@@ -310,11 +313,20 @@ def _claim(token, where, thread, tiles, counters, records, at, own, item, done, 
 # ---------------------------------------------------------------- memory
 
 
-def _access(named: dict, name: str):
-    shared = gpu_callbacks._get_shared_memory()
-    key = gpu_callbacks.HostAllocationKey.from_array(named[f"{name}_allocation_key_as_array"])
-    transforms = gpu_callbacks._remove_noop_transforms(named[f"{name}_transforms"])
-    return key, shared.access(key, jax.tree.map(int, transforms))
+def _access(ref, transforms):
+    """(what, where) the simulated memory knows a part of a reference by."""
+    key = gpu_callbacks.HostAllocationKey.from_array(ref)
+    transforms = jax.tree.map(int, gpu_callbacks._remove_noop_transforms(transforms))
+    return key, gpu_callbacks._get_shared_memory().access(key, transforms)
+
+
+def _named_access(named: dict, name: str):
+    return _access(named[f"{name}_allocation_key_as_array"], named[f"{name}_transforms"])
+
+
+def _kept(named: dict) -> dict:
+    """A callback's arguments, its arrays copied: they outlast it."""
+    return {key: np.array(x) if key.endswith("_as_array") else x for key, x in named.items()}
 
 
 def _wgmma_wait(n: int) -> None:
@@ -339,8 +351,7 @@ def _commit_group() -> None:
 
 @gpu_callbacks.fail_on_exception
 def _begin_wgmma(*, token, mesh_location, thread, **named):
-    named = {key: np.array(x) if key.endswith("_as_array") else x for key, x in named.items()}
-    begun = functools.partial(_wgmma, mesh_location, thread, **named)
+    begun = functools.partial(_wgmma, mesh_location, thread, **_kept(named))
     _of_call(mesh_location, _InFlight, thread).wgmma.append(begun)
     return token
 
@@ -367,18 +378,17 @@ def _wgmma(mesh_location, thread, source_info=None, **named) -> None:
     def value(name: str):
         given = np.asarray(named[f"{name}_allocation_key_as_array"])
         if given.ndim == 1:  # a reference
-            given = shared.get_buffer_content(*_access(named, name), thread, logging_info=info)[0]
+            given = shared.get_buffer_content(*_named_access(named, name), thread, logging_info=info)[0]
         return given.astype(np.float32)
 
     result = value("acc") + value("a") @ value("b")
-    shared.store_buffer_content(*_access(named, "acc"), result, thread, logging_info=info)
+    shared.store_buffer_content(*_named_access(named, "acc"), result, thread, logging_info=info)
 
 
 @gpu_callbacks.fail_on_exception
 def _begin_copy(plain, *, token, mesh_location, thread, commit_group, **named):
-    named = {key: np.array(x) if key.endswith("_as_array") else x for key, x in named.items()}
     in_flight = _of_call(mesh_location, _InFlight, thread)
-    in_flight.copies.append(functools.partial(_copy_out, plain, token, mesh_location, thread, **named))
+    in_flight.copies.append(functools.partial(_copy_out, plain, token, mesh_location, thread, **_kept(named)))
     return _close_group(token, mesh_location, thread) if commit_group else token
 
 
@@ -410,8 +420,8 @@ def _copy_out(plain, token, mesh_location, thread, source_info=None, reduction_o
     shared = gpu_callbacks._get_shared_memory()
     info = simulated.GPULoggingInfo(mesh_location, thread, source_info)
     with _changed:
-        value = shared.get_buffer_content(*_access(named, "src"), thread, logging_info=info)[0]
-        key, access = _access(named, "dst")
+        value = shared.get_buffer_content(*_named_access(named, "src"), thread, logging_info=info)[0]
+        key, access = _named_access(named, "dst")
         shape, _ = shared.get_buffer_content(key, shared.access(key, ()), thread, logging_info=info)[1]
         if inside := gpu_callbacks._clip_store_to_shape(access, value, shape):
             access, value = inside

@@ -12,22 +12,16 @@ import numpy as np
 import oracle
 import pytest
 from oracle import Heads
+from test_flash_gpu import BARS, split
 
-from zigzag_jax.kernels import SplitKeys, flash_bwd, flash_fwd
+from zigzag_jax.kernels import flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import mosaic_tuning
 from zigzag_jax.ranges import KeyRange
 
 if jax.__version_info__ >= (0, 12):
     pytest.skip("it is the interpreter of the pinned jax that is taught", allow_module_level=True)
 
-from interpreted import interpreted
-
-MULTIPROCESSORS = 3
-# as in test_flash_gpu.py
-BARS = {
-    jnp.bfloat16: {"out": 3e-3, "lse": 1e-6, "dq": 4e-3, "dk": 4e-3, "dv": 4e-3},
-    jnp.float16: {"out": 5e-4, "lse": 1e-6, "dq": 6e-4, "dk": 6e-4, "dv": 6e-4},
-}
+from interpreted import cases, interpreted
 
 
 class Case(NamedTuple):
@@ -66,11 +60,6 @@ LONG = {  # three chunks an item: 20 tiles of queries, or 24
 }
 
 
-def cases(*quick: str, of=CASES):
-    """All of them, those but the named ones marked as slow."""
-    return [pytest.param(case, marks=() if name in quick else pytest.mark.slow, id=name) for name, case in of.items()]
-
-
 class Drawn(NamedTuple):
     """Arguments of a case and what they give."""
 
@@ -94,7 +83,7 @@ def draw(case: Case) -> Drawn:
     options = dict(scale=case.heads.dim**-0.5, softcap=case.softcap)
     given = k
     if case.shared:
-        given = SplitKeys(k[..., : -case.shared], k[:, :, 0, -case.shared :])
+        given = split(k, case.shared)
         k = given.whole()
     want = oracle.attention(q, k, v, mask, dout=dout, dlse=dlse, **options)
     return Drawn((q, given, v), keys, dout, dlse, options | {"implementation": "mosaic"}, want)
@@ -104,11 +93,11 @@ def test_every_head_of_the_table_is_interpreted():
     assert {(case.heads.dim, case.heads.out_dim) for case in CASES.values()} == mosaic_tuning.HOPPER.keys()
 
 
-@pytest.mark.parametrize("sizes", cases("gqa4", "mla-shared"))
+@pytest.mark.parametrize("sizes", cases(CASES, "gqa4", "mla-shared"))
 def test_forward(sizes):
     case, half = draw(sizes), sizes.keys // 2
     cut = lambda low, high: KeyRange(*(jnp.clip(x, low, high) for x in case.keys))
-    with interpreted(MULTIPROCESSORS, warps_apart=False):
+    with interpreted(warps_apart=False):
         out, lse = flash_fwd(*case.args, case.keys, **case.options)
         first = flash_fwd(*case.args, cut(0, half), **case.options)
         second = flash_fwd(*case.args, cut(half, sizes.keys), carry=first, **case.options)
@@ -122,23 +111,22 @@ def test_forward(sizes):
     np.testing.assert_array_equal(last[1], second[1])
 
 
-@pytest.mark.parametrize("sizes", cases("gqa4", "mla", "D256"))
+@pytest.mark.parametrize("sizes", cases(CASES, "gqa4", "mla", "D256"))
 def test_backward(sizes):
     backward(sizes, deterministic=False)
 
 
-@pytest.mark.parametrize("sizes", cases("mla"))
+@pytest.mark.parametrize("sizes", cases(CASES, "mla"))
 def test_backward_that_is_deterministic(sizes):
     backward(sizes, deterministic=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("sizes", cases(*LONG, of=LONG))
+@pytest.mark.parametrize("sizes", cases(LONG))
 def test_backward_of_items_in_several_chunks(sizes):
     backward(sizes, deterministic=False)
 
 
-@pytest.mark.parametrize("sizes", cases("gqa4", of=LONG))
+@pytest.mark.parametrize("sizes", cases(LONG, "gqa4"))
 def test_backward_whose_helpers_do_all_but_the_first_chunk(sizes):
     backward(sizes, deterministic=False, own_claims=False)
 
@@ -150,7 +138,7 @@ def backward(sizes: Case, deterministic: bool, own_claims: bool = True) -> None:
     delta = jnp.einsum("bqhe,bqhe->bhq", case.dout.astype(jnp.float32), out) - jnp.asarray(case.dlse, jnp.float32)
     before = jnp.asarray(np.random.default_rng(0).standard_normal(q.shape), jnp.float32)
     args = q, k, v, lse, delta, case.dout, case.keys
-    with interpreted(MULTIPROCESSORS, warps_apart=True, own_claims=own_claims):
+    with interpreted(warps_apart=True, own_claims=own_claims):
         dq, dk, dv = flash_bwd(*args, dq=before, deterministic=deterministic, **case.options)
     for gradient, got in dict(dq=dq - before, dk=dk, dv=dv).items():
         oracle.check(gradient, got, getattr(case.want, gradient), BARS[sizes.dtype][gradient])

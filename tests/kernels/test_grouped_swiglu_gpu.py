@@ -51,6 +51,11 @@ def draw(case: Case):
     return cut(x), gate_up, down, cut(scale), cut(dy)
 
 
+def truth(arrays, sizes, dy):
+    x, gate_up, down, scale, dy = (np.nan_to_num(np.asarray(a, np.float64), nan=0.0) for a in (*arrays, dy))
+    return oracle.grouped_swiglu(x, gate_up, down, scale, sizes, dy)
+
+
 @functools.partial(jax.jit, static_argnames="fused")
 def run(x, gate_up, down, scale, sizes, dy, fused=True):
     mlp = functools.partial(grouped_swiglu, group_sizes=sizes, fused=fused, implementation="mosaic")
@@ -63,8 +68,7 @@ def test_contract(case):
     case = CASES[case]
     *arrays, dy = draw(case)
     sizes, past = jnp.asarray(case.sizes, jnp.int32), sum(case.sizes)
-    x, gate_up, down, scale, clean_dy = (np.nan_to_num(np.asarray(a, np.float64), nan=0.0) for a in (*arrays, dy))
-    want = oracle.grouped_swiglu(x, gate_up, down, scale, case.sizes, clean_dy)
+    want = truth(arrays, case.sizes, dy)
     got = run(*arrays, sizes, dy)
     for name, a, b in zip(NAMES, got, want, strict=True):
         assert a.dtype == (jnp.float32 if name == "dscale" else case.dtype)

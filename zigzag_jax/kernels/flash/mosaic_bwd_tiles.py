@@ -157,8 +157,8 @@ class Shape:
         end.
         """
         fits = self.dtype == jnp.bfloat16  # in float16 small values of P would lose their bits
-        late = self.tuning.schedule == "late"
-        return self.settings.scale if fits and late and self.settings.softcap is None else 1.0
+        faster = self.tuning.schedule == "late" and self.settings.softcap is None
+        return self.settings.scale if fits and faster else 1.0
 
     def pieces(self) -> list[tuple[int, int]]:
         """What an item's dk and dv are handed over by, as (0 for dk or 1 for dv, first column): as wide as dQ's buffer.
