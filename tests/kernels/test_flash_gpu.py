@@ -83,6 +83,12 @@ CASES = {
     "D96": Case(Heads(6, 3, 96, 96)),
     "D96-E64": Case(Heads(6, 3, 96, 64)),
     "D256": Case(Heads(4, 2, 256, 256), 256, 512),
+    "D256-model": Case(Heads(16, 4, 256, 256), 1024, 4096),
+    "D256-causal": Case(Heads(8, 4, 256, 256), 1600, 1600, batch=2, causal=True),
+    "D256-batch": Case(Heads(4, 2, 256, 256), 512, 384, batch=2),
+    "D256-odd-lengths": Case(Heads(4, 1, 256, 256), 333, 517),
+    "D256-one-row": Case(Heads(4, 2, 256, 256), 1, 65),
+    "D256-softcap-float16": Case(Heads(4, 2, 256, 256), softcap=3.0, dtype=jnp.float16),
 }
 
 

@@ -268,13 +268,17 @@ def test_forward_visits_what_is_visible_and_masks_what_is_cut(seed):
 # ---------------------------------------------------------------- backward
 
 
+KEY_TILE = 128  # of all heads but those of 256
+
+
+@pytest.mark.parametrize("key_tile", [64, KEY_TILE])
 @pytest.mark.parametrize("seed", range(4))
-def test_visits_are_the_visible_tiles(seed):
+def test_visits_are_the_visible_tiles(seed, key_tile):
     rng = np.random.default_rng(seed)
-    query_tile, key_tile, key_rows = mosaic_walk.QUERY_TILE, mosaic_walk.KEY_TILE, 768
+    query_tile, key_rows = mosaic_walk.QUERY_TILE, 768
     keys = random_keys(rng, 2, 8 * query_tile, key_rows)
     some, whole = visible_tiles(keys, key_rows, query_tile, key_tile)
-    visits = np.asarray(mosaic_walk.visits(keys, key_rows))
+    visits = np.asarray(mosaic_walk.visits(keys, key_rows, key_tile))
     first = np.asarray(mosaic_walk.first_visitor(jnp.asarray(visits), 8))
     for b, t in itertools.product(range(2), range(key_rows // key_tile)):
         lo, whole_lo, whole_hi, hi = visits[b, t]
@@ -293,7 +297,7 @@ def rows_of(kind: str, rows: int):
 
 @pytest.mark.parametrize(("kind", "by_head"), [("causal", 0), ("window", 1), ("documents", 0)])
 def test_the_longest_key_tile_comes_first_and_a_window_is_walked_by_head(kind, by_head):
-    visits = mosaic_walk.visits(rows_of(kind, 4096), 4096)
+    visits = mosaic_walk.visits(rows_of(kind, 4096), 4096, KEY_TILE)
     *order, flag = np.asarray(mosaic_walk.order(visits, ascending=False))
     assert sorted(order) == list(range(32))
     cost = np.take(visits[0, :, 3] - visits[0, :, 0], order)
@@ -318,8 +322,8 @@ def test_a_walk_visits_every_pair_once(lo, hi, group, down, by_head):
         assert tiles == sorted(tiles, reverse=down)
 
 
-def head_items(batch, kv_heads, group, key_tiles, parts=1, head_bytes=1 << 30, take_turns=False):
-    return mosaic_walk.Items(batch, kv_heads, group, key_tiles, parts, head_bytes=head_bytes, take_turns=take_turns)
+def head_items(batch, kv_heads, group, key_tiles, head_bytes=1 << 30, take_turns=False):
+    return mosaic_walk.Items(batch, kv_heads, group, key_tiles, head_bytes=head_bytes, take_turns=take_turns)
 
 
 def test_what_does_not_fit_l2_is_walked_down_and_up_and_else_down():
@@ -332,39 +336,38 @@ def test_what_does_not_fit_l2_is_walked_down_and_up_and_else_down():
     assert down(*sizes, head_bytes=per_head + 1) == ([True] * 132 + [False] * 124) * 4
     assert all(down(*sizes, head_bytes=per_head))
     assert all(down(*sizes, take_turns=True))  # one that went up would hold up those after it for its whole walk
-    set_of_parts = [True] * 132 + [False] * 132 + [True] * 132 + [False] * 116
-    assert down(*sizes, parts=2) == set_of_parts * 4
+    one_head = [True] * 132 + [False] * 132 + [True] * 132 + [False] * 116
+    assert down(8, 2, 512) == one_head * 8
     # 32 key tiles in all: the group of 8 is split in eight, and all its heads count
     assert down(1, 8, 32, head_bytes=mosaic_walk.L2_BYTES // 8 + 1) == [True] * 132 + [False] * 124
     assert all(down(1, 8, 32, head_bytes=mosaic_walk.L2_BYTES // 8))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("batch", "kv_heads", "group", "key_tiles", "together"),
     [(1, 1, 16, 4, 1), (2, 4, 8, 3, 8), (1, 8, 1, 20, 8), (1, 6, 1, 100, 3), (1, 4, 2, 256, 1)],
 )
-def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles, together, parts):
-    items = head_items(batch, kv_heads, group, key_tiles, parts)
+def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles, together):
+    items = head_items(batch, kv_heads, group, key_tiles)
     assert items.together == together  # heads whose 256 key tiles or more run side by side
     seen = []
     at = jax.jit(jax.vmap(items.at))(jnp.arange(items.count, dtype=jnp.int32))
-    for b, kv_head, place, part, _, head in zip(*(np.asarray(x).tolist() for x in at), strict=True):
+    for b, kv_head, place, _, head in zip(*(np.asarray(x).tolist() for x in at), strict=True):
         for h in range(head, head + items.group):
             assert h // group == kv_head
-            seen.append((b, place, part, h))
-    every = itertools.product(range(batch), range(key_tiles), range(parts), range(kv_heads * group))
+            seen.append((b, place, h))
+    every = itertools.product(range(batch), range(key_tiles), range(kv_heads * group))
     assert sorted(seen) == sorted(every)
     if kv_heads == 1:
         assert items.count >= 64  # 4 tiles alone would leave the card idle: the group's heads are shared out
 
 
-@pytest.mark.parametrize(("batch_rows", "kv_heads", "parts"), [(1, 3, 1), (2, 2, 2)])
-def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads, parts):
+@pytest.mark.parametrize(("batch_rows", "kv_heads"), [(1, 3), (2, 2)])
+def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads):
     keys = random_keys(np.random.default_rng(0), batch_rows, 512, 768)
-    visits = mosaic_walk.visits(keys, 768)
+    visits = mosaic_walk.visits(keys, 768, KEY_TILE)
     order = mosaic_walk.order(visits, ascending=False)
-    items = head_items(2, kv_heads, 4, 6, parts)
+    items = head_items(2, kv_heads, 4, 6)
     lengths = np.asarray(items.tiles(visits, order))
     assert lengths.shape == (items.count,)
     for item, length in enumerate(lengths.tolist()):
@@ -530,21 +533,19 @@ def test_tuning_and_barriers_name_their_rules():
     wide, tuning = qkv(256, 256, rows=128), mosaic_fwd.ForwardTuning(key_tile=64, shares="cut")
     with pytest.raises(ValueError, match=r'shares="cut" needs at most 128 columns of v a head, got 256'):
         mosaic.flash_fwd(*wide, rows_of("causal", 128), PLAIN, None, jnp.bfloat16, tuning=tuning)
-    with pytest.raises(ValueError, match=r"column_parts must be 1 or 2 .*, got 4"):
-        BackwardTuning(column_parts=4)
-    with pytest.raises(ValueError, match="schedule must be overlapped or late, got 'Late'"):
+    with pytest.raises(ValueError, match="schedule must be overlapped, late or columns, got 'Late'"):
         BackwardTuning(schedule="Late")  # pyright: ignore[reportArgumentType]
     make: Any = BackwardTuning
-    for wrong in dict(ds_buffers=3), dict(ds_buffers=1, schedule="late", out_stages=1):
-        with pytest.raises(ValueError, match=r"ds_buffers must be 1 or 2, of schedule 'late' 2, got [13]"):
+    for wrong in dict(ds_buffers=3), *[dict(ds_buffers=1, schedule=s, out_stages=1) for s in ("late", "columns")]:
+        with pytest.raises(ValueError, match=r"ds_buffers must be 1 or 2, .* 'late' and 'columns' 2, got [13]"):
             make(**wrong)
     for wrong in dict(stages=1), dict(out_stages=0), dict(stages=3, out_stages=3), dict(schedule="late"):
         with pytest.raises(ValueError, match=r"out_stages must be .* at most 5, of schedule 'late' 3, got \d and \d"):
             make(**wrong)
     q, k, v = qkv(192, 128)
     stats, keys = jnp.zeros((1, 4, 128)), KeyRange(*jnp.zeros((2, 1, 128), jnp.int32))
-    with pytest.raises(ValueError, match="a part of 64 columns of v must be a multiple of 48"):
-        mosaic_bwd.flash_bwd(q, k, v, stats, stats, v, keys, PLAIN, None, False, BackwardTuning(column_parts=2))
+    with pytest.raises(ValueError, match="half of v's columns must be a multiple of 48, a piece of dv, got 64"):
+        mosaic_bwd.flash_bwd(q, k, v, stats, stats, v, keys, PLAIN, None, False, BackwardTuning(schedule="columns"))
     with pytest.raises(ValueError, match=r"named barriers must lie in 4\.\.15, got 15\.\.16"):
         hopper.NamedBarriers(15, 2, 128)
     for tuning in (mosaic_fwd.ForwardTuning, BackwardTuning, GroupedTuning):

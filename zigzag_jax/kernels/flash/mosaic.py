@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd, mosaic_items
 from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
-from zigzag_jax.kernels.flash.mosaic_walk import KEY_TILE, QUERY_TILE
+from zigzag_jax.kernels.flash.mosaic_walk import QUERY_TILE
 from zigzag_jax.ranges import KeyRange, clip_keys, pad_rows
 
 
@@ -58,7 +58,7 @@ def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq,
         dq = jnp.zeros(q.shape, jnp.float32)
     q, dout, dq = (_pad(x, 1, tile) for x in (q, dout, dq))
     lse, delta = (_pad(x, 2, tile) for x in (lse, delta))
-    k, v = (_pad(x, 1, KEY_TILE) for x in (k, v))
+    k, v = (_pad(x, 1, tuning.key_tile) for x in (k, v))
     dq, dk, dv = mosaic_bwd.flash_bwd(q, k, v, lse, delta, dout, keys, settings, dq, deterministic, tuning)
     return dq[:, :rows], dk[:, :key_rows], dv[:, :key_rows]
 

@@ -1,6 +1,6 @@
 """Flash attention backward for Hopper: five matmuls in one kernel, in Pallas Mosaic GPU.
 
-A block owns 128 keys of one kv head (an *item*), 64 for each of two consumer warpgroups, and walks over the query tiles
+A block owns 128 keys of one kv head (an *item*; 64 where head_dim is 256), and walks over the query tiles
 (64 rows) of all heads of the group that see any of them (mosaic_walk.py); blocks that would idle help it
 (mosaic_chunks.py). With keys along the rows of every score tile (FlashAttention-2, Dao 2023, algorithm 2;
 FlashAttention-3, Shah et al. 2024, section 3),
@@ -45,7 +45,6 @@ from zigzag_jax.kernels.flash.mosaic_bwd_tiles import (
     FIRST_KEY,
     KEYS,
     MORE,
-    PART,
     RANGES,
     STAGE_NOTE,
     BackwardTuning,
@@ -54,7 +53,7 @@ from zigzag_jax.kernels.flash.mosaic_bwd_tiles import (
     Shape,
     slot,
 )
-from zigzag_jax.kernels.flash.mosaic_walk import KEY_TILE, QUERY_TILE, Items, Walk
+from zigzag_jax.kernels.flash.mosaic_walk import QUERY_TILE, Items, Walk
 from zigzag_jax.kernels.hopper import i32, launch, next_turn, sm_count, wait_turn
 from zigzag_jax.ranges import KeyRange
 
@@ -62,7 +61,7 @@ from zigzag_jax.ranges import KeyRange
 def flash_bwd(
     q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq, deterministic: bool, tuning: BackwardTuning
 ):
-    """The contract's backward where Sq is a multiple of QUERY_TILE, Sk of KEY_TILE; dq is there to be added to."""
+    """The contract's backward; Sq is a multiple of QUERY_TILE, Sk of the key_tile; dq is there to be added to."""
     batch, rows, heads, dim = q.shape
     key_rows, kv_heads, out_dim = v.shape[1:]
     shape = Shape(dim, out_dim, q.dtype, settings, deterministic, tuning)
@@ -72,10 +71,10 @@ def flash_bwd(
         lse = (math.log(shape.scale_in_p) - lse) / settings.scale
     else:
         lse = -LOG2E * lse
-    visits = mosaic_walk.visits(keys, key_rows)
+    visits = mosaic_walk.visits(keys, key_rows, tuning.key_tile)
     order = mosaic_walk.order(visits, deterministic)
     items = Items(
-        batch, kv_heads, heads // kv_heads, key_rows // KEY_TILE, tuning.column_parts,
+        batch, kv_heads, heads // kv_heads, key_rows // tuning.key_tile,
         head_bytes=rows * ((dim + out_dim) * q.dtype.itemsize + dim * dq.dtype.itemsize), take_turns=deterministic,
     )  # fmt: skip
     tiles, counters = mosaic_chunks.shares(items.tiles(visits, order), sm_count(), whole=deterministic)
@@ -83,7 +82,7 @@ def flash_bwd(
     dq_ref, counters, turns = jax.new_ref(dq), jax.new_ref(counters), ()
     if deterministic:
         query_tiles = rows // QUERY_TILE
-        turn = jnp.zeros(batch * heads * query_tiles * tuning.column_parts, jnp.int32)
+        turn = jnp.zeros(batch * heads * query_tiles, jnp.int32)
         turns = (mosaic_walk.first_visitor(visits, query_tiles), jax.new_ref(turn))
     gradient = lambda columns: jax.ShapeDtypeStruct((items.splits * batch, key_rows, kv_heads, columns), jnp.float32)
     dk, dv = launch(
@@ -104,7 +103,7 @@ def _kernel(
 ):  # fmt: skip
     *turns, dk_ref, dv_ref = refs
     batch, rows, heads, _ = q_ref.shape
-    tuning, deterministic, parts, narrow = shape.tuning, shape.deterministic, shape.tuning.column_parts, shape.narrow
+    tuning, deterministic, narrow = shape.tuning, shape.deterministic, shape.narrow
 
     wg, number = lax.axis_index("wg"), lax.axis_index("block")
     block = Block(shape, **memory)
@@ -116,24 +115,25 @@ def _kernel(
         plgpu.set_max_registers(tuning.registers[0], action="increase")
         record = chunks.take(i32(0))
         run = functools.partial(Consumer(block, bounds_ref, wg).run, record.end)
-        accumulators = (plgpu.ACC((KEYS, columns), jnp.float32) for columns in (shape.dim_part, shape.out_part))
+        accumulators = (plgpu.ACC((KEYS, columns), jnp.float32) for columns in (shape.dk_columns, shape.dv_columns))
         pl.when(mine(record) >= 0)(lambda: pl.run_scoped(run, *accumulators))
 
     class Place:
         """Where the producer is: its item."""
 
         def __init__(self, index) -> None:
-            self.b, self.kv_head, place, self.part, split, self.first_head = items.at(index)
+            self.b, self.kv_head, place, split, self.first_head = items.at(index)
             self.key_tile = order_ref[place]
             self.bs = i32(0) if bounds_ref.shape[1] == 1 else self.b  # the batch row of the ranges
-            self.first_key = self.key_tile * KEY_TILE
+            self.first_key = self.key_tile * tuning.key_tile
             self.out_b = split * batch + self.b
+            self.first_column = lax.rem(index, i32(1))  # 0, but not known: a known slice would have to lie in its array
             lo, self.whole_lo, self.whole_hi, hi = [visits_ref[self.bs, self.key_tile, j] for j in range(4)]
             self.walk = Walk(lo, hi, order_ref[items.key_tiles] > 0, items.group, items.walks_down(index))
 
     def load_item(place: Place):
         """Producer's first warp: what its block needs once."""
-        keys = pl.ds(place.first_key, KEY_TILE)
+        keys = pl.ds(place.first_key, tuning.key_tile)
         plgpu.copy_gmem_to_smem(k_ref.at[place.b, keys, place.kv_head, :], block.k_smem, block.kv_full)
         plgpu.copy_gmem_to_smem(v_ref.at[place.b, keys, place.kv_head, :], block.v_smem, block.kv_full)
         block.notes[FIRST_KEY], block.notes[RANGES] = place.first_key, place.bs
@@ -144,7 +144,7 @@ def _kernel(
         b, h, at = place.b, place.first_head + g, pl.ds(qi * QUERY_TILE, QUERY_TILE)
         s, d = slot(i, tuning.stages), slot(i, tuning.out_stages)
         edge = (qi < place.whole_lo) | (qi >= place.whole_hi)
-        note = qi * QUERY_TILE + jnp.where(edge, i32(EDGE), i32(0)) + place.part * PART + flags
+        note = qi * QUERY_TILE + jnp.where(edge, i32(EDGE), i32(0)) + flags
         block.q_free.sync(s)
         block.notes[STAGE_NOTE + s] = note
         plgpu.copy_gmem_to_smem(q_ref.at[b, at, h, :], block.q_smem.at[s], block.q_full.at[s])
@@ -187,16 +187,17 @@ def _kernel(
         """A warp of the producer: adds the dQ of every tile, or of every other one where two warps take turns."""
 
         def tile(g, qi):
-            def add(w, buffer):
+            def add(start, w, buffer):
                 at = pl.ds(qi * QUERY_TILE, QUERY_TILE), place.first_head + g
-                to = dq_ref.at[place.b, *at, pl.ds(place.part * shape.dim_part + w * narrow, narrow)]
+                to = dq_ref.at[place.b, *at, pl.ds(w * shape.dq_columns + start, narrow)]
                 plgpu.copy_smem_to_gmem(block.dq_smem.at[buffer], to, reduction_op="add")
 
             if deterministic:
                 first_ref, turn_ref = turns
-                turn = ((place.b * heads + place.first_head + g) * (rows // QUERY_TILE) + qi) * parts + place.part
+                turn = (place.b * heads + place.first_head + g) * (rows // QUERY_TILE) + qi
                 wait_turn(turn_ref, turn, place.key_tile - first_ref[place.bs, qi])
-            each_result(adder, add)
+            for start in range(0, shape.dq_columns, narrow):
+                each_result(adder, functools.partial(add, start))
             if deterministic:
                 plgpu.wait_smem_to_gmem(0)
                 next_turn(turn_ref, turn)
@@ -215,11 +216,12 @@ def _kernel(
 
         def write(how):
             for x, start in shape.pieces():
-                ref, part_columns = ((dk_ref, shape.dim_part), (dv_ref, shape.out_part))[x]
+                ref, columns = ((dk_ref, shape.dk_columns), (dv_ref, shape.dv_columns))[x]
 
-                def add(w, buffer, ref=ref, column=place.part * part_columns + start):
-                    keys = pl.ds(place.first_key + w * KEYS, KEYS)
-                    to = ref.at[place.out_b, keys, place.kv_head, pl.ds(column, narrow)]
+                def add(w, buffer, ref=ref, start=start, columns=columns):
+                    key, column = (w * KEYS, start) if tuning.halves == 1 else (0, w * columns + start)
+                    at = pl.ds(place.first_key + key, KEYS), place.kv_head, pl.ds(place.first_column + column, narrow)
+                    to = ref.at[place.out_b, *at]
                     plgpu.copy_smem_to_gmem(block.dq_smem.at[buffer], to, reduction_op=how)
 
                 each_result(0, add)

@@ -6,6 +6,7 @@ flight at a time:
 
     overlapped    S dP | P dS | dV dQ dK | dQ out
     serial        S | P | dP | dV dS | dQ dK | dQ out
+    columns       S or dP | P | dV, dS | dQ dK | dQ out
 
 Serial is for where dK and dV leave no registers for S and dP at once (192/128), and for a softcap; dK takes dS from
 shared memory then. For 192/128 dQ comes a tile *late*: the other consumer's half of dS has long been there, the two
@@ -14,6 +15,13 @@ turns.)
 
     consumer 0   S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) |         S(i+1) ...
     consumer 1   ...    dQ(i-2) dK(i-1) |      S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) | ...
+
+*Columns* is for where a consumer's registers do not hold dK and dV of 64 keys (256). Both consumers have the same 64
+keys then. One makes S and P, the other dP and, from the first one's P, dS; both go through shared memory, and each
+consumer computes half of the columns of dV, dK and dQ from them.
+
+    consumer 0   S(i)  | P      | dV(i)       | dQ(i) dK(i) | S(i+1) ...
+    consumer 1   dP(i) |        | dV(i), dS   | dQ(i) dK(i) | dP(i+1) ...
 
 What differs from tile to tile and item to item (is there a mask, is it the last one) the producer leaves in shared
 memory as a *note*, so that the consumers need no registers for it.
@@ -38,7 +46,7 @@ from jax import lax
 
 from zigzag_jax.kernels.flash import mosaic_chunks
 from zigzag_jax.kernels.flash.contract import LOG2E, Settings
-from zigzag_jax.kernels.flash.mosaic_walk import KEY_TILE, QUERY_TILE
+from zigzag_jax.kernels.flash.mosaic_walk import QUERY_TILE
 from zigzag_jax.kernels.hopper import (
     ACC,
     COLUMN,
@@ -53,11 +61,11 @@ from zigzag_jax.kernels.hopper import (
 )
 
 CONSUMERS = 2
-KEYS = KEY_TILE // CONSUMERS  # of a consumer: the M of its wgmmas
+KEYS = 64  # of a consumer: the M of its wgmmas
 
 # notes, behind the records of chunks: of the item, its first key and the batch row of its ranges; of each tile of Q,
-# its first query and, as the lowest bits: the mask cuts the scores, another tile follows, the second part of columns
-EDGE, MORE, PART = 1, 2, 4
+# its first query and, as the lowest bits: the mask cuts the scores, another tile follows
+EDGE, MORE = 1, 2
 FIRST_KEY, RANGES, STAGE_NOTE = mosaic_chunks.SIZE, mosaic_chunks.SIZE + 1, mosaic_chunks.SIZE + 2
 
 _keep = lax.optimization_barrier  # holds LLVM back from moving a use above the wait that makes the value valid
@@ -67,12 +75,9 @@ _keep = lax.optimization_barrier  # holds LLVM back from moving a use above the 
 class BackwardTuning:
     """What may differ between head dims without changing the kernel's idea."""
 
-    schedule: Literal["overlapped", "late"] = "overlapped"
-    """Of a consumer's tile, see above. Overlapped with a softcap is serial, and late with `deterministic`. Late needs 2
-    ds_buffers, and no more than 3 stages of Q and dO together: named barriers."""
-
-    column_parts: int = 1
-    """Blocks that share the columns of dQ, dK and dV, each repeating S and dP: for head dims over 192."""
+    schedule: Literal["overlapped", "late", "columns"] = "overlapped"
+    """Of a consumer's tile, see above. Overlapped with a softcap is serial, and late with `deterministic`. Late and
+    columns need 2 ds_buffers, and late no more than 3 stages of Q and dO together: named barriers."""
 
     stages: int = 2
     """Tiles of Q in shared memory. With those of dO at most 5, for there are no more named barriers."""
@@ -84,25 +89,33 @@ class BackwardTuning:
     """Buffers of dQ on its way out: one a consumer, or one for both in turn."""
 
     ds_buffers: int = 2
-    """Buffers of dS."""
+    """Buffers of dS, and of P where it goes through shared memory."""
 
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
 
     def __post_init__(self) -> None:
         check_registers(CONSUMERS, self.registers)
-        if self.column_parts not in (1, 2):
-            raise ValueError(f"column_parts must be 1 or 2 (a tile's note has one bit for it), got {self.column_parts}")
-        if self.schedule not in ("overlapped", "late"):
-            raise ValueError(f"schedule must be overlapped or late, got {self.schedule!r}")
+        if self.schedule not in ("overlapped", "late", "columns"):
+            raise ValueError(f"schedule must be overlapped, late or columns, got {self.schedule!r}")
         late = self.schedule == "late"
-        if self.ds_buffers not in ((2,) if late else (1, 2)):
-            raise ValueError(f"ds_buffers must be 1 or 2, of schedule 'late' 2, got {self.ds_buffers}")
+        if self.ds_buffers not in ((1, 2) if self.schedule == "overlapped" else (2,)):
+            raise ValueError(f"ds_buffers must be 1 or 2, of schedules 'late' and 'columns' 2, got {self.ds_buffers}")
         if not 1 <= self.out_stages <= self.stages or self.stages + self.out_stages > (3 if late else 5):
             raise ValueError(
                 "out_stages must be at least 1, at most stages, and both together at most 5, of schedule 'late' 3, "
                 f"got {self.out_stages} and {self.stages}"
             )
+
+    @property
+    def halves(self) -> int:
+        """Parts of the columns, one for each consumer: 1 where each has keys of its own."""
+        return CONSUMERS if self.schedule == "columns" else 1
+
+    @property
+    def key_tile(self) -> int:
+        """Keys of an item."""
+        return KEYS * CONSUMERS // self.halves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,25 +132,30 @@ class Shape:
     tuning: BackwardTuning
 
     def __post_init__(self) -> None:
-        if self.tuning.column_parts > 1 and self.out_part % self.narrow:
+        if self.tuning.halves > 1 and self.dv_columns % self.narrow:
             raise ValueError(
-                f"a part of {self.out_part} columns of v must be a multiple of {self.narrow}, a piece of dv"
+                f"half of v's columns must be a multiple of {self.narrow}, a piece of dv, got {self.dv_columns}"
             )
 
     @property
-    def dim_part(self) -> int:
-        """Columns of dQ and dK that a block computes."""
-        return self.dim // self.tuning.column_parts
+    def dk_columns(self) -> int:
+        """Columns of dK that a consumer computes."""
+        return self.dim // self.tuning.halves
 
     @property
-    def out_part(self) -> int:
+    def dv_columns(self) -> int:
         """Columns of dV."""
-        return self.out_dim // self.tuning.column_parts
+        return self.out_dim // self.tuning.halves
+
+    @property
+    def dq_columns(self) -> int:
+        """Columns of dQ."""
+        return self.dim // CONSUMERS
 
     @property
     def narrow(self) -> int:
-        """Columns of dQ that a consumer computes, and of the pieces in which dK and dV are handed over."""
-        return self.dim_part // CONSUMERS
+        """Columns of the pieces in which dQ, dK and dV are handed over."""
+        return self.dq_columns // self.tuning.halves
 
     @property
     def late(self) -> bool:
@@ -165,19 +183,21 @@ class Shape:
 
         Of the last piece TMA leaves out the columns that are not there.
         """
-        parts = enumerate((self.dim_part, self.out_part))
+        parts = enumerate((self.dk_columns, self.dv_columns))
         return [(x, start) for x, columns in parts for start in range(0, columns, self.narrow)]
 
     def memory(self) -> dict[str, Any]:
         """The shared memory of a block and what TMA signals by, as `Block` takes them."""
-        tuning, dt, narrow = self.tuning, self.dtype, self.narrow
+        tuning, dt, keys, narrow = self.tuning, self.dtype, self.tuning.key_tile, self.narrow
+        transposed = smem((tuning.ds_buffers, keys, QUERY_TILE), dt, math.gcd(narrow, QUERY_TILE))
         return {
             "q_smem": smem((tuning.stages, QUERY_TILE, self.dim), dt, narrow),
             "do_smem": smem((tuning.out_stages, QUERY_TILE, self.out_dim), dt),
-            "k_smem": smem((KEY_TILE, self.dim), dt, narrow),
-            "v_smem": smem((KEY_TILE, self.out_dim), dt),
-            "ds_smem": smem((tuning.ds_buffers, KEY_TILE, QUERY_TILE), dt, math.gcd(narrow, QUERY_TILE)),
-            "dq_smem": smem((tuning.staging, QUERY_TILE, narrow), jnp.float32),
+            "k_smem": smem((keys, self.dim), dt, narrow),
+            "v_smem": smem((keys, self.out_dim), dt),
+            "ds_smem": transposed,
+            **({"p_smem": transposed} if tuning.halves > 1 else {}),
+            "dq_smem": smem((tuning.staging, QUERY_TILE, self.narrow), jnp.float32),
             "stats_smem": plgpu.SMEM((tuning.stages, 2, QUERY_TILE), jnp.float32),
             "notes": plgpu.SMEM((STAGE_NOTE + tuning.stages,), jnp.int32),
             "kv_full": plgpu.Barrier(num_arrivals=2),
@@ -201,16 +221,24 @@ class Block:
 
     def __init__(
         self, shape: Shape, *, q_smem, k_smem, v_smem, do_smem, ds_smem, dq_smem, stats_smem, notes,
-        kv_full, q_full, do_full,
+        kv_full, q_full, do_full, p_smem: Any = None,
     ) -> None:  # fmt: skip
         self.shape, tuning = shape, shape.tuning
         self.q_smem, self.k_smem, self.v_smem, self.do_smem = q_smem, k_smem, v_smem, do_smem
-        self.ds_smem, self.dq_smem, self.stats_smem, self.notes = ds_smem, dq_smem, stats_smem, notes
+        self.ds_smem, self.p_smem, self.dq_smem, self.stats_smem, self.notes = (
+            ds_smem,
+            p_smem,
+            dq_smem,
+            stats_smem,
+            notes,
+        )
         self.kv_full, self.q_full, self.do_full = kv_full, q_full, do_full
         everyone = CONSUMERS * WARPGROUP + WARP
         self.q_free = NamedBarriers(4, tuning.stages, everyone)
         self.do_free = NamedBarriers(self.q_free.end, tuning.out_stages, everyone)
-        self.ds_full = NamedBarriers(self.do_free.end, 2 * CONSUMERS if shape.late else 1, CONSUMERS * WARPGROUP)
+        # where columns are halved: P, dS
+        full = 2 * CONSUMERS if shape.late else tuning.halves
+        self.ds_full = NamedBarriers(self.do_free.end, full, CONSUMERS * WARPGROUP)
         self.ds_free = NamedBarriers(self.ds_full.end, 2 - tuning.ds_buffers, CONSUMERS * WARPGROUP)
         self.dq_full = NamedBarriers(self.ds_free.end, CONSUMERS * shape.adders, WARPGROUP + WARP)
         self.dq_free = NamedBarriers(self.dq_full.end, CONSUMERS, WARPGROUP + WARP)
@@ -237,7 +265,10 @@ class Consumer:
         if shape.late:  # the first tile multiplies whatever is in the place of a dS before it, and hands nothing over
             block.ds_full.arrive(_done_with(self.wg, -1))
         plgpu.barrier_wait(block.kv_full)
-        step = self._overlapped if tuning.schedule == "overlapped" and self.cap is None else self._serial
+        if tuning.schedule == "columns":
+            step = self._by_columns
+        else:
+            step = self._overlapped if tuning.schedule == "overlapped" and self.cap is None else self._serial
 
         def tile(state):
             i, _ = state
@@ -275,7 +306,7 @@ class Consumer:
             dp = _keep(plgpu.wgmma_accumulator_load(dp_acc, wait_n=0))
             ds = (p32 * dp).astype(self.shape.dtype)
             at = self._put_ds(ds, i)
-            plgpu.wgmma(dv_acc, p, block.do_smem.at[d, :, self._out_columns(s)])
+            plgpu.wgmma(dv_acc, p, block.do_smem.at[d])
             fence_smem()
             block.ds_full.sync()
             return ds, at
@@ -283,8 +314,8 @@ class Consumer:
         ds, at = pl.run_scoped(scores, _acc(KEYS, QUERY_TILE), _acc(KEYS, QUERY_TILE))
 
         def gradients(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._dq_columns(z, s)])
-            plgpu.wgmma(dk_acc, ds, block.q_smem.at[s, :, self._dim_columns(s)])
+            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.narrow)])
+            plgpu.wgmma(dk_acc, ds, block.q_smem.at[s])
             following = block.notes[STAGE_NOTE + s] & MORE
             plgpu.wgmma_wait(2)
             block.do_free.arrive(d)
@@ -306,11 +337,8 @@ class Consumer:
             if cap is None:
                 s_acc[...] = lse
             plgpu.wgmma(s_acc, block.k_smem.at[self._rows(z)], block.q_smem.at[s].T)
-            scores = plgpu.wgmma_accumulator_load(s_acc)
-            if cap is None:
-                return jnp.exp2(scores * self.to_log2).astype(dt), None
-            t = 1 - 2 / (jnp.exp2(scores * (2 * self.to_log2 / cap)) + 1)
-            return jnp.exp2(t * (cap * LOG2E) + lse).astype(dt), (1 - t * t).astype(dt)
+            found = self._exponentials(plgpu.wgmma_accumulator_load(s_acc), lse)
+            return [None if x is None else x.astype(dt) for x in found]
 
         p, slope = pl.run_scoped(probabilities, _acc(KEYS, QUERY_TILE))
         p = lax.cond(self._on_edge(s), lambda: self._masked(lambda: p, s, jnp.zeros((), dt)), lambda: p)
@@ -320,7 +348,7 @@ class Consumer:
             dp_acc[...] = _down(self._load(s, 1))
             plgpu.wgmma(dp_acc, block.v_smem.at[self._rows(z)], block.do_smem.at[d].T)
             dp = plgpu.wgmma_accumulator_load(dp_acc)
-            plgpu.wgmma(dv_acc, p, block.do_smem.at[d, :, self._out_columns(s)])
+            plgpu.wgmma(dv_acc, p, block.do_smem.at[d])
             p32, dp = _keep((p, dp))
             ds = p32.astype(jnp.float32) * dp
             return (ds if slope is None else ds * slope.astype(jnp.float32)).astype(dt)
@@ -338,8 +366,8 @@ class Consumer:
         block.ds_full.sync()
 
         def multiply(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._dq_columns(z, s)])
-            plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s, :, self._dim_columns(s)])
+            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.narrow)])
+            plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s])
             self._put_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), i, z)
             following = block.notes[STAGE_NOTE + s] & MORE
             plgpu.wgmma_wait(0)
@@ -355,8 +383,10 @@ class Consumer:
         plgpu.commit_smem()  # a fence and a barrier of this consumer: dK reads the dS of its own warps
 
         def multiply(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(i - 1)].T, block.k_smem.at[:, self._dq_columns(z, s)])
-            plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s, :, self._dim_columns(s)])
+            plgpu.wgmma(
+                dq_acc, block.ds_smem.at[_late_buffer(i - 1)].T, block.k_smem.at[:, self._share(z, self.shape.narrow)]
+            )
+            plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s])
             dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
             block.ds_full.arrive(_done_with(self.wg, i))  # now: the other consumer need not wait for dQ's buffer
             pl.when(i > 0)(lambda: self._put_dq(dq, i - 1, z))
@@ -373,10 +403,76 @@ class Consumer:
         block.ds_full.sync(_done_with(1 - self.wg, done - 1))
 
         def multiply(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(done - 1)].T, block.k_smem.at[:, self._dq_columns(z, 0)])
+            plgpu.wgmma(
+                dq_acc,
+                block.ds_smem.at[_late_buffer(done - 1)].T,
+                block.k_smem.at[:, self._share(z, self.shape.narrow)],
+            )
             self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)), done - 1, z)
 
         pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.narrow))
+
+    def _by_columns(self, dk_acc, dv_acc, i):
+        """Also with the softcap's slope, which comes with P in the place of dS."""
+        block, shape, tuning, dt = self.block, self.shape, self.shape.tuning, self.shape.dtype
+        z, s, d, at = zero(i), slot(i, tuning.stages), slot(i, tuning.out_stages), slot(i, tuning.ds_buffers)
+        p_full, ds_full = range(2)
+        plgpu.barrier_wait(block.q_full.at[s])
+
+        def probabilities():
+            lse = _down(self._load(s, 0))
+
+            def scores(s_acc):
+                if self.cap is None:
+                    s_acc[...] = lax.cond(self._on_edge(s), lambda: self._masked(lambda: lse, s, -jnp.inf), lambda: lse)
+                plgpu.wgmma(s_acc, block.k_smem.at[self._rows(z)], block.q_smem.at[s].T)
+                return plgpu.wgmma_accumulator_load(s_acc)
+
+            p, slope = self._exponentials(pl.run_scoped(scores, _acc(KEYS, QUERY_TILE)), lse)
+            if slope is not None:
+                p = lax.cond(self._on_edge(s), lambda: self._masked(lambda: p, s, jnp.zeros(())), lambda: p)
+                block.ds_smem[at] = (p * slope).astype(dt)
+            block.p_smem[at] = p.astype(dt)
+            fence_smem()
+            plgpu.barrier_wait(block.do_full.at[d])
+            return p
+
+        def dprobabilities():
+            plgpu.barrier_wait(block.do_full.at[d])
+
+            def multiply(dp_acc):
+                dp_acc[...] = _down(self._load(s, 1))
+                plgpu.wgmma(dp_acc, block.v_smem.at[self._rows(z)], block.do_smem.at[d].T)
+                return plgpu.wgmma_accumulator_load(dp_acc)
+
+            return pl.run_scoped(multiply, _acc(KEYS, QUERY_TILE))
+
+        dp = lax.cond(self.wg == 0, probabilities, dprobabilities)  # of consumer 0 it is P, which it needs no more
+        block.ds_full.sync(p_full)
+        plgpu.wgmma(dv_acc, block.p_smem.at[at], block.do_smem.at[d, :, self._share(z, shape.dv_columns)])
+
+        @pl.when(self.wg == 1)
+        def _():
+            p = plgpu.load((block.p_smem if self.cap is None else block.ds_smem).at[at], layout=ACC)
+            block.ds_smem[at] = (p.astype(jnp.float32) * dp).astype(dt)
+            fence_smem()
+
+        block.ds_full.sync(ds_full)
+
+        def gradients(dq_acc):
+            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, shape.dq_columns)])
+            plgpu.wgmma(dk_acc, block.ds_smem.at[at], block.q_smem.at[s, :, self._share(z, shape.dk_columns)])
+            following = block.notes[STAGE_NOTE + s] & MORE
+            plgpu.wgmma_wait(2)
+            block.do_free.arrive(d)
+            dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
+            for start in range(0, shape.dq_columns, shape.narrow):
+                self._put_dq(dq[:, start : start + shape.narrow], i, z)
+            plgpu.wgmma_wait(0)
+            block.q_free.arrive(s)
+            return following
+
+        return pl.run_scoped(gradients, _acc(QUERY_TILE, shape.dq_columns))
 
     # ------------------------------------------------------------ what they are made of
 
@@ -384,26 +480,21 @@ class Consumer:
         """The lse (0) or delta (1) of the queries in slot s."""
         return plgpu.load(self.block.stats_smem.at[s, which], layout=COLUMN)
 
+    def _share(self, z, size: int):
+        """Slice of `size` that is the consumer's."""
+        return pl.ds(pl.multiple_of((self.wg + z) * size, math.gcd(size, 64)), size)
+
     def _rows(self, z):
-        return pl.ds(pl.multiple_of((self.wg + z) * KEYS, KEYS), KEYS)
+        """Of K and V: this consumer's, or all."""
+        first = self.wg if self.shape.tuning.halves == 1 else 0
+        return pl.ds(pl.multiple_of((first + z) * KEYS, KEYS), KEYS)
 
-    def _columns(self, columns: int, s, start=0, width: int | None = None):
-        """Slice of a part of D or E columns, from `start`; all of them where there is one part."""
-        parts, width = self.shape.tuning.column_parts, width or columns
-        if parts == 1 and width == columns:
-            return slice(None)
-        part = lax.div(self.block.notes[STAGE_NOTE + s] & PART, i32(PART)) if parts > 1 else 0
-        at = start if parts == 1 else part * columns + start
-        return pl.ds(pl.multiple_of(at, math.gcd(width, 64)), width)
-
-    def _dq_columns(self, z, s):
-        return self._columns(self.shape.dim_part, s, (self.wg + z) * self.shape.narrow, self.shape.narrow)
-
-    def _dim_columns(self, s):
-        return self._columns(self.shape.dim_part, s)
-
-    def _out_columns(self, s):
-        return self._columns(self.shape.out_part, s)
+    def _exponentials(self, scores, lse):
+        """P of what S's wgmma left, and the softcap's slope or None."""
+        if self.cap is None:
+            return jnp.exp2(scores * self.to_log2), None
+        t = 1 - 2 / (jnp.exp2(scores * (2 * self.to_log2 / self.cap)) + 1)
+        return jnp.exp2(t * (self.cap * LOG2E) + lse), 1 - t * t
 
     def _on_edge(self, s):
         return self.block.notes[STAGE_NOTE + s] & EDGE > 0
@@ -415,7 +506,9 @@ class Consumer:
         """
         notes, bounds = self.block.notes, self.bounds
         row, b = pl.multiple_of(notes[STAGE_NOTE + s] & -QUERY_TILE, QUERY_TILE), notes[RANGES]
-        at, first_key = pl.ds(row, QUERY_TILE), notes[FIRST_KEY] + self.wg * KEYS
+        at, first_key = pl.ds(row, QUERY_TILE), notes[FIRST_KEY]
+        if self.shape.tuning.halves == 1:
+            first_key += self.wg * KEYS
         start = plgpu.load(bounds.at[0, b, at], layout=COLUMN, optimized=False) - first_key
         stop = plgpu.load(bounds.at[1, b, at], layout=COLUMN, optimized=False) - first_key
         key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)

@@ -1,10 +1,10 @@
 """Chunks: how blocks share the items of the backward, so that none idles while another has work left.
 
-An *item* is a walk over the query tiles that see 128 keys. It is long (a millisecond at 8192 tokens) and there may be
-fewer than two a multiprocessor, so that the last ones to begin end alone. So a walk is cut into *chunks*. The block
-that has the item claims them from the first on, in step with the blocks that read the same queries; *helpers*, blocks
-behind those of the items, which begin where the card has nothing else left, claim from the last on, of the item with
-most left. A block may begin late, too, because another kernel (NCCL's, which moves the next step's keys) holds its
+An *item* is a walk over the query tiles that see a tile of keys. It is long (a millisecond at 8192 tokens) and there
+may be fewer than two a multiprocessor, so that the last ones to begin end alone. So a walk is cut into *chunks*. The
+block that has the item claims them from the first on, in step with the blocks that read the same queries; *helpers*,
+blocks behind those of the items, which begin where the card has nothing else left, claim from the last on, of the item
+with most left. A block may begin late, too, because another kernel (NCCL's, which moves the next step's keys) holds its
 multiprocessor.
 
 What claims is a warp of the producer, half a chunk ahead; it leaves a *record* in shared memory for the rest of the

@@ -37,6 +37,6 @@ HOPPER: dict[tuple[int, int], Tuning] = {
     ),
     (256, 256): Tuning(
         ForwardTuning(key_tile=64, stage_out=False),
-        BackwardTuning(column_parts=2, stages=1, out_stages=1, staging=1, ds_buffers=1),
+        BackwardTuning(schedule="columns", out_stages=1),
     ),
 }  # fmt: skip

@@ -1,7 +1,8 @@
 """What the blocks of Hopper's backward do, in what order: decided from the key ranges, before any of them runs.
 
-An *item* is 128 keys of one kv head with some heads of its group. Its *walk* are the tiles of 64 queries that see any
-of the keys, head by head or tile by tile. mosaic_bwd.py computes them, mosaic_chunks.py shares them out.
+An *item* is a tile of keys of one kv head, 128 or 64, with some heads of its group. Its *walk* are the tiles of 64
+queries that see any of the keys, head by head or tile by tile. mosaic_bwd.py computes them, mosaic_chunks.py shares
+them out.
 """
 
 import jax.numpy as jnp
@@ -10,17 +11,17 @@ from jax import lax
 from zigzag_jax.kernels.hopper import i32, sm_count
 from zigzag_jax.ranges import KeyRange, tile_rows
 
-QUERY_TILE, KEY_TILE = 64, 128
+QUERY_TILE = 64
 TOGETHER = 256  # key tiles whose blocks run side by side, of as few kv heads as have so many: what they share is in L2
 L2_BYTES = 50 << 20  # of an H100 and an H200: a rough bound, for K and V are there too
 
 
-def visits(keys: KeyRange, key_rows: int):
+def visits(keys: KeyRange, key_rows: int, key_tile: int):
     """[B or 1, key tiles, 4] int32: query tiles lo..hi see some key of the tile, whole_lo..whole_hi all of it.
 
     In the order lo, whole_lo, whole_hi, hi.
     """
-    rows = tile_rows(keys, KEY_TILE, key_rows)
+    rows = tile_rows(keys, key_tile, key_rows)
     lo = rows.first // QUERY_TILE
     hi = jnp.maximum(-(-rows.end // QUERY_TILE), lo)
     whole_lo = jnp.clip(-(-rows.whole_first // QUERY_TILE), lo, hi)
@@ -56,34 +57,33 @@ class Items:
     """
 
     def __init__(
-        self, batch: int, kv_heads: int, group: int, key_tiles: int, parts: int, *, head_bytes: int, take_turns: bool
+        self, batch: int, kv_heads: int, group: int, key_tiles: int, *, head_bytes: int, take_turns: bool
     ) -> None:
-        self.kv_heads, self.key_tiles, self.parts = kv_heads, key_tiles, parts
+        self.kv_heads, self.key_tiles = kv_heads, key_tiles
         self.every = every = batch * kv_heads
         self.together = next(
             n for n in range(1, every + 1) if every % n == 0 and n * key_tiles >= min(TOGETHER, every * key_tiles)
         )
-        fill = [n for n in range(1, group + 1) if group % n == 0 and every * key_tiles * self.parts * n >= sm_count()]
+        fill = [n for n in range(1, group + 1) if group % n == 0 and every * key_tiles * n >= sm_count()]
         self.splits = fill[0] if fill else group  # items that share a group's heads: as few as fill the card
         self.group = group // self.splits
-        self.count = every * key_tiles * self.parts * self.splits
+        self.count = every * key_tiles * self.splits
         self.one_way = take_turns or self.together * group * head_bytes <= L2_BYTES
 
     def at(self, index):
-        """(batch row, kv head, key tile, column part, split, first query head) of item `index`."""
-        index, part = lax.div(index, i32(self.parts)), lax.rem(index, i32(self.parts))
+        """(batch row, kv head, key tile, split, first query head) of item `index`."""
         index, split = lax.div(index, i32(self.splits)), lax.rem(index, i32(self.splits))
         index, inner = lax.div(index, i32(self.together)), lax.rem(index, i32(self.together))
         outer, tile = lax.div(index, i32(self.key_tiles)), lax.rem(index, i32(self.key_tiles))
         head = outer * self.together + inner
         batch, kv_head = lax.div(head, i32(self.kv_heads)), lax.rem(head, i32(self.kv_heads))
-        return batch, kv_head, tile, part, split, (kv_head * self.splits + split) * self.group
+        return batch, kv_head, tile, split, (kv_head * self.splits + split) * self.group
 
     def walks_down(self, index):
         """Whether item `index` walks down through the query tiles: all, or every other wave of those side by side."""
         if self.one_way:
             return True
-        beside = self.together * self.key_tiles * self.parts * self.splits
+        beside = self.together * self.key_tiles * self.splits
         wave = lax.div(lax.rem(index, i32(beside)), i32(sm_count()))
         return lax.rem(wave, i32(2)) == 0
 
@@ -93,7 +93,7 @@ class Items:
         batch = self.every // self.kv_heads
         of_heads = jnp.broadcast_to(length[:, None], (batch, self.kv_heads, self.key_tiles))
         of_heads = of_heads.reshape(-1, self.together, self.key_tiles).swapaxes(1, 2)
-        return jnp.repeat(of_heads.reshape(-1), self.splits * self.parts)
+        return jnp.repeat(of_heads.reshape(-1), self.splits)
 
 
 class Walk:
