@@ -144,7 +144,7 @@ def test_contract(implementation, case):
     rng = np.random.default_rng(rows + key_rows)
     keys = KeyRange(*map(jnp.asarray, oracle.random_bounds(rng, batch, rows, key_rows)))
     if causal:
-        keys = KeyRange(0 * keys.start, jnp.arange(1, rows + 1, dtype=jnp.int32)[None])
+        keys = KeyRange(0 * keys.start, 0 * keys.stop + jnp.arange(1, rows + 1, dtype=jnp.int32)[None])
     mask = oracle.seen(*keys, key_rows)
     (q, whole_k, v, dout), k = draw(rng, CASES[case])
     dlse = jnp.asarray(rng.standard_normal((batch, heads.heads, rows)) * mask.any(-1)[:, None], jnp.float32)
@@ -359,7 +359,9 @@ def test_drawn_items_change_no_bit(case):
     rng = np.random.default_rng(rows + key_rows)
     # random ranges leave rows that see nothing, and items
     start, stop = (jnp.asarray(x).at[:, : rows // 2].set(0) for x in oracle.random_bounds(rng, batch, rows, key_rows))
-    keys = KeyRange(0 * start, jnp.arange(1, rows + 1, dtype=jnp.int32)[None]) if causal else KeyRange(start, stop)
+    if causal:
+        start, stop = 0 * start, 0 * stop + jnp.arange(1, rows + 1, dtype=jnp.int32)[None]
+    keys = KeyRange(start, stop)
     (q, whole_k, v, _), k = draw(rng, CASES[case])
     table = mosaic_tuning.HOPPER[heads.dim, heads.out_dim]
     k = k if shared == table.shared else whole_k

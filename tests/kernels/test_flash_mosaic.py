@@ -528,6 +528,8 @@ def test_preference_by_device(backend, capability, preference, monkeypatch, capl
 def test_tuning_and_barriers_name_their_rules():
     with pytest.raises(ValueError, match=r"key_tile must be 64, 128 or 256 .*, got 96"):
         mosaic_fwd.ForwardTuning(key_tile=96)
+    with pytest.raises(ValueError, match="staged must be none, 16 bit or all, got 'float32'"):
+        mosaic_fwd.ForwardTuning(staged="float32")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"shares must be fixed, drawn or cut, got 'all'"):
         mosaic_fwd.ForwardTuning(shares="all")  # pyright: ignore[reportArgumentType]
     wide, tuning = qkv(256, 256, rows=128), mosaic_fwd.ForwardTuning(key_tile=64, shares="cut")

@@ -84,8 +84,8 @@ class ForwardTuning:
     cut_sharing: int = 8
     """Where items are cut: neighbours in the order that share K and V, of one query head or of several."""
 
-    stage_out: bool = True
-    """The result leaves through shared memory by TMA, not from the registers."""
+    staged: Literal["none", "16 bit", "all"] = "all"
+    """The results that leave through shared memory by TMA, not from the registers: by their dtype."""
 
     shares: Literal["fixed", "drawn", "cut"] = "fixed"
     """The items of a block: every n-th; those it draws from a counter (mosaic_drawn.py); so, and of some items two
@@ -97,6 +97,8 @@ class ForwardTuning:
     def __post_init__(self) -> None:
         if self.key_tile not in (64, 128, 256):
             raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
+        if self.staged not in ("none", "16 bit", "all"):
+            raise ValueError(f"staged must be none, 16 bit or all, got {self.staged!r}")
         if self.shares not in ("fixed", "drawn", "cut"):
             raise ValueError(f"shares must be fixed, drawn or cut, got {self.shares!r}")
         check_registers(CONSUMERS, self.registers)
@@ -122,7 +124,7 @@ def flash_fwd(
         "k_full": plgpu.Barrier(num_arrivals=len(k_parts), num_barriers=tuning.stages),
         "v_full": plgpu.Barrier(num_barriers=tuning.stages),
     }
-    if tuning.stage_out:
+    if tuning.staged == "all" or (tuning.staged == "16 bit" and out_dtype != jnp.float32):
         scratch["out_smem"] = smem((CONSUMERS, ROWS, out_dim), out_dtype)
         if carry is not None and out_dtype == jnp.float32:
             scratch["carry_full"] = plgpu.Barrier(num_barriers=CONSUMERS)

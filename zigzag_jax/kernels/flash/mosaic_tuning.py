@@ -26,17 +26,17 @@ class Tuning(NamedTuple):
 
 
 HOPPER: dict[tuple[int, int], Tuning] = {
-    (64, 64): Tuning(ForwardTuning(stage_out=False, shares="cut")),
+    (64, 64): Tuning(ForwardTuning(staged="16 bit", shares="cut")),
     (96, 64): Tuning(ForwardTuning(shares="cut")),
     (96, 96): Tuning(ForwardTuning(shares="cut")),
     (128, 128): Tuning(ForwardTuning(shares="cut")),
     (192, 128): Tuning(
-        ForwardTuning(query_group=2, cut_sharing=16, stage_out=False, shares="cut"),
+        ForwardTuning(query_group=2, cut_sharing=16, staged="none", shares="cut"),
         BackwardTuning(schedule="late", out_stages=1),  # the second dS takes the second dO's memory and barriers
         shared=64,
     ),
     (256, 256): Tuning(
-        ForwardTuning(key_tile=64, stage_out=False),
+        ForwardTuning(key_tile=64, staged="none"),
         BackwardTuning(schedule="columns", out_stages=1),
     ),
 }  # fmt: skip
