@@ -53,7 +53,7 @@ CASES = {
 }
 
 
-LONG = {  # three chunks an item: 20 tiles of queries, or 24
+LONG = {  # two chunks an item, or three: 10 tiles of queries, 12, or 20
     "gqa4": Case(Heads(4, 1, 128, 128), 320, 140, wide=True),
     "mla": Case(Heads(4, 1, 192, 128), 384, 140, wide=True),
     "D256": Case(Heads(4, 1, 256, 256), 320, 140, wide=True),

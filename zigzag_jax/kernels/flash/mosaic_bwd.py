@@ -1,7 +1,7 @@
 """Flash attention backward for Hopper: five matmuls in one kernel, in Pallas Mosaic GPU.
 
-A block owns 128 keys of one kv head (an *item*; 64 where head_dim is 256), and walks over the query tiles
-(64 rows) of all heads of the group that see any of them (mosaic_walk.py); blocks that would idle help it
+A block owns 128 keys of one kv head (an *item*; 64 where its consumers halve the columns), and walks over the query
+tiles (64 rows) of all heads of the group that see any of them (mosaic_walk.py); blocks that would idle help it
 (mosaic_chunks.py). With keys along the rows of every score tile (FlashAttention-2, Dao 2023, algorithm 2;
 FlashAttention-3, Shah et al. 2024, section 3),
 
@@ -10,8 +10,8 @@ FlashAttention-3, Shah et al. 2024, section 3),
 
 P stays in registers for dV, and dS for dK; both are complete when the item ends. lse and delta enter as the *starting
 values* of the accumulators. dS goes through shared memory, too, so that each warpgroup computes half of dQ's columns
-over all 128 keys; dQ is staged in float32 and added to global memory by TMA (reduce-add), issued by a warp of the
-producer, and at the end dK and dV the same way:
+over all 128 keys (where consumers halve all columns, P and dS go this way only). dQ is staged in float32 and added to
+global memory by TMA (reduce-add), issued by a warp of the producer, and at the end dK and dV the same way:
 
     producer warp 0   Q dO of the next tile                          tensor core   S dP | dV dQ dK | S dP | ...
     producer warp 1   dQ of the last tile, added to global memory    other units      P dS      dQ out
@@ -103,7 +103,7 @@ def _kernel(
 ):  # fmt: skip
     *turns, dk_ref, dv_ref = refs
     batch, rows, heads, _ = q_ref.shape
-    tuning, deterministic, narrow = shape.tuning, shape.deterministic, shape.narrow
+    tuning, deterministic, piece = shape.tuning, shape.deterministic, shape.piece
 
     wg, number = lax.axis_index("wg"), lax.axis_index("block")
     block = Block(shape, **memory)
@@ -123,12 +123,12 @@ def _kernel(
 
         def __init__(self, index) -> None:
             self.b, self.kv_head, place, split, self.first_head = items.at(index)
-            self.key_tile = order_ref[place]
+            self.tile = order_ref[place]  # of keys
             self.bs = i32(0) if bounds_ref.shape[1] == 1 else self.b  # the batch row of the ranges
-            self.first_key = self.key_tile * tuning.key_tile
+            self.first_key = self.tile * tuning.key_tile
             self.out_b = split * batch + self.b
             self.first_column = lax.rem(index, i32(1))  # 0, but not known: a known slice would have to lie in its array
-            lo, self.whole_lo, self.whole_hi, hi = [visits_ref[self.bs, self.key_tile, j] for j in range(4)]
+            lo, self.whole_lo, self.whole_hi, hi = [visits_ref[self.bs, self.tile, j] for j in range(4)]
             self.walk = Walk(lo, hi, order_ref[items.key_tiles] > 0, items.group, items.walks_down(index))
 
     def load_item(place: Place):
@@ -189,14 +189,14 @@ def _kernel(
         def tile(g, qi):
             def add(start, w, buffer):
                 at = pl.ds(qi * QUERY_TILE, QUERY_TILE), place.first_head + g
-                to = dq_ref.at[place.b, *at, pl.ds(w * shape.dq_columns + start, narrow)]
+                to = dq_ref.at[place.b, *at, pl.ds(w * shape.dq_columns + start, piece)]
                 plgpu.copy_smem_to_gmem(block.dq_smem.at[buffer], to, reduction_op="add")
 
             if deterministic:
                 first_ref, turn_ref = turns
                 turn = (place.b * heads + place.first_head + g) * (rows // QUERY_TILE) + qi
-                wait_turn(turn_ref, turn, place.key_tile - first_ref[place.bs, qi])
-            for start in range(0, shape.dq_columns, narrow):
+                wait_turn(turn_ref, turn, place.tile - first_ref[place.bs, qi])
+            for start in range(0, shape.dq_columns, piece):
                 each_result(adder, functools.partial(add, start))
             if deterministic:
                 plgpu.wait_smem_to_gmem(0)
@@ -218,13 +218,13 @@ def _kernel(
             for x, start in shape.pieces():
                 ref, columns = ((dk_ref, shape.dk_columns), (dv_ref, shape.dv_columns))[x]
 
-                def add(w, buffer, ref=ref, start=start, columns=columns):
-                    key, column = (w * KEYS, start) if tuning.halves == 1 else (0, w * columns + start)
-                    at = pl.ds(place.first_key + key, KEYS), place.kv_head, pl.ds(place.first_column + column, narrow)
-                    to = ref.at[place.out_b, *at]
+                def add(ref, column, columns, w, buffer):
+                    keys = pl.ds(place.first_key + shape.first_key(w), KEYS)
+                    column += w * columns if tuning.by_columns else 0
+                    to = ref.at[place.out_b, keys, place.kv_head, pl.ds(place.first_column + column, piece)]
                     plgpu.copy_smem_to_gmem(block.dq_smem.at[buffer], to, reduction_op=how)
 
-                each_result(0, add)
+                each_result(0, functools.partial(add, ref, start, columns))
 
         chunks.add_up(item, done, write)
 

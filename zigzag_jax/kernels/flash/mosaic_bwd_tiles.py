@@ -1,17 +1,17 @@
 """What a consumer of Hopper's backward does with a tile of queries: the schedules, and what they may differ in.
 
 A consumer has 64 keys in shared memory and, tile by tile, 64 queries: it makes S, P, dP, dS and adds to its dV and dK.
-dS goes through shared memory, too, so that each consumer computes half of dQ's columns over all 128 keys. What is in
-flight at a time:
+dS goes through shared memory, too, so that each consumer computes half of dQ's columns over all 128 keys. (But for
+*columns*, below.) What is in flight at a time:
 
     overlapped    S dP | P dS | dV dQ dK | dQ out
     serial        S | P | dP | dV dS | dQ dK | dQ out
-    columns       S or dP | P | dV, dS | dQ dK | dQ out
+    columns       S or dP | P | dV dS | dV dQ dK | dQ out
 
-Serial is for where dK and dV leave no registers for S and dP at once (192/128), and for a softcap; dK takes dS from
-shared memory then. For 192/128 dQ comes a tile *late*: the other consumer's half of dS has long been there, the two
-need not meet, and one computes P and dS while the other multiplies. (`deterministic` needs the named barriers for its
-turns.)
+Serial is for where dK and dV leave no registers for S and dP at once (192/128), and in the place of overlapped for a
+softcap; dK takes dS from shared memory then. For 192/128 dQ comes a tile *late*: the other consumer's half of dS has
+long been there, the two need not meet, and one computes P and dS while the other multiplies. (`deterministic` needs the
+named barriers for its turns.)
 
     consumer 0   S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) |         S(i+1) ...
     consumer 1   ...    dQ(i-2) dK(i-1) |      S(i) | P | dP(i) dV(i) | dS | dQ(i-1) dK(i) | ...
@@ -20,8 +20,8 @@ turns.)
 keys then. One makes S and P, the other dP and, from the first one's P, dS; both go through shared memory, and each
 consumer computes half of the columns of dV, dK and dQ from them.
 
-    consumer 0   S(i)  | P      | dV(i)       | dQ(i) dK(i) | S(i+1) ...
-    consumer 1   dP(i) |        | dV(i), dS   | dQ(i) dK(i) | dP(i+1) ...
+    consumer 0   S(i)  | P      | dV(i)       | dV(i) dQ(i) dK(i) | S(i+1) ...
+    consumer 1   dP(i) |        | dV(i), dS   | dV(i) dQ(i) dK(i) | dP(i+1) ...
 
 What differs from tile to tile and item to item (is there a mask, is it the last one) the producer leaves in shared
 memory as a *note*, so that the consumers need no registers for it.
@@ -77,10 +77,11 @@ class BackwardTuning:
 
     schedule: Literal["overlapped", "late", "columns"] = "overlapped"
     """Of a consumer's tile, see above. Overlapped with a softcap is serial, and late with `deterministic`. Late and
-    columns need 2 ds_buffers, and late no more than 3 stages of Q and dO together: named barriers."""
+    columns need 2 ds_buffers: what one consumer stores of a tile the other may still multiply of the tile before."""
 
     stages: int = 2
-    """Tiles of Q in shared memory. With those of dO at most 5, for there are no more named barriers."""
+    """Tiles of Q in shared memory. With those of dO at most 5, with one of dS 4, and late 3, for there are no more
+    named barriers."""
 
     out_stages: int = 2
     """Tiles of dO in shared memory. More than of Q would lie idle."""
@@ -98,24 +99,24 @@ class BackwardTuning:
         check_registers(CONSUMERS, self.registers)
         if self.schedule not in ("overlapped", "late", "columns"):
             raise ValueError(f"schedule must be overlapped, late or columns, got {self.schedule!r}")
-        late = self.schedule == "late"
+        most = 3 if self.schedule == "late" else 3 + self.ds_buffers
         if self.ds_buffers not in ((1, 2) if self.schedule == "overlapped" else (2,)):
             raise ValueError(f"ds_buffers must be 1 or 2, of schedules 'late' and 'columns' 2, got {self.ds_buffers}")
-        if not 1 <= self.out_stages <= self.stages or self.stages + self.out_stages > (3 if late else 5):
+        if not 1 <= self.out_stages <= self.stages or self.stages + self.out_stages > most:
             raise ValueError(
-                "out_stages must be at least 1, at most stages, and both together at most 5, of schedule 'late' 3, "
+                f"out_stages must be at least 1, at most stages, and both together at most {most} here, "
                 f"got {self.out_stages} and {self.stages}"
             )
 
     @property
-    def halves(self) -> int:
-        """Parts of the columns, one for each consumer: 1 where each has keys of its own."""
-        return CONSUMERS if self.schedule == "columns" else 1
+    def by_columns(self) -> bool:
+        """Whether consumers have the same keys and each half of the columns, not all columns of keys of its own."""
+        return self.schedule == "columns"
 
     @property
     def key_tile(self) -> int:
         """Keys of an item."""
-        return KEYS * CONSUMERS // self.halves
+        return KEYS if self.by_columns else CONSUMERS * KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,20 +133,20 @@ class Shape:
     tuning: BackwardTuning
 
     def __post_init__(self) -> None:
-        if self.tuning.halves > 1 and self.dv_columns % self.narrow:
+        if self.tuning.by_columns and self.dv_columns % self.piece:
             raise ValueError(
-                f"half of v's columns must be a multiple of {self.narrow}, a piece of dv, got {self.dv_columns}"
+                f"half of v's columns must be a multiple of {self.piece}, a piece of dv, got {self.dv_columns}"
             )
 
     @property
     def dk_columns(self) -> int:
         """Columns of dK that a consumer computes."""
-        return self.dim // self.tuning.halves
+        return self.dim // CONSUMERS if self.tuning.by_columns else self.dim
 
     @property
     def dv_columns(self) -> int:
         """Columns of dV."""
-        return self.out_dim // self.tuning.halves
+        return self.out_dim // CONSUMERS if self.tuning.by_columns else self.out_dim
 
     @property
     def dq_columns(self) -> int:
@@ -153,9 +154,13 @@ class Shape:
         return self.dim // CONSUMERS
 
     @property
-    def narrow(self) -> int:
-        """Columns of the pieces in which dQ, dK and dV are handed over."""
-        return self.dq_columns // self.tuning.halves
+    def piece(self) -> int:
+        """Columns in which dQ, dK and dV are handed over."""
+        return self.dq_columns // CONSUMERS if self.tuning.by_columns else self.dq_columns
+
+    def first_key(self, consumer):
+        """The first key of a consumer among the item's."""
+        return consumer * (self.tuning.key_tile - KEYS)
 
     @property
     def late(self) -> bool:
@@ -184,20 +189,20 @@ class Shape:
         Of the last piece TMA leaves out the columns that are not there.
         """
         parts = enumerate((self.dk_columns, self.dv_columns))
-        return [(x, start) for x, columns in parts for start in range(0, columns, self.narrow)]
+        return [(x, start) for x, columns in parts for start in range(0, columns, self.piece)]
 
     def memory(self) -> dict[str, Any]:
         """The shared memory of a block and what TMA signals by, as `Block` takes them."""
-        tuning, dt, keys, narrow = self.tuning, self.dtype, self.tuning.key_tile, self.narrow
-        transposed = smem((tuning.ds_buffers, keys, QUERY_TILE), dt, math.gcd(narrow, QUERY_TILE))
+        tuning, dt, keys, share = self.tuning, self.dtype, self.tuning.key_tile, self.dq_columns
+        scores = smem((tuning.ds_buffers, keys, QUERY_TILE), dt, math.gcd(share, QUERY_TILE))
         return {
-            "q_smem": smem((tuning.stages, QUERY_TILE, self.dim), dt, narrow),
-            "do_smem": smem((tuning.out_stages, QUERY_TILE, self.out_dim), dt),
-            "k_smem": smem((keys, self.dim), dt, narrow),
+            "q_smem": smem((tuning.stages, QUERY_TILE, self.dim), dt, share),
+            "do_smem": smem((tuning.out_stages, QUERY_TILE, self.out_dim), dt, self.dv_columns),
+            "k_smem": smem((keys, self.dim), dt, share),
             "v_smem": smem((keys, self.out_dim), dt),
-            "ds_smem": transposed,
-            **({"p_smem": transposed} if tuning.halves > 1 else {}),
-            "dq_smem": smem((tuning.staging, QUERY_TILE, self.narrow), jnp.float32),
+            "ds_smem": scores,
+            **({"p_smem": scores} if tuning.by_columns else {}),
+            "dq_smem": smem((tuning.staging, QUERY_TILE, self.piece), jnp.float32),
             "stats_smem": plgpu.SMEM((tuning.stages, 2, QUERY_TILE), jnp.float32),
             "notes": plgpu.SMEM((STAGE_NOTE + tuning.stages,), jnp.int32),
             "kv_full": plgpu.Barrier(num_arrivals=2),
@@ -225,20 +230,13 @@ class Block:
     ) -> None:  # fmt: skip
         self.shape, tuning = shape, shape.tuning
         self.q_smem, self.k_smem, self.v_smem, self.do_smem = q_smem, k_smem, v_smem, do_smem
-        self.ds_smem, self.p_smem, self.dq_smem, self.stats_smem, self.notes = (
-            ds_smem,
-            p_smem,
-            dq_smem,
-            stats_smem,
-            notes,
-        )
+        self.p_smem, self.ds_smem, self.dq_smem = p_smem, ds_smem, dq_smem
+        self.stats_smem, self.notes = stats_smem, notes
         self.kv_full, self.q_full, self.do_full = kv_full, q_full, do_full
         everyone = CONSUMERS * WARPGROUP + WARP
         self.q_free = NamedBarriers(4, tuning.stages, everyone)
         self.do_free = NamedBarriers(self.q_free.end, tuning.out_stages, everyone)
-        # where columns are halved: P, dS
-        full = 2 * CONSUMERS if shape.late else tuning.halves
-        self.ds_full = NamedBarriers(self.do_free.end, full, CONSUMERS * WARPGROUP)
+        self.ds_full = NamedBarriers(self.do_free.end, 2 * CONSUMERS if shape.late else 1, CONSUMERS * WARPGROUP)
         self.ds_free = NamedBarriers(self.ds_full.end, 2 - tuning.ds_buffers, CONSUMERS * WARPGROUP)
         self.dq_full = NamedBarriers(self.ds_free.end, CONSUMERS * shape.adders, WARPGROUP + WARP)
         self.dq_free = NamedBarriers(self.dq_full.end, CONSUMERS, WARPGROUP + WARP)
@@ -265,7 +263,7 @@ class Consumer:
         if shape.late:  # the first tile multiplies whatever is in the place of a dS before it, and hands nothing over
             block.ds_full.arrive(_done_with(self.wg, -1))
         plgpu.barrier_wait(block.kv_full)
-        if tuning.schedule == "columns":
+        if tuning.by_columns:
             step = self._by_columns
         else:
             step = self._overlapped if tuning.schedule == "overlapped" and self.cap is None else self._serial
@@ -283,7 +281,7 @@ class Consumer:
             plgpu.wgmma_accumulator_load(dv_acc) * (1 / in_p),
         )
         for x, start in shape.pieces():
-            self._put(results[x][:, start : start + shape.narrow], zero(done), 0)
+            self._put(results[x][:, start : start + shape.piece], zero(done), 0)
 
     # ------------------------------------------------------------ schedules: a tile, and whether another follows
 
@@ -314,7 +312,7 @@ class Consumer:
         ds, at = pl.run_scoped(scores, _acc(KEYS, QUERY_TILE), _acc(KEYS, QUERY_TILE))
 
         def gradients(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.narrow)])
+            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.dq_columns)])
             plgpu.wgmma(dk_acc, ds, block.q_smem.at[s])
             following = block.notes[STAGE_NOTE + s] & MORE
             plgpu.wgmma_wait(2)
@@ -324,7 +322,7 @@ class Consumer:
             block.q_free.arrive(s)
             return following
 
-        return pl.run_scoped(gradients, _acc(QUERY_TILE, self.shape.narrow))
+        return pl.run_scoped(gradients, _acc(QUERY_TILE, self.shape.dq_columns))
 
     def _serial(self, dk_acc, dv_acc, i):
         """Also with the softcap's slope, 1 - tanh^2."""
@@ -366,7 +364,7 @@ class Consumer:
         block.ds_full.sync()
 
         def multiply(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.narrow)])
+            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.dq_columns)])
             plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s])
             self._put_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), i, z)
             following = block.notes[STAGE_NOTE + s] & MORE
@@ -374,7 +372,7 @@ class Consumer:
             block.q_free.arrive(s)
             return following
 
-        return pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.narrow))
+        return pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.dq_columns))
 
     def _gradients_late(self, dk_acc, at, i):
         """The same with dQ of the tile before, whose dS the other consumer has had a tile's time for."""
@@ -383,9 +381,8 @@ class Consumer:
         plgpu.commit_smem()  # a fence and a barrier of this consumer: dK reads the dS of its own warps
 
         def multiply(dq_acc):
-            plgpu.wgmma(
-                dq_acc, block.ds_smem.at[_late_buffer(i - 1)].T, block.k_smem.at[:, self._share(z, self.shape.narrow)]
-            )
+            mine = block.k_smem.at[:, self._share(z, self.shape.dq_columns)]
+            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(i - 1)].T, mine)
             plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s])
             dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
             block.ds_full.arrive(_done_with(self.wg, i))  # now: the other consumer need not wait for dQ's buffer
@@ -395,7 +392,7 @@ class Consumer:
             block.q_free.arrive(s)
             return following
 
-        return pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.narrow))
+        return pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.dq_columns))
 
     def _end_late(self, done) -> None:
         """Multiply dQ of the last tile."""
@@ -403,20 +400,16 @@ class Consumer:
         block.ds_full.sync(_done_with(1 - self.wg, done - 1))
 
         def multiply(dq_acc):
-            plgpu.wgmma(
-                dq_acc,
-                block.ds_smem.at[_late_buffer(done - 1)].T,
-                block.k_smem.at[:, self._share(z, self.shape.narrow)],
-            )
+            mine = block.k_smem.at[:, self._share(z, self.shape.dq_columns)]
+            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(done - 1)].T, mine)
             self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)), done - 1, z)
 
-        pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.narrow))
+        pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.dq_columns))
 
     def _by_columns(self, dk_acc, dv_acc, i):
         """Also with the softcap's slope, which comes with P in the place of dS."""
         block, shape, tuning, dt = self.block, self.shape, self.shape.tuning, self.shape.dtype
         z, s, d, at = zero(i), slot(i, tuning.stages), slot(i, tuning.out_stages), slot(i, tuning.ds_buffers)
-        p_full, ds_full = range(2)
         plgpu.barrier_wait(block.q_full.at[s])
 
         def probabilities():
@@ -434,7 +427,7 @@ class Consumer:
                 block.ds_smem[at] = (p * slope).astype(dt)
             block.p_smem[at] = p.astype(dt)
             fence_smem()
-            plgpu.barrier_wait(block.do_full.at[d])
+            plgpu.barrier_wait(block.do_full.at[d])  # for dV; each consumer waits for it once a tile
             return p
 
         def dprobabilities():
@@ -448,7 +441,7 @@ class Consumer:
             return pl.run_scoped(multiply, _acc(KEYS, QUERY_TILE))
 
         dp = lax.cond(self.wg == 0, probabilities, dprobabilities)  # of consumer 0 it is P, which it needs no more
-        block.ds_full.sync(p_full)
+        block.ds_full.sync()  # P is there, and the slope
         plgpu.wgmma(dv_acc, block.p_smem.at[at], block.do_smem.at[d, :, self._share(z, shape.dv_columns)])
 
         @pl.when(self.wg == 1)
@@ -457,7 +450,7 @@ class Consumer:
             block.ds_smem[at] = (p.astype(jnp.float32) * dp).astype(dt)
             fence_smem()
 
-        block.ds_full.sync(ds_full)
+        block.ds_full.sync()
 
         def gradients(dq_acc):
             plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, shape.dq_columns)])
@@ -465,9 +458,7 @@ class Consumer:
             following = block.notes[STAGE_NOTE + s] & MORE
             plgpu.wgmma_wait(2)
             block.do_free.arrive(d)
-            dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
-            for start in range(0, shape.dq_columns, shape.narrow):
-                self._put_dq(dq[:, start : start + shape.narrow], i, z)
+            self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
             plgpu.wgmma_wait(0)
             block.q_free.arrive(s)
             return following
@@ -486,7 +477,7 @@ class Consumer:
 
     def _rows(self, z):
         """Of K and V: this consumer's, or all."""
-        first = self.wg if self.shape.tuning.halves == 1 else 0
+        first = 0 if self.shape.tuning.by_columns else self.wg
         return pl.ds(pl.multiple_of((first + z) * KEYS, KEYS), KEYS)
 
     def _exponentials(self, scores, lse):
@@ -506,9 +497,7 @@ class Consumer:
         """
         notes, bounds = self.block.notes, self.bounds
         row, b = pl.multiple_of(notes[STAGE_NOTE + s] & -QUERY_TILE, QUERY_TILE), notes[RANGES]
-        at, first_key = pl.ds(row, QUERY_TILE), notes[FIRST_KEY]
-        if self.shape.tuning.halves == 1:
-            first_key += self.wg * KEYS
+        at, first_key = pl.ds(row, QUERY_TILE), notes[FIRST_KEY] + self.shape.first_key(self.wg)
         start = plgpu.load(bounds.at[0, b, at], layout=COLUMN, optimized=False) - first_key
         stop = plgpu.load(bounds.at[1, b, at], layout=COLUMN, optimized=False) - first_key
         key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)
@@ -531,7 +520,7 @@ class Consumer:
         block, w = self.block, self.wg + z
         block.dq_free.sync(w)
         at = w if self.shape.tuning.staging == CONSUMERS else z
-        if x.shape[1] == self.shape.narrow:
+        if x.shape[1] == self.shape.piece:
             block.dq_smem[at] = x
         else:
             block.dq_smem[at, :, : x.shape[1]] = x
@@ -540,7 +529,9 @@ class Consumer:
 
     def _put_dq(self, dq, i, z) -> None:
         """Hand over what was multiplied of tile i."""
-        self._put(dq * (self.scale / self.shape.scale_in_p), z, 0 if self.shape.adders == 1 else lax.rem(i, i32(2)))
+        dq, adder = dq * (self.scale / self.shape.scale_in_p), 0 if self.shape.adders == 1 else lax.rem(i, i32(2))
+        for start in range(0, self.shape.dq_columns, self.shape.piece):
+            self._put(dq[:, start : start + self.shape.piece], z, adder)
 
 
 def _acc(m: int, n: int):

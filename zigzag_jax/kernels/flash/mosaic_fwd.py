@@ -20,8 +20,8 @@ and without a mask. Tiles that no row sees are not loaded, an item that sees not
 A carry (out, lse) is one more "tile" at the end: m = lse, l = 1, a = out. Where the result is float32 it is written
 back in place: two ring steps are merged without a pass of their own. Such a carry comes and goes by TMA through the
 buffer in shared memory from which results leave; the producer fetches it while the item is computed (with fixed shares
-a second warp of it). Where there is no room for that buffer (or the result is narrower than the carry) it is read into
-registers while the last PV runs.
+a second warp of it). Where float32 results do not leave by such a buffer, or the result is narrower than the carry, it
+is read into registers while the last PV runs.
 """
 
 # Pallas' annotations do not know refs, layouts and the inline_mgpu decorator; the compile tests check these calls
@@ -124,7 +124,7 @@ def flash_fwd(
         "k_full": plgpu.Barrier(num_arrivals=len(k_parts), num_barriers=tuning.stages),
         "v_full": plgpu.Barrier(num_barriers=tuning.stages),
     }
-    if tuning.staged == "all" or (tuning.staged == "16 bit" and out_dtype != jnp.float32):
+    if tuning.staged == "all" or (tuning.staged == "16 bit" and jnp.dtype(out_dtype).itemsize == 2):
         scratch["out_smem"] = smem((CONSUMERS, ROWS, out_dim), out_dtype)
         if carry is not None and out_dtype == jnp.float32:
             scratch["carry_full"] = plgpu.Barrier(num_barriers=CONSUMERS)
@@ -407,12 +407,14 @@ def _kernel(
         def write(out, lse):
             b, h, my_rows = place()
             store(lse_ref.at[b, h, my_rows], lse)
+            if out is None:  # stored before, some columns at a time
+                return
             if out_smem is not None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 out_smem[wg] = out.astype(out_ref.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_smem.at[wg], out_ref.at[b, my_rows, h, :])
-            elif out is not None:
+            else:
                 store(out_ref.at[b, my_rows, h, :], out.astype(out_ref.dtype))
 
         def nothing():
