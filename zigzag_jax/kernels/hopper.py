@@ -135,14 +135,14 @@ def _named_barrier(what: str, barrier, threads: int) -> None:
 
         @plgpu.inline_mgpu()
         def static(_):
-            mgpu.utils.inline_ptx(f"bar.{what} {barrier}, {threads};")
+            mgpu.utils.inline_ptx(f"bar.{what} {barrier}, {threads};", convergent=True)
 
         static()
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,))
     def traced(_, b):
-        mgpu.utils.inline_ptx(f"bar.{what} $0, {threads};", b.registers[()])
+        mgpu.utils.inline_ptx(f"bar.{what} $0, {threads};", b.registers[()], convergent=True)
 
     traced(barrier)
 
@@ -179,7 +179,7 @@ def wait_turn(turns, index, value) -> None:
             bar.warp.sync 0xffffffff;
             fence.proxy.async;
             }""",
-            mgpu.utils.memref_ptr(ref), i.registers[()], v.registers[()],
+            mgpu.utils.memref_ptr(ref), i.registers[()], v.registers[()], convergent=True,
         )  # fmt: skip
 
     wait(turns, index, value)
@@ -199,7 +199,7 @@ def next_turn(turns, index) -> None:
             elect.sync _|p, 0xffffffff;
             @p red.release.gpu.global.add.s32 [a], 1;
             }""",
-            mgpu.utils.memref_ptr(ref), i.registers[()],
+            mgpu.utils.memref_ptr(ref), i.registers[()], convergent=True,
         )  # fmt: skip
 
     signal(turns, index)
