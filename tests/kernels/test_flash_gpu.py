@@ -106,6 +106,11 @@ def draw(rng, case: Case):
     return (q, given.whole(), v, dout), given
 
 
+def causal_keys(batch: int, rows: int) -> KeyRange:
+    start = jnp.zeros((batch, rows), jnp.int32)
+    return KeyRange(start, start + jnp.arange(1, rows + 1, dtype=jnp.int32)[None])
+
+
 def named(given, dk) -> dict:
     """The gradient of k, whole or split, by the names of its parts."""
     if not isinstance(given, SplitKeys):
@@ -144,7 +149,7 @@ def test_contract(implementation, case):
     rng = np.random.default_rng(rows + key_rows)
     keys = KeyRange(*map(jnp.asarray, oracle.random_bounds(rng, batch, rows, key_rows)))
     if causal:
-        keys = KeyRange(0 * keys.start, 0 * keys.stop + jnp.arange(1, rows + 1, dtype=jnp.int32)[None])
+        keys = causal_keys(batch, rows)
     mask = oracle.seen(*keys, key_rows)
     (q, whole_k, v, dout), k = draw(rng, CASES[case])
     dlse = jnp.asarray(rng.standard_normal((batch, heads.heads, rows)) * mask.any(-1)[:, None], jnp.float32)
@@ -359,9 +364,7 @@ def test_drawn_items_change_no_bit(case):
     rng = np.random.default_rng(rows + key_rows)
     # random ranges leave rows that see nothing, and items
     start, stop = (jnp.asarray(x).at[:, : rows // 2].set(0) for x in oracle.random_bounds(rng, batch, rows, key_rows))
-    if causal:
-        start, stop = 0 * start, 0 * stop + jnp.arange(1, rows + 1, dtype=jnp.int32)[None]
-    keys = KeyRange(start, stop)
+    keys = causal_keys(batch, rows) if causal else KeyRange(start, stop)
     (q, whole_k, v, _), k = draw(rng, CASES[case])
     table = mosaic_tuning.HOPPER[heads.dim, heads.out_dim]
     k = k if shared == table.shared else whole_k

@@ -99,13 +99,13 @@ class BackwardTuning:
         check_registers(CONSUMERS, self.registers)
         if self.schedule not in ("overlapped", "late", "columns"):
             raise ValueError(f"schedule must be overlapped, late or columns, got {self.schedule!r}")
-        most = 3 if self.schedule == "late" else 3 + self.ds_buffers
         if self.ds_buffers not in ((1, 2) if self.schedule == "overlapped" else (2,)):
             raise ValueError(f"ds_buffers must be 1 or 2, of schedules 'late' and 'columns' 2, got {self.ds_buffers}")
+        most = 3 if self.schedule == "late" else 3 + self.ds_buffers
         if not 1 <= self.out_stages <= self.stages or self.stages + self.out_stages > most:
             raise ValueError(
-                f"out_stages must be at least 1, at most stages, and both together at most {most} here, "
-                f"got {self.out_stages} and {self.stages}"
+                f"out_stages must be at least 1, at most stages, and both together at most {most} with schedule "
+                f"{self.schedule!r} and {self.ds_buffers} ds_buffers, got {self.out_stages} and {self.stages}"
             )
 
     @property
@@ -138,15 +138,18 @@ class Shape:
                 f"half of v's columns must be a multiple of {self.piece}, a piece of dv, got {self.dv_columns}"
             )
 
+    def _shared(self, columns: int) -> int:
+        return columns // CONSUMERS if self.tuning.by_columns else columns
+
     @property
     def dk_columns(self) -> int:
         """Columns of dK that a consumer computes."""
-        return self.dim // CONSUMERS if self.tuning.by_columns else self.dim
+        return self._shared(self.dim)
 
     @property
     def dv_columns(self) -> int:
         """Columns of dV."""
-        return self.out_dim // CONSUMERS if self.tuning.by_columns else self.out_dim
+        return self._shared(self.out_dim)
 
     @property
     def dq_columns(self) -> int:
@@ -156,7 +159,7 @@ class Shape:
     @property
     def piece(self) -> int:
         """Columns in which dQ, dK and dV are handed over."""
-        return self.dq_columns // CONSUMERS if self.tuning.by_columns else self.dq_columns
+        return self._shared(self.dq_columns)
 
     def first_key(self, consumer):
         """The first key of a consumer among the item's."""
@@ -312,15 +315,9 @@ class Consumer:
         ds, at = pl.run_scoped(scores, _acc(KEYS, QUERY_TILE), _acc(KEYS, QUERY_TILE))
 
         def gradients(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.dq_columns)])
+            self._multiply_dq(dq_acc, at, z)
             plgpu.wgmma(dk_acc, ds, block.q_smem.at[s])
-            following = block.notes[STAGE_NOTE + s] & MORE
-            plgpu.wgmma_wait(2)
-            block.do_free.arrive(d)
-            self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
-            plgpu.wgmma_wait(0)
-            block.q_free.arrive(s)
-            return following
+            return self._end(dq_acc, i)
 
         return pl.run_scoped(gradients, _acc(QUERY_TILE, self.shape.dq_columns))
 
@@ -364,7 +361,7 @@ class Consumer:
         block.ds_full.sync()
 
         def multiply(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.dq_columns)])
+            self._multiply_dq(dq_acc, at, z)
             plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s])
             self._put_dq(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1), i, z)
             following = block.notes[STAGE_NOTE + s] & MORE
@@ -381,8 +378,7 @@ class Consumer:
         plgpu.commit_smem()  # a fence and a barrier of this consumer: dK reads the dS of its own warps
 
         def multiply(dq_acc):
-            mine = block.k_smem.at[:, self._share(z, self.shape.dq_columns)]
-            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(i - 1)].T, mine)
+            self._multiply_dq(dq_acc, _late_buffer(i - 1), z)
             plgpu.wgmma(dk_acc, block.ds_smem.at[at, self._rows(z)], block.q_smem.at[s])
             dq = _keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1))
             block.ds_full.arrive(_done_with(self.wg, i))  # now: the other consumer need not wait for dQ's buffer
@@ -400,8 +396,7 @@ class Consumer:
         block.ds_full.sync(_done_with(1 - self.wg, done - 1))
 
         def multiply(dq_acc):
-            mine = block.k_smem.at[:, self._share(z, self.shape.dq_columns)]
-            plgpu.wgmma(dq_acc, block.ds_smem.at[_late_buffer(done - 1)].T, mine)
+            self._multiply_dq(dq_acc, _late_buffer(done - 1), z)
             self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=0)), done - 1, z)
 
         pl.run_scoped(multiply, _acc(QUERY_TILE, self.shape.dq_columns))
@@ -453,15 +448,9 @@ class Consumer:
         block.ds_full.sync()
 
         def gradients(dq_acc):
-            plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, shape.dq_columns)])
+            self._multiply_dq(dq_acc, at, z)
             plgpu.wgmma(dk_acc, block.ds_smem.at[at], block.q_smem.at[s, :, self._share(z, shape.dk_columns)])
-            following = block.notes[STAGE_NOTE + s] & MORE
-            plgpu.wgmma_wait(2)
-            block.do_free.arrive(d)
-            self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
-            plgpu.wgmma_wait(0)
-            block.q_free.arrive(s)
-            return following
+            return self._end(dq_acc, i)
 
         return pl.run_scoped(gradients, _acc(QUERY_TILE, shape.dq_columns))
 
@@ -477,8 +466,7 @@ class Consumer:
 
     def _rows(self, z):
         """Of K and V: this consumer's, or all."""
-        first = 0 if self.shape.tuning.by_columns else self.wg
-        return pl.ds(pl.multiple_of((first + z) * KEYS, KEYS), KEYS)
+        return pl.ds(pl.multiple_of(self.shape.first_key(self.wg) + z * KEYS, KEYS), KEYS)
 
     def _exponentials(self, scores, lse):
         """P of what S's wgmma left, and the softcap's slope or None."""
@@ -503,6 +491,23 @@ class Consumer:
         key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)
         x = _keep(jnp.where(key >= _down(start), x(), fill))
         return jnp.where(key < _down(stop), x, fill)
+
+    def _multiply_dq(self, dq_acc, at, z) -> None:
+        """Start what makes this consumer's columns of dQ of the dS in buffer `at`."""
+        block = self.block
+        plgpu.wgmma(dq_acc, block.ds_smem.at[at].T, block.k_smem.at[:, self._share(z, self.shape.dq_columns)])
+
+    def _end(self, dq_acc, i):
+        """What a tile ends with while its dV, dQ and dK are multiplied, in that order; returns whether one follows."""
+        block, tuning = self.block, self.shape.tuning
+        z, s, d = zero(i), slot(i, tuning.stages), slot(i, tuning.out_stages)
+        following = block.notes[STAGE_NOTE + s] & MORE
+        plgpu.wgmma_wait(2)
+        block.do_free.arrive(d)
+        self._put_dq(_keep(plgpu.wgmma_accumulator_load(dq_acc, wait_n=1)), i, z)
+        plgpu.wgmma_wait(0)
+        block.q_free.arrive(s)
+        return following
 
     def _put_ds(self, ds, i):
         """Store this consumer's dS of tile i; returns where."""
