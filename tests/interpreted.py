@@ -143,6 +143,11 @@ def _inline(self, own_claims: bool, eqn, token, get_invals):
             bounds = [struct.unpack(">f", bytes.fromhex(bound))[0] for bound in around["bounds"]]
             found = [jnp.any(x < bound) for x, bound in zip(args, bounds, strict=True)]
             return token, [jnp.stack(found).any().astype(jnp.int32)]  # of a warpgroup, where a GPU asks each warp
+        case "where_between.select":
+            x, first, end = args
+            column = jnp.arange(x.shape[1])[None]
+            seen = (column >= first[:, None]) & (column < end[:, None])
+            return token, [jnp.where(seen, x, jnp.asarray(around["other"], x.dtype))]
         case "draw.take":
             return call(_change, args[0], NONE, change=lambda x: x + 1, result=True)
         case "raise_to.at_least":

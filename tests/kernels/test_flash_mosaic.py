@@ -284,6 +284,10 @@ def test_visits_are_the_visible_tiles(seed, key_tile):
         lo, whole_lo, whole_hi, hi = visits[b, t]
         assert set(np.flatnonzero(some[b, :, t])) <= set(range(lo, hi))
         assert set(range(whole_lo, whole_hi)) == set(np.flatnonzero(whole[b, :, t]))
+        for q in range(lo, hi):  # what cuts the tile: ranges that stop before its last key, that start after its first
+            start, stop = (np.asarray(x)[b, q * query_tile : (q + 1) * query_tile] for x in keys)
+            assert (q < whole_lo) == (stop < (t + 1) * key_tile).any()
+            assert (q >= whole_hi) == (start > t * key_tile).any()
     for b, q in itertools.product(range(2), range(8)):  # the visitors of a query tile are neighbours
         visitors = [t for t in range(key_rows // key_tile) if visits[b, t, 0] <= q < visits[b, t, 3]]
         assert visitors == list(range(first[b, q], first[b, q] + len(visitors)))
@@ -528,6 +532,8 @@ def test_preference_by_device(backend, capability, preference, monkeypatch, capl
 def test_tuning_and_barriers_name_their_rules():
     with pytest.raises(ValueError, match=r"key_tile must be 64, 128 or 256 .*, got 96"):
         mosaic_fwd.ForwardTuning(key_tile=96)
+    with pytest.raises(ValueError, match="stages must be at least 2, got 1"):
+        mosaic_fwd.ForwardTuning(stages=1)
     with pytest.raises(ValueError, match="staged must be none, 16 bit or all, got 'float32'"):
         mosaic_fwd.ForwardTuning(staged="float32")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"shares must be fixed, drawn or cut, got 'all'"):

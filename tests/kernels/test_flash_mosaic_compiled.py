@@ -38,14 +38,8 @@ FORMS = {  # carry, result, a range for each of two batch rows
     "carry-batch": (True, F32, True),
     "last": (True, jnp.bfloat16, False),
 }
-# bytes of stack that are left, by head dim and form: a few values stored and loaded once an item, where a narrow result
-# continues a carry and in MLA's softcap, which no model has
-STACK = {
-    ("forward", 128, "last"): 8,
-    ("forward", 192, "last"): 8,
-    ("forward", 192, "softcap"): 24,
-    ("backward", 192, "softcap"): 88,
-}
+# bytes of stack that are left, by head dim and form: with a softcap, which no model here has
+STACK = {("forward", 128, "softcap"): 24, ("backward", 192, "softcap"): 80}
 # heads whose keys come in two parts are given whole ones by few: these forms do
 WHOLE = ("plain", "carry")
 # the models' own runs

@@ -22,7 +22,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
-from jaxlib.mlir.dialects import vector
+from jaxlib.mlir.dialects import arith, vector
 
 log = logging.getLogger(__name__)
 
@@ -272,6 +272,64 @@ def any_below(*pairs) -> Any:
         return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
     return vote(*(x for x, _ in pairs))
+
+
+def where_between(x, first, end, other: float) -> Any:
+    """`x` in the columns from `first` to `end` of each row, `other` in the rest.
+
+    x: [64, n] in an accumulator's layout, n a multiple of 8; first, end: int32 [64], at least -2^30, beyond the columns
+    too. A thread's columns of a row become bits of a number, made of the two bounds by shifts, and one select an
+    element is left (FlashAttention-4). Compared with the bounds, an element takes two comparisons and two selects, and
+    every column a register.
+    """
+    result = plgpu.ShapeDtypeStruct(x.shape, x.dtype, ACC)
+
+    @plgpu.inline_mgpu(arg_types=(ACC, ROW, ROW), return_type=result)
+    def select(_, x, first, end):
+        constant = lambda value: mgpu.utils.c(value, mgpu.utils.dtype_to_ir_type(jnp.int32))
+        rest = mgpu.utils.c(other, x.mlir_dtype)
+        registers = x.registers.reshape(-1, 2).copy()  # pairs of columns, eight apart, of a thread's two rows
+        for row in range(2):
+            bounds = [vector.extract(bound.registers.reshape(2)[row], [], [0]) for bound in (first, end)]
+            for start in range(0, len(registers), 16):
+                from_first, from_end = (_columns_from(bound, 8 * start) for bound in bounds)
+                between = arith.andi(from_first, arith.xori(from_end, constant(-1)))
+                for i in range(start, min(start + 16, len(registers))):
+                    for column in range(2):
+                        bit = arith.andi(between, constant(1 << (2 * (i - start) + column)))
+                        kept = arith.cmpi(arith.CmpIPredicate.ne, bit, constant(0))
+                        value = arith.select(kept, vector.extract(registers[i, row], [], [column]), rest)
+                        registers[i, row] = vector.insert(value, registers[i, row], [], [column])
+        return mgpu.FragmentedArray(
+            _registers=registers.reshape(x.registers.shape), _layout=x.layout, _is_signed=x.is_signed
+        )
+
+    return select(x, first, end)
+
+
+def _columns_from(bound, start: int):
+    """Of the 32 columns that this thread has of 128 from `start` on: those that are not below the bound, as bits.
+
+    Lane l has columns 8 j + 2 (l % 4) and the one after it, so those below the bound are two of every eight and, of
+    the last ones, two at most. PTX because its shift by 32 and more gives 0, where LLVM's is undefined.
+    """
+    return mgpu.utils.inline_ptx(
+        f"""{{
+        .reg .b32 n, r;
+        mov.u32 n, %laneid;
+        and.b32 n, n, 3;
+        mad.lo.s32 n, n, -2, {-start};
+        add.s32 n, n, $1;
+        max.s32 n, n, 0;
+        and.b32 r, n, 7;
+        min.s32 r, r, 2;
+        shr.u32 n, n, 3;
+        mad.lo.s32 n, n, 2, r;
+        mov.b32 $0, -1;
+        shl.b32 $0, $0, n;
+        }}""",
+        bound, result_types=mgpu.utils.dtype_to_ir_type(jnp.int32),
+    )  # fmt: skip
 
 
 def raise_to(counter, number) -> None:

@@ -41,12 +41,13 @@ from zigzag_jax.kernels.flash import mosaic_chunks, mosaic_walk
 from zigzag_jax.kernels.flash.contract import LOG2E, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd_tiles import (
     CONSUMERS,
-    EDGE,
     FIRST_KEY,
     KEYS,
     MORE,
     RANGES,
     STAGE_NOTE,
+    STARTS,
+    STOPS,
     BackwardTuning,
     Block,
     Consumer,
@@ -143,10 +144,10 @@ def _kernel(
         g, qi = place.walk.at(position)
         b, h, at = place.b, place.first_head + g, pl.ds(qi * QUERY_TILE, QUERY_TILE)
         s, d = slot(i, tuning.stages), slot(i, tuning.out_stages)
-        edge = (qi < place.whole_lo) | (qi >= place.whole_hi)
-        note = qi * QUERY_TILE + jnp.where(edge, i32(EDGE), i32(0)) + flags
+        flags += jnp.where(qi < place.whole_lo, i32(STOPS), i32(0))
+        flags += jnp.where(qi >= place.whole_hi, i32(STARTS), i32(0))
         block.q_free.sync(s)
-        block.notes[STAGE_NOTE + s] = note
+        block.notes[STAGE_NOTE + s] = qi * QUERY_TILE + flags
         plgpu.copy_gmem_to_smem(q_ref.at[b, at, h, :], block.q_smem.at[s], block.q_full.at[s])
         plgpu.copy_gmem_to_smem(lse_ref.at[b, h, at], block.stats_smem.at[s, 0], block.q_full.at[s])
         plgpu.copy_gmem_to_smem(delta_ref.at[b, h, at], block.stats_smem.at[s, 1], block.q_full.at[s])

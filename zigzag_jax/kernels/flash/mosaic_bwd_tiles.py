@@ -64,8 +64,8 @@ CONSUMERS = 2
 KEYS = 64  # of a consumer: the M of its wgmmas
 
 # notes, behind the records of chunks: of the item, its first key and the batch row of its ranges; of each tile of Q,
-# its first query and, as the lowest bits: the mask cuts the scores, another tile follows
-EDGE, MORE = 1, 2
+# its first query and, as the lowest bits: some ranges start after the first key, stop before the last, another follows
+STARTS, STOPS, MORE = 1, 2, 4
 FIRST_KEY, RANGES, STAGE_NOTE = mosaic_chunks.SIZE, mosaic_chunks.SIZE + 1, mosaic_chunks.SIZE + 2
 
 _keep = lax.optimization_barrier  # holds LLVM back from moving a use above the wait that makes the value valid
@@ -221,7 +221,10 @@ def zero(i):
 
 def slot(i, count: int):
     """Where the i-th of something is that has `count` places."""
-    return lax.rem(i, i32(count)) if count > 1 else zero(i)
+    if count == 1:
+        return zero(i)
+    # i is not negative, which LLVM does not know: `rem` by a power of two takes it four instructions
+    return i & (count - 1) if count & (count - 1) == 0 else lax.rem(i, i32(count))
 
 
 class Block:
@@ -294,9 +297,7 @@ class Consumer:
         plgpu.barrier_wait(block.q_full.at[s])
 
         def scores(s_acc, dp_acc):
-            lse = self._load(s, 0)
-            s0 = lax.cond(self._on_edge(s), lambda: self._masked(lambda: _down(lse), s, -jnp.inf), lambda: _down(lse))
-            dp0 = _down(self._load(s, 1))
+            s0, dp0 = self._seen(s, _down(self._load(s, 0)), -jnp.inf), _down(self._load(s, 1))
             s_acc[...] = s0  # both before any wgmma is in flight
             dp_acc[...] = dp0
             plgpu.wgmma(s_acc, block.k_smem.at[self._rows(z)], block.q_smem.at[s].T)
@@ -336,7 +337,7 @@ class Consumer:
             return [None if x is None else x.astype(dt) for x in found]
 
         p, slope = pl.run_scoped(probabilities, _acc(KEYS, QUERY_TILE))
-        p = lax.cond(self._on_edge(s), lambda: self._masked(lambda: p, s, jnp.zeros((), dt)), lambda: p)
+        p = self._seen(s, p, jnp.zeros((), dt))
         plgpu.barrier_wait(block.do_full.at[d])
 
         def dscores(dp_acc):
@@ -412,13 +413,13 @@ class Consumer:
 
             def scores(s_acc):
                 if self.cap is None:
-                    s_acc[...] = lax.cond(self._on_edge(s), lambda: self._masked(lambda: lse, s, -jnp.inf), lambda: lse)
+                    s_acc[...] = self._seen(s, lse, -jnp.inf)
                 plgpu.wgmma(s_acc, block.k_smem.at[self._rows(z)], block.q_smem.at[s].T)
                 return plgpu.wgmma_accumulator_load(s_acc)
 
             p, slope = self._exponentials(pl.run_scoped(scores, _acc(KEYS, QUERY_TILE)), lse)
             if slope is not None:
-                p = lax.cond(self._on_edge(s), lambda: self._masked(lambda: p, s, jnp.zeros(())), lambda: p)
+                p = self._seen(s, p, jnp.zeros(()))
                 block.ds_smem[at] = (p * slope).astype(dt)
             block.p_smem[at] = p.astype(dt)
             fence_smem()
@@ -475,22 +476,25 @@ class Consumer:
         t = 1 - 2 / (jnp.exp2(scores * (2 * self.to_log2 / self.cap)) + 1)
         return jnp.exp2(t * (self.cap * LOG2E) + lse), 1 - t * t
 
-    def _on_edge(self, s):
-        return self.block.notes[STAGE_NOTE + s] & EDGE > 0
+    def _seen(self, s, x, fill):
+        """`x` [keys, queries] where the queries of slot s see the keys, else fill.
 
-    def _masked(self, x, s, fill):
-        """What `x()` [keys, queries] is where the query sees the key, else fill.
-
-        Two selects with a barrier between them keep register pressure low.
+        Most tiles that a mask cuts are cut by one side of the ranges: the other is not read.
         """
-        notes, bounds = self.block.notes, self.bounds
-        row, b = pl.multiple_of(notes[STAGE_NOTE + s] & -QUERY_TILE, QUERY_TILE), notes[RANGES]
-        at, first_key = pl.ds(row, QUERY_TILE), notes[FIRST_KEY] + self.shape.first_key(self.wg)
-        start = plgpu.load(bounds.at[0, b, at], layout=COLUMN, optimized=False) - first_key
-        stop = plgpu.load(bounds.at[1, b, at], layout=COLUMN, optimized=False) - first_key
-        key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)
-        x = _keep(jnp.where(key >= _down(start), x(), fill))
-        return jnp.where(key < _down(stop), x, fill)
+        notes = self.block.notes
+        note, first_key = notes[STAGE_NOTE + s], notes[FIRST_KEY] + self.shape.first_key(self.wg)
+        at = notes[RANGES], pl.ds(pl.multiple_of(note & -QUERY_TILE, QUERY_TILE), QUERY_TILE)
+
+        def cut(x, side: int, sees):
+            bound = plgpu.load(self.bounds.at[side, *at], layout=COLUMN, optimized=False) - first_key
+            key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)
+            return jnp.where(sees(key, _down(bound)), x, fill)
+
+        def masked():
+            after_start = lax.cond(note & STARTS > 0, lambda: cut(x, 0, jnp.greater_equal), lambda: x)
+            return lax.cond(note & STOPS > 0, lambda: cut(after_start, 1, jnp.less), lambda: after_start)
+
+        return lax.cond(note & (STARTS | STOPS) > 0, masked, lambda: x)
 
     def _multiply_dq(self, dq_acc, at, z) -> None:
         """Start what makes this consumer's columns of dQ of the dS in buffer `at`."""

@@ -59,6 +59,7 @@ from zigzag_jax.kernels.hopper import (
     launch,
     smem,
     store,
+    where_between,
     with_counter,
 )
 from zigzag_jax.ranges import KeyRange
@@ -91,12 +92,17 @@ class ForwardTuning:
     """The items of a block: every n-th; those it draws from a counter (mosaic_drawn.py); so, and of some items two
     blocks do a part each, so that all blocks end together (mosaic_cuts.py)."""
 
+    early_keys: bool = False
+    """Consumers wait for K of a tile while that of the tile before is multiplied, not before they multiply it."""
+
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
 
     def __post_init__(self) -> None:
         if self.key_tile not in (64, 128, 256):
             raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
+        if self.stages < 2:  # K of the next tile is loaded before this one's slot is free
+            raise ValueError(f"stages must be at least 2, got {self.stages}")
         if self.staged not in ("none", "16 bit", "all"):
             raise ValueError(f"staged must be none, 16 bit or all, got {self.staged!r}")
         if self.shares not in ("fixed", "drawn", "cut"):
@@ -196,7 +202,7 @@ def _kernel(
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
     # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
-    slot = lambda i: lax.rem(i, i32(stages))
+    slot = lambda i: lax.rem(i, i32(stages))  # with `&` ptxas finds an order that costs D = 64 4% (docs/kernels.md)
     widths = [ref.shape[-1] for ref in k_refs]
     k_columns = [slice(None)] if len(widths) == 1 else [slice(0, widths[0]), slice(widths[0], sum(widths))]
 
@@ -250,9 +256,7 @@ def _kernel(
             return 1 - 2 / (jnp.exp2(s * (2 * LOG2E * settings.scale / settings.softcap)) + 1)
 
         def masked(s, i, bounds):
-            start, stop = (across(x - tiles.at(i) * tile, tile) for x in bounds)
-            at = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=ACC)
-            return jnp.where((at >= start) & (at < stop), s, -jnp.inf)
+            return where_between(s, *(x - tiles.at(i) * tile for x in bounds), -math.inf)
 
         def softmax(s, m, cut):
             """Unnormalised probabilities, the new reference (times log2 e) and the old ones' weight.
@@ -272,6 +276,11 @@ def _kernel(
                 parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
             return parts[0]
 
+        def await_early(i):
+            """Wait for K of tile i, if there is one, while the tensor core is at work on the tile before."""
+            if tuning.early_keys:
+                pl.when(i < tiles.count)(lambda: plgpu.barrier_wait(k_full.at[slot(before + i)]))
+
         def run():
             plgpu.barrier_wait(q_full.at[wg])
             first = slot(before)
@@ -279,6 +288,7 @@ def _kernel(
 
             def first_scores(s_acc):
                 add_scores(s_acc, first)
+                await_early(i32(1))
                 return s_acc[...]
 
             s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, tile), jnp.float32))
@@ -299,7 +309,8 @@ def _kernel(
             def step(i, state, cut):
                 acc, m, l, p16 = state
                 ks, vs = slot(before + i), slot(before + i - 1)
-                plgpu.barrier_wait(k_full.at[ks])
+                if not tuning.early_keys:
+                    plgpu.barrier_wait(k_full.at[ks])
 
                 def overlap(refs):
                     acc_ref, p_ref, m_ref, l_ref, weight_ref, rescale_ref = refs
@@ -307,6 +318,7 @@ def _kernel(
                     def with_scores(s_acc):
                         add_scores(s_acc, ks)
                         plgpu.wgmma(acc_ref, p16, v_smem.at[vs])
+                        await_early(i + 1)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         bounds = row_bounds() if cut else None
                         k_free.arrive(ks)

@@ -19,13 +19,14 @@ L2_BYTES = 50 << 20  # of an H100 and an H200: a rough bound, for K and V are th
 def visits(keys: KeyRange, key_rows: int, key_tile: int):
     """[B or 1, key tiles, 4] int32: query tiles lo..hi see some key of the tile, whole_lo..whole_hi all of it.
 
-    In the order lo, whole_lo, whole_hi, hi.
+    In the order lo, whole_lo, whole_hi, hi. In those below whole_lo the ranges of some rows stop before the last key,
+    in those from whole_hi on some start after the first: whole_hi is below whole_lo where a tile has both.
     """
     rows = tile_rows(keys, key_tile, key_rows)
     lo = rows.first // QUERY_TILE
     hi = jnp.maximum(-(-rows.end // QUERY_TILE), lo)
     whole_lo = jnp.clip(-(-rows.whole_first // QUERY_TILE), lo, hi)
-    whole_hi = jnp.clip(rows.whole_end // QUERY_TILE, whole_lo, hi)
+    whole_hi = jnp.clip(rows.whole_end // QUERY_TILE, lo, hi)
     return jnp.stack([lo, whole_lo, whole_hi, hi], -1)
 
 
