@@ -24,9 +24,9 @@ from typing import NamedTuple
 
 import bench_ring_tables as tables
 import jax
-from bench import Report, ceiling, flags, jax_clock, verdict
-from bench_calls import PEERS, backward, calls, errors, forward, refusal, usable
-from bench_inputs import BARS, MODELS, Heads, Inputs, flops, masks, pairs, shapes, step_range, tile_area
+from bench import Report, ceiling, flags, jax_clock
+from bench_calls import PEERS, backward, calls, check, forward, usable
+from bench_inputs import MODELS, Heads, Inputs, flops, masks, pairs, shapes, step_range, tile_area
 from bench_picture import Chart
 from bench_rings import STRATEGIES, Case, Rings
 from clock import Clock
@@ -81,14 +81,7 @@ class Bench(NamedTuple):
 
     def check(self) -> list[dict]:
         """The errors of every implementation, and which are over the bars."""
-        rows = []
-        for name in (name for name in self.names if name in FLASH):
-            for step, keys in self.kinds().items():
-                with refusal(name, step):
-                    found = errors(name, self.x, keys)
-                    figures = {key: f"{error:.1e}" for key, error in found.items()}
-                    rows.append({"step": step, "by": name, **figures, "verdict": verdict(found, BARS)})
-        return rows
+        return [row for name in self.names if name in FLASH for row in check(name, self.x, self.kinds(), "step")]
 
     def steps(self) -> list[dict]:
         """Every step shape of every rank."""

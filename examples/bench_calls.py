@@ -1,13 +1,14 @@
-"""What bench_attention.py runs: the kernels under jit, their peers, and the errors against float32."""
+"""What bench_attention.py and kernel_times.py run: kernels under jit, their peers, and the errors against float32."""
 
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from bench import verdict
 from bench_inputs import BARS, Inputs, relative, truth
 
 from zigzag_jax.kernels import flash_bwd, flash_fwd
@@ -149,3 +150,14 @@ def errors(name: str, x: Inputs, keys: KeyRange) -> dict[str, float]:
     got = out[0, :, mine], lse[0, mine].T, dq[0, :, mine], dk[0, :, at], dv[0, :, at]
     want = truth(x.q[0, :, mine], x.k[0, :, at], x.v[0, :, at], x.dout[0, :, mine], keys, x.scale)
     return {key: relative(a, b) for key, a, b in zip(BARS, got, want, strict=True)}
+
+
+def check(name: str, x: Inputs, ranges: Mapping[str, KeyRange], column: str) -> list[dict]:
+    """A row of `errors` and their verdict for each of the ranges that `name` can do, whose titles are a column."""
+    rows = []
+    for title, keys in ranges.items():
+        with refusal(name, title):
+            found = errors(name, x, keys)
+            figures = {key: f"{error:.1e}" for key, error in found.items()}
+            rows.append({column: title, "by": name, **figures, "verdict": verdict(found, BARS)})
+    return rows

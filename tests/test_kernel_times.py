@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import bench_calls
 import jax.numpy as jnp
 import kernel_times
 import pytest
@@ -83,11 +84,11 @@ def test_a_kind_that_is_refused_or_wrong_is_not_timed(wrong, tmp_path, monkeypat
         kind = next(kind for kind, known in kernel_times.kinds(256).items() if all(map(jnp.array_equal, known, keys)))
         if kind == "back":
             raise NotImplementedError("no such ranges")
-        return dict.fromkeys(kernel_times.BARS, 1.0 if kind == wrong else 0.0)
+        return dict.fromkeys(bench_calls.BARS, 1.0 if kind == wrong else 0.0)
 
     monkeypatch.setattr(kernel_times.jax, "default_backend", lambda: "gpu")
     monkeypatch.setitem(kernel_times.MODELS, "qwen", Heads(2, 1, 16, 16))
-    monkeypatch.setattr(kernel_times, "errors", errors)
+    monkeypatch.setattr(bench_calls, "errors", errors)
     monkeypatch.setattr(kernel_times, "traced", lambda runs, samples: dict.fromkeys(runs, (100.0, 1.0)))
     command = ["--implementation", "reference", "--tokens", "256", "--out", str(tmp_path)]
     assert kernel_times.main(command) == 1

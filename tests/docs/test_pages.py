@@ -5,7 +5,7 @@ import runpy
 import sys
 
 import pytest
-from pages import DOCS, PAGES, relative
+from pages import DOCS, PAGES, TEXTS, relative
 
 pytestmark = pytest.mark.source
 WITH_PYTHON = [page for page in PAGES if "```python" in page.read_text()]
@@ -31,3 +31,11 @@ def test_the_pictures_are_what_the_code_draws(monkeypatch):
 def test_every_picture_is_shown_with_words_for_who_cannot_see_it():
     shown = {name for page in PAGES for name in re.findall(r"!\[[^\]]{20,}\]\([^)]*?(\w+\.svg)\)", page.read_text())}
     assert shown == {file.name for file in (DOCS / "pictures").glob("*.svg")}
+
+
+@pytest.mark.parametrize("page", TEXTS, ids=relative)
+def test_every_row_of_a_table_has_a_cell_for_each_column(page):
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for table in re.findall(r"(?:^ *\|.*\n)+", text, flags=re.MULTILINE):
+        cells = [len(re.findall(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", row))) for row in table.splitlines()]
+        assert set(cells) == {cells[0]}, table.splitlines()[0]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cards import GPU, HOPPER
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from oracle import Heads
@@ -25,9 +26,6 @@ from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_cuts import Cuts
 from zigzag_jax.mla import latent_attention
 from zigzag_jax.ranges import KeyRange
-
-GPU = jax.default_backend() == "gpu"
-HOPPER = GPU and jax.devices()[0].compute_capability == "9.0"
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from cards import GPU, HOPPER
 
 from zigzag_jax.kernels import GROUPED, grouped_implementation, grouped_matmul
 from zigzag_jax.kernels.grouped import mosaic, mosaic_outer, mosaic_rows, triton
 from zigzag_jax.kernels.grouped.mosaic_pipeline import GroupedTuning
 from zigzag_jax.kernels.grouped.row_tiles import bounds
-
-GPU = jax.default_backend() == "gpu"
-HOPPER = GPU and jax.devices()[0].compute_capability == "9.0"
 
 MOSAIC = pytest.param("mosaic", marks=pytest.mark.skipif(not HOPPER, reason="no Hopper GPU"))
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(triton._missing()), reason="no jax-triton"))

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from test_grouped_gpu import HOPPER, ODD, Case, uneven
+from cards import HOPPER
+from test_grouped_gpu import ODD, Case, uneven
 
 from zigzag_jax.kernels import grouped_swiglu
 from zigzag_jax.kernels.grouped import mosaic, swiglu

@@ -7,10 +7,10 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cards import HOPPER
 
 from zigzag_jax.kernels import hopper
 
-HOPPER = jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
 ROWS = 64
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")]
