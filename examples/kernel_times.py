@@ -34,6 +34,7 @@ from zigzag_jax.ranges import KeyRange
 
 TIMES = Chart(("kernel us",), ("kind",), ("pass",))
 REST = 0.03  # seconds before a call; the kernels of one follow each other in much less
+TRIES = 3  # a host that pauses inside of a call tears it in two
 
 
 def by_call(events: Sequence[Event], count: int) -> list[tuple[float, float]]:
@@ -56,17 +57,32 @@ def by_call(events: Sequence[Event], count: int) -> list[tuple[float, float]]:
 def traced[K](functions: Mapping[K, Callable[[], Any]], samples: int) -> dict[K, tuple[float, float]]:
     """Medians of what `by_call` finds, of functions that take turns."""
     order = list(functions) * samples
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for key in order:
-                time.sleep(REST)
-                jax.block_until_ready(functions[key]())
-        events = max(read(Path(folder)).values(), key=len)  # of the GPU that is used
     found: dict[K, list[tuple[float, float]]] = {key: [] for key in functions}
-    for key, times in zip(order, by_call(events, len(order)), strict=True):
+    for key, times in zip(order, _told_apart([functions[key] for key in order], TRIES), strict=True):
         found[key].append(times)
     medians = lambda times: tuple(statistics.median(column) for column in zip(*times, strict=True))
     return {key: medians(times) for key, times in found.items()}
+
+
+def _told_apart(run: Sequence[Callable[[], Any]], tries: int) -> list[tuple[float, float]]:
+    """What `by_call` finds of these calls, at the first of some tries at which it can."""
+    try:
+        return by_call(_trace(run), len(run))
+    except ValueError as torn:
+        if tries == 1:
+            raise
+        print(f"{torn}: traced anew", file=sys.stderr)
+    return _told_apart(run, tries - 1)
+
+
+def _trace(run: Sequence[Callable[[], Any]]) -> list[Event]:
+    """What a GPU does in these calls, one after another with rests."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for call in run:
+                time.sleep(REST)
+                jax.block_until_ready(call())
+        return max(read(Path(folder)).values(), key=len)  # of the GPU that is used
 
 
 def kinds(length: int) -> dict[str, KeyRange]:

@@ -39,6 +39,22 @@ def test_calls_that_cannot_be_told_apart_are_an_error():
         kernel_times.by_call(call(0, 3, 800), 2)
 
 
+@pytest.mark.parametrize("pauses", [0, 2, 3])
+def test_a_pause_of_the_host_inside_a_call_is_traced_anew_twice(pauses, monkeypatch, capsys):
+    whole = [*call(0, 3, 800), *call(2 * REST, 3, 802)]
+    torn = [*whole[:2], Event("a", REST, REST + 5), *whole[2:]]
+    traces = [torn] * pauses + [whole] * 3
+    monkeypatch.setattr(kernel_times.time, "sleep", lambda _: None)
+    monkeypatch.setattr(kernel_times.jax.profiler, "trace", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(kernel_times, "read", lambda _: {"GPU:0": traces.pop(0)})
+    if pauses == 3:
+        with pytest.raises(ValueError, match=r"must hold 2 calls .*, got 3"):
+            kernel_times.traced({"fwd": lambda: None}, 2)
+    else:
+        assert kernel_times.traced({"fwd": lambda: None}, 2) == {"fwd": (801, 3)}
+    assert capsys.readouterr().err.count("got 3: traced anew") == min(pauses, 2)
+
+
 def test_the_table_gives_each_call_its_own_kernels(monkeypatch):
     # a trace that is made of the calls as they came: the n-th takes n ms and one kernel of 1 us before it
     length, came, read = 512, [], []

@@ -510,6 +510,14 @@ def i32(x) -> jax.Array:
     return jnp.asarray(x, jnp.int32)
 
 
+def remainder(i, count: int) -> Any:
+    """The rest of i / count, of an int32 i that is not negative.
+
+    LLVM does not know that it is not, and makes four instructions of `rem` by a power of two.
+    """
+    return i & (count - 1) if count & (count - 1) == 0 else jax.lax.rem(i, i32(count))
+
+
 def across(x, columns: int):
     """A row vector [64] as [64, columns]."""
     return jax.lax.broadcast_in_dim(x, (64, columns), [0])

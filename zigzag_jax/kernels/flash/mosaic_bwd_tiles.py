@@ -57,6 +57,7 @@ from zigzag_jax.kernels.hopper import (
     down,
     fence_smem,
     i32,
+    remainder,
     smem,
 )
 
@@ -221,10 +222,7 @@ def zero(i):
 
 def slot(i, count: int):
     """Where the i-th of something is that has `count` places."""
-    if count == 1:
-        return zero(i)
-    # i is not negative, which LLVM does not know: `rem` by a power of two takes it four instructions
-    return i & (count - 1) if count & (count - 1) == 0 else lax.rem(i, i32(count))
+    return zero(i) if count == 1 else remainder(i, count)
 
 
 class Block:

@@ -57,6 +57,7 @@ from zigzag_jax.kernels.hopper import (
     fence_smem,
     i32,
     launch,
+    remainder,
     smem,
     store,
     where_between,
@@ -94,6 +95,12 @@ class ForwardTuning:
 
     early_keys: bool = False
     """Consumers wait for K of a tile while that of the tile before is multiplied, not before they multiply it."""
+
+    sums_in_turn: bool = False
+    """Whether a tile's probabilities are added up one after another, not by halves, and slots are found by `&`.
+
+    The sums differ in their last bits. The time does by ptxas, whose order of the whole step follows: measure both.
+    """
 
     registers: tuple[int, int] = (240, 24)
     """Registers a thread of consumers and producer."""
@@ -202,7 +209,7 @@ def _kernel(
         drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
     # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
-    slot = lambda i: lax.rem(i, i32(stages))  # with `&` ptxas finds an order that costs D = 64 4% (docs/kernels.md)
+    slot = lambda i: remainder(i, stages) if tuning.sums_in_turn else lax.rem(i, i32(stages))
     widths = [ref.shape[-1] for ref in k_refs]
     k_columns = [slice(None)] if len(widths) == 1 else [slice(0, widths[0]), slice(widths[0], sum(widths))]
 
@@ -272,6 +279,8 @@ def _kernel(
         def row_sums(p):
             """[64, 8] partial sums: the 8 columns are added once an item, which saves each tile's shuffles."""
             parts = [p[:, j : j + 8] for j in range(0, tile, 8)]
+            if tuning.sums_in_turn:
+                return functools.reduce(lambda a, b: a + b, parts)
             while len(parts) > 1:
                 parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
             return parts[0]

@@ -29,9 +29,9 @@ HOPPER: dict[tuple[int, int], Tuning] = {
     (64, 64): Tuning(ForwardTuning(staged="16 bit", shares="cut")),
     (96, 64): Tuning(ForwardTuning(shares="cut")),
     (96, 96): Tuning(ForwardTuning(shares="cut")),
-    (128, 128): Tuning(ForwardTuning(shares="cut", early_keys=True)),
+    (128, 128): Tuning(ForwardTuning(shares="cut", early_keys=True, sums_in_turn=True)),
     (192, 128): Tuning(
-        ForwardTuning(query_group=2, cut_sharing=16, staged="none", shares="cut", early_keys=True),
+        ForwardTuning(query_group=2, cut_sharing=16, staged="none", shares="cut", sums_in_turn=True),
         BackwardTuning(schedule="late", out_stages=1),  # the second dS takes the second dO's memory and barriers
         shared=64,
     ),
