@@ -34,7 +34,7 @@ from zigzag_jax.ranges import KeyRange
 
 TIMES = Chart(("kernel us",), ("kind",), ("pass",))
 REST = 0.03  # seconds before a call; the kernels of one follow each other in much less
-TRIES = 3  # a host that pauses inside of a call tears it in two
+TRACES = 3  # at most, of the same calls: a host that pauses inside of one tears it in two
 
 
 def by_call(events: Sequence[Event], count: int) -> list[tuple[float, float]]:
@@ -58,21 +58,21 @@ def traced[K](functions: Mapping[K, Callable[[], Any]], samples: int) -> dict[K,
     """Medians of what `by_call` finds, of functions that take turns."""
     order = list(functions) * samples
     found: dict[K, list[tuple[float, float]]] = {key: [] for key in functions}
-    for key, times in zip(order, _told_apart([functions[key] for key in order], TRIES), strict=True):
+    for key, times in zip(order, _told_apart([functions[key] for key in order]), strict=True):
         found[key].append(times)
     medians = lambda times: tuple(statistics.median(column) for column in zip(*times, strict=True))
     return {key: medians(times) for key, times in found.items()}
 
 
-def _told_apart(run: Sequence[Callable[[], Any]], tries: int) -> list[tuple[float, float]]:
-    """What `by_call` finds of these calls, at the first of some tries at which it can."""
-    try:
-        return by_call(_trace(run), len(run))
-    except ValueError as torn:
-        if tries == 1:
-            raise
-        print(f"{torn}: traced anew", file=sys.stderr)
-    return _told_apart(run, tries - 1)
+def _told_apart(run: Sequence[Callable[[], Any]]) -> list[tuple[float, float]]:
+    """What `by_call` finds of these calls, in the first of TRACES in which it can."""
+    for _ in range(TRACES - 1):
+        events = _trace(run)
+        try:
+            return by_call(events, len(run))
+        except ValueError as torn:
+            print(f"{torn}: traced anew", file=sys.stderr)
+    return by_call(_trace(run), len(run))
 
 
 def _trace(run: Sequence[Callable[[], Any]]) -> list[Event]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 pytestmark = pytest.mark.source
@@ -33,15 +34,17 @@ def check_gpu(folder: Path, several: bool, **settings: str) -> tuple[int, str, l
     return done.returncode, done.stdout, [json.loads(line) for line in asked.read_text().splitlines()]
 
 
-def test_every_part_is_asked_for_and_would_be_taken(tmp_path):
+def test_every_part_is_asked_for_and_would_be_taken(tmp_path, monkeypatch):
     status, screen, (_, *asked) = check_gpu(tmp_path, True)
     assert status == 1
     assert [line.split()[0] for line in screen.splitlines() if "exit 0" not in line] == ["attention-ring"]
     assert len(screen.splitlines()) == len(asked)
     scripts = [Path(words[0]).stem for words in asked if words[0].startswith("examples/")]
     assert scripts[:4] == ["bench_multigpu", "read_trace", "bench_attention", "bench_attention"]
-    assert {"bench_slice", "bench_experts"} < set(scripts)
-    for script, *flags, _ in (words for words in asked if words[0].startswith("examples/bench_")):
+    assert {"bench_slice", "bench_experts", "kernel_times"} < set(scripts)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # kernel_times takes no other
+    measure = ("examples/bench_", "examples/kernel_times")
+    for script, *flags, _ in (words for words in asked if words[0].startswith(measure)):
         assert importlib.import_module(Path(script).stem).parse(flags).out == tmp_path / "out"
     slices = [words for words in asked if "bench_slice" in words[0]]
     assert [words[-1] for words in slices] == [".95"] * 2

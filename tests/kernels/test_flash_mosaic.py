@@ -529,8 +529,14 @@ def test_preference_by_device(backend, capability, preference, monkeypatch, capl
     assert ("slow" in caplog.text) == (backend == "tpu")
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+def test_a_remainder_of_what_is_not_negative(count):
+    i = np.concatenate([np.arange(13, dtype=np.int32), np.array([2**31 - 2, 2**31 - 1], np.int32)])
+    np.testing.assert_array_equal(jax.vmap(lambda n: hopper.remainder(n, count))(i), i % count)
+
+
 def test_tuning_and_barriers_name_their_rules():
-    with pytest.raises(ValueError, match=r"key_tile must be 64, 128 or 256 .*, got 96"):
+    with pytest.raises(ValueError, match="key_tile must be 64, 128 or 256, got 96"):
         mosaic_fwd.ForwardTuning(key_tile=96)
     with pytest.raises(ValueError, match="stages must be at least 2, got 1"):
         mosaic_fwd.ForwardTuning(stages=1)

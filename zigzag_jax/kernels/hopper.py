@@ -513,7 +513,7 @@ def i32(x) -> jax.Array:
 def remainder(i, count: int) -> Any:
     """The rest of i / count, of an int32 i that is not negative.
 
-    LLVM does not know that it is not, and makes four instructions of `rem` by a power of two.
+    By `&` where count is a power of two: of `rem` by one LLVM makes four instructions, for it does not know that.
     """
     return i & (count - 1) if count & (count - 1) == 0 else jax.lax.rem(i, i32(count))
 

@@ -97,9 +97,10 @@ class ForwardTuning:
     """Consumers wait for K of a tile while that of the tile before is multiplied, not before they multiply it."""
 
     sums_in_turn: bool = False
-    """Whether a tile's probabilities are added up one after another, not by halves, and slots are found by `&`.
+    """Whether a tile's probabilities are added up one after another, not by halves; slots are found by `&` then.
 
-    The sums differ in their last bits. The time does by ptxas, whose order of the whole step follows: measure both.
+    The sums differ in their last bits. The time differs by what order of the whole step ptxas makes of it, which only
+    a measurement tells.
     """
 
     registers: tuple[int, int] = (240, 24)
@@ -107,7 +108,7 @@ class ForwardTuning:
 
     def __post_init__(self) -> None:
         if self.key_tile not in (64, 128, 256):
-            raise ValueError(f"key_tile must be 64, 128 or 256 (its columns are summed by halves), got {self.key_tile}")
+            raise ValueError(f"key_tile must be 64, 128 or 256, got {self.key_tile}")
         if self.stages < 2:  # K of the next tile is loaded before this one's slot is free
             raise ValueError(f"stages must be at least 2, got {self.stages}")
         if self.staged not in ("none", "16 bit", "all"):
