@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,10 @@ def say_errors_once() -> None:
         logging.getLogger(name).addFilter(_not_said_twice)
     if not isinstance(sys.unraisablehook, LateWrites):
         sys.unraisablehook = LateWrites(sys.unraisablehook)
+    # Arrays are read beside what describes them. Where an array is damaged, orbax closes its event loop, and a
+    # description may be due that was not begun.
+    left = r"coroutine 'Store\._get_array_metadatas' was never awaited"
+    warnings.filterwarnings("ignore", left, RuntimeWarning)
 
 
 class LateWrites:
