@@ -31,9 +31,10 @@ def test_it_is_done_once(monkeypatch: pytest.MonkeyPatch):
     assert isinstance(first, LateWrites)
 
 
-def test_what_a_failed_read_had_not_begun_warns_of_nothing():
+def test_what_a_failed_read_had_not_begun_warns_of_nothing(monkeypatch: pytest.MonkeyPatch):
     async def another() -> None: ...
 
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)  # which is another one afterwards
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Store()._get_array_metadatas(Path("nowhere"))  # pyright: ignore[reportArgumentType, reportUnusedCoroutine]
