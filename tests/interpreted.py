@@ -122,6 +122,11 @@ def _inline(self, own_claims: bool, eqn, token, get_invals):
     args = values[:count]
     parts = eqn.params["pytree_ref_transforms"].unflatten(values[count:])  # which of each reference is meant
 
+    def begin() -> np.int32:
+        """Where the first reference's part of an array of numbers begins."""
+        slices = [transform.indices[0].start for transform in parts[0]]
+        return np.int32(sum(slices))
+
     def call(effect: Callable, *args, result: bool = False, **kwargs):
         effect = gpu_callbacks.fail_on_exception(functools.wraps(effect)(functools.partial(effect, **kwargs)))
         token_type = gpu_callbacks.TOKEN_SHAPE_DTYPE
@@ -149,15 +154,15 @@ def _inline(self, own_claims: bool, eqn, token, get_invals):
             seen = (column >= first[:, None]) & (column < end[:, None])
             return token, [jnp.where(seen, x, jnp.asarray(around["other"], x.dtype))]
         case "draw.take":
-            return call(_change, args[0], NONE, change=lambda x: x + 1, result=True)
+            return call(_change, args[0], begin(), change=lambda x: x + 1, result=True)
         case "raise_to.at_least":
-            return call(_change_to, *args)
+            return call(_change_to, args[0], begin(), args[1])
         case "_count_up.up":
-            return call(_change, *args, change=lambda x: x + 1, result=True)
+            return call(_change, args[0], args[1] + begin(), change=lambda x: x + 1, result=True)
         case "next_turn.signal":
-            return call(_change, *args, change=lambda x: x + 1, result=True)[0], []
+            return call(_change, args[0], args[1] + begin(), change=lambda x: x + 1, result=True)[0], []
         case "wait_turn.wait":
-            return call(_wait_turn, *args)
+            return call(_wait_turn, args[0], args[1] + begin(), args[2])
         case "zero_rows.zero":
             return call(_zero_rows, args[0], parts[0], *args[1:])
         case "store_rows.write":
@@ -166,7 +171,8 @@ def _inline(self, own_claims: bool, eqn, token, get_invals):
             at, row, first, end = args[2:]
             return call(_store_rows, args[0], parts[0], args[1], parts[1], at, row, first, end, across=True)
         case "_claim.claim":
-            return call(_claim, *args, items=around["items"], pitch=around["pitch"], own_claims=own_claims)
+            sizes = dict(begin=int(begin()), items=around["items"], pitch=around["pitch"])
+            return call(_claim, *args, **sizes, own_claims=own_claims)
     raise NotImplementedError(f"what {function.__qualname__} does is not known here")
 
 
@@ -261,8 +267,8 @@ def _change(token, where, thread, ref, index, *, change):
         return token, now[index]
 
 
-def _change_to(token, where, thread, ref, number):
-    return _change(token, where, thread, ref, NONE, change=lambda x: max(x, int(number)))[0]
+def _change_to(token, where, thread, ref, index, number):
+    return _change(token, where, thread, ref, index, change=lambda x: max(x, int(number)))[0]
 
 
 def _wait_turn(token, where, thread, turns, index, value):
@@ -296,20 +302,22 @@ def _store_rows(token, where, thread, tile, part, ref, to, row, column, first, e
     return token
 
 
-def _claim(token, where, thread, tiles, counters, records, at, own, item, done, *, items, pitch, own_claims):
+def _claim(token, where, thread, shared, records, at, own, item, done, *, begin, items, pitch, own_claims):
     """See mosaic_chunks._claim."""
     with _changed:
-        lengths, left = _read(where, thread, tiles), _read(where, thread, counters)
+        numbers = _read(where, thread, shared)
+        left = numbers[begin:]
+        lengths, chunk = left[3 * pitch :][:items], left[3 * pitch + items]
         if item < 0 and left[:pitch].max() >= mosaic_chunks._LEFT:
             item = left[:pitch].argmax()
         record = -1, 0, done
         if item >= 0 and (own_claims or not own):
             place = left[item]
-            _write(where, thread, counters, left.size, int(item), [place - mosaic_chunks._LEFT + (own != 0)])
+            _write(where, thread, shared, numbers.size, begin + int(item), [place - mosaic_chunks._LEFT + (own != 0)])
             number, first = divmod(int(place), mosaic_chunks._LEFT)
             if number > 0:
-                start = (first if own else first + number - 1) * lengths[items]
-                record = item, start, min(lengths[item] - start, lengths[items]) + done
+                start = (first if own else first + number - 1) * chunk
+                record = item, start, min(lengths[item] - start, chunk) + done
         size = _read(where, thread, records).size
         _write(where, thread, records, size, int(at) * mosaic_chunks._FIELDS, [*record, 0])
     return token

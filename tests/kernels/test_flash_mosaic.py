@@ -9,6 +9,7 @@ import itertools
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -23,6 +24,7 @@ from zigzag_jax.kernels.flash import (
     mosaic_cuts,
     mosaic_fwd,
     mosaic_items,
+    mosaic_numbers,
     mosaic_walk,
 )
 from zigzag_jax.kernels.flash.contract import Carry, Settings
@@ -265,6 +267,37 @@ def test_forward_visits_what_is_visible_and_masks_what_is_cut(seed):
         assert set(np.flatnonzero(whole[0, n])) <= set(inside)
 
 
+# ---------------------------------------------------------------- both
+
+
+def test_what_is_joined_is_found_again():
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 99, shape) for shape in ((3,), (), (2, 5), (1, 2, 4), (1,))]
+    joined = mosaic_numbers.join(*map(jnp.asarray, arrays))
+    assert joined.dtype == jnp.int32
+    assert joined.size % 4 == 0
+
+    def kernel(joined_ref, *refs):
+        for part, ref in zip(mosaic_numbers.parts(joined_ref, [ref.shape for ref in refs]), refs, strict=True):
+            for index in np.ndindex(ref.shape):
+                ref[index] = part[index]
+
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.int32) for x in arrays]
+    for array, found in zip(arrays, pl.pallas_call(kernel, out_shape=shapes, interpret=True)(joined), strict=True):
+        np.testing.assert_array_equal(found, array)
+
+
+def test_a_part_gives_some_of_its_rows():
+    array = jnp.arange(10, dtype=jnp.int32).reshape(2, 5)
+
+    def kernel(joined_ref, out_ref):
+        _, part = mosaic_numbers.parts(joined_ref, [(3,), array.shape])
+        out_ref[...] = part.rows(1, rows=pl.ds(2, 3))[...]
+
+    run = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((3,), jnp.int32), interpret=True)
+    np.testing.assert_array_equal(run(mosaic_numbers.join(jnp.zeros(3, jnp.int32), array)), array[1, 2:])
+
+
 # ---------------------------------------------------------------- backward
 
 
@@ -299,15 +332,11 @@ def rows_of(kind: str, rows: int):
     return KeyRange(jnp.asarray(start[None], jnp.int32), jnp.asarray(i[None] + 1, jnp.int32))
 
 
-@pytest.mark.parametrize(("kind", "by_head"), [("causal", 0), ("window", 1), ("documents", 0)])
-def test_the_longest_key_tile_comes_first_and_a_window_is_walked_by_head(kind, by_head):
+@pytest.mark.parametrize(("kind", "by_head"), [("causal", False), ("window", True), ("documents", False)])
+def test_a_window_is_walked_by_head(kind, by_head):
     visits = mosaic_walk.visits(rows_of(kind, 4096), 4096, KEY_TILE)
-    *order, flag = np.asarray(mosaic_walk.order(visits, ascending=False))
-    assert sorted(order) == list(range(32))
-    cost = np.take(visits[0, :, 3] - visits[0, :, 0], order)
-    assert (np.diff(cost) <= 0).all()
-    assert flag == by_head
-    assert list(np.asarray(mosaic_walk.order(visits, ascending=True))) == [*range(32), by_head]
+    assert bool(head_items(2, 3, 4, 32).sums(visits)[1]) == by_head
+    assert not head_items(2, 3, 4, 1).sums(visits[:, :1])[1]
 
 
 @pytest.mark.parametrize("by_head", [False, True])
@@ -370,32 +399,33 @@ def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles,
 def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads):
     keys = random_keys(np.random.default_rng(0), batch_rows, 512, 768)
     visits = mosaic_walk.visits(keys, 768, KEY_TILE)
-    order = mosaic_walk.order(visits, ascending=False)
     items = head_items(2, kv_heads, 4, 6)
-    lengths = np.asarray(items.tiles(visits, order))
+    lengths = np.asarray(items.lengths(visits))
     assert lengths.shape == (items.count,)
+    assert items.sums(visits)[0] == lengths.sum()
     for item, length in enumerate(lengths.tolist()):
-        b, _, place, *_ = (int(x) for x in items.at(jnp.int32(item)))
-        lo, *_, hi = np.asarray(visits)[b % batch_rows, order[place]]
+        b, _, tile, *_ = (int(x) for x in items.at(jnp.int32(item)))
+        lo, *_, hi = np.asarray(visits)[b % batch_rows, tile]
         assert length == (hi - lo) * items.group
 
 
 @pytest.mark.parametrize(
-    ("tiles", "blocks", "whole", "chunk"),
+    ("tiles", "longest", "blocks", "whole", "chunk"),
     [
-        ([1000] * 256, 132, False, 60),  # 32 chunks a block
-        ([100, 7, 0, 8, 9], 132, False, mosaic_chunks.SHORTEST),
-        ([1 << 17] * 32768, 132, False, mosaic_chunks.LONGEST),  # a million tokens: the sum passes 2^31
-        ([1 << 22, 5], 132, False, 129),  # a counter holds 2^15 chunks
-        ([100, 7, 0], 2, True, 100),
-        ([0, 0], 2, True, 1),
+        ([1000] * 256, 1000, 132, False, 60),  # 32 chunks a block
+        ([100, 7, 0, 8, 9], 128, 132, False, mosaic_chunks.SHORTEST),
+        ([1 << 17] * 32768, 1 << 17, 132, False, mosaic_chunks.LONGEST),  # a million tokens: the sum passes 2^31
+        ([1 << 22, 5], 1 << 22, 132, False, 129),  # a counter holds 2^15 chunks
+        ([100, 7, 0], 128, 2, True, 128),
+        ([0, 0], 128, 2, True, 128),
     ],
 )
-def test_chunks_are_the_whole_of_each_item(tiles, blocks, whole, chunk):
-    lengths, counters = mosaic_chunks.shares(jnp.asarray(tiles, jnp.int32), blocks, whole)
-    assert [*np.asarray(lengths)] == [*tiles, chunk]
-    left, ended, stored = np.asarray(counters).reshape(3, -1)
-    assert left.size % 4 == 0  # four are read at once
+def test_chunks_are_the_whole_of_each_item(tiles, longest, blocks, whole, chunk):
+    lengths, total = jnp.asarray(tiles, jnp.int32), jnp.float32(sum(tiles))
+    pitch = -(-len(tiles) // 4) * 4  # four are read at once
+    counters, lengths = np.split(mosaic_chunks.shares(lengths, total, longest, blocks, whole), [3 * pitch])
+    assert [*lengths] == [*tiles, chunk]
+    left, ended, stored = counters.reshape(3, -1)
     assert not ended.any()
     assert not stored.any()
     # the owner has the first chunk from the beginning: the next is number 1, so many are left

@@ -10,10 +10,12 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import pytest
 from h100 import h100s, on
 
+from zigzag_jax.hlo import Program
 from zigzag_jax.kernels.flash import mosaic
 from zigzag_jax.kernels.flash.contract import Carry, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
@@ -185,6 +187,36 @@ def test_backward_of_few_blocks(compiled, dim, out_dim):
 @pytest.mark.parametrize(("dim", "out_dim", "rows"), [(96, 96, 98304), (192, 128, 12288)])
 def test_backward_of_heads_that_fit_l2_at_other_lengths(compiled, dim, out_dim, rows):
     backward(compiled, dim, out_dim, "", rows)  # one head of 75 MB, four of 69: their walks turn
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dim", "out_dim"), HOPPER)
+def test_few_small_kernels_come_before_it(dim, out_dim):
+    """Each is some 2 us, and a step is 500 at the shortest: mosaic_numbers.py."""
+    heads, kv_heads = HEADS[dim, out_dim]
+    shapes = (heads, dim), (kv_heads, dim), (kv_heads, out_dim), (heads, out_dim)
+    q, k, v, dout = (array(1, SEQUENCE, *shape) for shape in shapes)
+    stats, bounds = array(1, heads, SEQUENCE, dtype=F32), array(1, SEQUENCE, dtype=jnp.int32)
+    settings = Settings(0.1, None)
+
+    def forward(q, k, v, start, stop):
+        return mosaic.flash_fwd(q, k, v, KeyRange(start, stop), settings, None, jnp.dtype(F32))
+
+    def backward(q, k, v, lse, delta, dout, dq, start, stop):
+        return mosaic.flash_bwd(q, k, v, lse, delta, dout, KeyRange(start, stop), settings, dq, deterministic=False)
+
+    def launched(f, *args, **options):
+        program = Program(jax.jit(f, **options).lower(*args).compile().as_text())
+        return [work for x in program.computations[program.entry] for work in program.work(x)]
+
+    assert launched(forward, q, k, v, bounds, bounds) == ["fusion", "flash_fwd"]
+    dq = array(1, SEQUENCE, heads, dim, dtype=F32)
+    args = q, k, v, stats, stats, dout, dq, bounds, bounds
+    *small, last = launched(backward, *args, donate_argnames="dq")
+    assert last == "flash_bwd"
+    assert small == ["fusion"] * len(small)
+    # the ranges' tiles in two levels (and put together at D = 256), their sums, all numbers; lse and delta
+    assert len(small) == (7 if dim == 256 else 6)
 
 
 def test_every_head_of_the_table_is_compiled():

@@ -205,14 +205,14 @@ def next_turn(turns, index) -> None:
     signal(turns, index)
 
 
-def with_counter(*arrays, size: int = 1) -> tuple[Any, ...]:
-    """The arrays, and counters in global memory that begin at 0: int32 [size], a reference.
+def with_numbers(numbers: jax.Array, *arrays) -> tuple[Any, ...]:
+    """The arrays, and a reference to `numbers`, in which a kernel counts.
 
-    A scan that is differentiated moves what does not depend on its turn out of the loop, also a counter that begins at
-    0, and then refuses to hand a reference in: so it depends on all that the kernel reads.
+    A scan that is differentiated moves what does not depend on its turn out of the loop, also counters that begin at 0,
+    and then refuses to hand a reference in: so they depend on all that the kernel reads.
     """
-    zero, *arrays = jax.lax.optimization_barrier((jnp.zeros(size, jnp.int32), *arrays))
-    return *arrays, jax.new_ref(zero)
+    numbers, *arrays = jax.lax.optimization_barrier((numbers, *arrays))
+    return *arrays, jax.new_ref(numbers)
 
 
 def draw(counter, box) -> jax.Array:

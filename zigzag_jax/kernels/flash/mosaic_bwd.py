@@ -37,7 +37,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.flash import mosaic_chunks, mosaic_walk
+from zigzag_jax.kernels.flash import mosaic_chunks, mosaic_numbers, mosaic_walk
 from zigzag_jax.kernels.flash.contract import LOG2E, Settings
 from zigzag_jax.kernels.flash.mosaic_bwd_tiles import (
     CONSUMERS,
@@ -53,6 +53,7 @@ from zigzag_jax.kernels.flash.mosaic_bwd_tiles import (
     Consumer,
     Shape,
     slot,
+    zero,
 )
 from zigzag_jax.kernels.flash.mosaic_walk import QUERY_TILE, Items, Walk
 from zigzag_jax.kernels.hopper import i32, launch, next_turn, sm_count, wait_turn
@@ -73,22 +74,23 @@ def flash_bwd(
     else:
         lse = -LOG2E * lse
     visits = mosaic_walk.visits(keys, key_rows, tuning.key_tile)
-    order = mosaic_walk.order(visits, deterministic)
     items = Items(
         batch, kv_heads, heads // kv_heads, key_rows // tuning.key_tile,
         head_bytes=rows * ((dim + out_dim) * q.dtype.itemsize + dim * dq.dtype.itemsize), take_turns=deterministic,
     )  # fmt: skip
-    tiles, counters = mosaic_chunks.shares(items.tiles(visits, order), sm_count(), whole=deterministic)
-    helpers = 0 if deterministic else mosaic_chunks.HELPERS * sm_count()
-    dq_ref, counters, turns = jax.new_ref(dq), jax.new_ref(counters), ()
+    query_tiles = rows // QUERY_TILE
+    lengths, (total, by_head) = items.lengths(visits), items.sums(visits)
+    shares = mosaic_chunks.shares(lengths, total, query_tiles * items.group, sm_count(), whole=deterministic)
+    numbers = [shares, by_head, visits, *keys]
     if deterministic:
-        query_tiles = rows // QUERY_TILE
         turn = jnp.zeros(batch * heads * query_tiles, jnp.int32)
-        turns = (mosaic_walk.first_visitor(visits, query_tiles), jax.new_ref(turn))
+        numbers += [mosaic_walk.first_visitor(visits, query_tiles), turn]
+    helpers = 0 if deterministic else mosaic_chunks.HELPERS * sm_count()
+    dq_ref, numbers_ref = jax.new_ref(dq), jax.new_ref(mosaic_numbers.join(*numbers))
     gradient = lambda columns: jax.ShapeDtypeStruct((items.splits * batch, key_rows, kv_heads, columns), jnp.float32)
     dk, dv = launch(
-        functools.partial(_kernel, shape, items),
-        q, k, v, dout, lse, -delta, jnp.stack(keys), visits, order, tiles, dq_ref, counters, *turns,
+        functools.partial(_kernel, shape, items, [x.shape for x in numbers]),
+        q, k, v, dout, lse, -delta, dq_ref, numbers_ref,
         out_type=(gradient(dim), gradient(out_dim)),
         scratch_types={**shape.memory(), "record_full": plgpu.Barrier(num_barriers=mosaic_chunks.RECORDS)},
         grid=(items.count + helpers,), grid_names=("block",), warpgroups=CONSUMERS + 1, name="flash_bwd",
@@ -98,11 +100,10 @@ def flash_bwd(
 
 
 def _kernel(
-    shape: Shape, items: Items,
-    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, bounds_ref, visits_ref, order_ref, tiles_ref,
-    dq_ref, counters_ref, *refs, record_full, **memory,
+    shape: Shape, items: Items, shapes,
+    q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, numbers_ref, dk_ref, dv_ref, *, record_full, **memory,
 ):  # fmt: skip
-    *turns, dk_ref, dv_ref = refs
+    shares, by_head, visits, start, stop, *turns = mosaic_numbers.parts(numbers_ref, shapes)
     batch, rows, heads, _ = q_ref.shape
     tuning, deterministic, piece = shape.tuning, shape.deterministic, shape.piece
 
@@ -110,12 +111,12 @@ def _kernel(
     block = Block(shape, **memory)
     own = number < items.count  # else it is a helper
     mine = lambda record: jnp.where(own, number, record.item)  # the block's item; -1: there is none
-    chunks = mosaic_chunks.Chunks(tiles_ref, counters_ref, block.notes, record_full)
+    chunks = mosaic_chunks.Chunks(shares.numbers, items.count, block.notes, record_full)
 
     def consumer():
         plgpu.set_max_registers(tuning.registers[0], action="increase")
         record = chunks.take(i32(0))
-        run = functools.partial(Consumer(block, bounds_ref, wg).run, record.end)
+        run = functools.partial(Consumer(block, (start, stop), wg).run, record.end)
         accumulators = (plgpu.ACC((KEYS, columns), jnp.float32) for columns in (shape.dk_columns, shape.dv_columns))
         pl.when(mine(record) >= 0)(lambda: pl.run_scoped(run, *accumulators))
 
@@ -123,14 +124,13 @@ def _kernel(
         """Where the producer is: its item."""
 
         def __init__(self, index) -> None:
-            self.b, self.kv_head, place, split, self.first_head = items.at(index)
-            self.tile = order_ref[place]  # of keys
-            self.bs = i32(0) if bounds_ref.shape[1] == 1 else self.b  # the batch row of the ranges
+            self.b, self.kv_head, self.tile, split, self.first_head = items.at(index)
+            self.bs = i32(0) if start.shape[0] == 1 else self.b  # the batch row of the ranges
             self.first_key = self.tile * tuning.key_tile
             self.out_b = split * batch + self.b
             self.first_column = lax.rem(index, i32(1))  # 0, but not known: a known slice would have to lie in its array
-            lo, self.whole_lo, self.whole_hi, hi = [visits_ref[self.bs, self.tile, j] for j in range(4)]
-            self.walk = Walk(lo, hi, order_ref[items.key_tiles] > 0, items.group, items.walks_down(index))
+            lo, self.whole_lo, self.whole_hi, hi = [visits[self.bs, self.tile, j] for j in range(4)]
+            self.walk = Walk(lo, hi, by_head[()] > 0, items.group, items.walks_down(index))
 
     def load_item(place: Place):
         """Producer's first warp: what its block needs once."""
@@ -194,14 +194,14 @@ def _kernel(
                 plgpu.copy_smem_to_gmem(block.dq_smem.at[buffer], to, reduction_op="add")
 
             if deterministic:
-                first_ref, turn_ref = turns
+                first, taken = turns
                 turn = (place.b * heads + place.first_head + g) * (rows // QUERY_TILE) + qi
-                wait_turn(turn_ref, turn, place.tile - first_ref[place.bs, qi])
+                wait_turn(taken.numbers, turn, place.tile - first[place.bs, qi])
             for start in range(0, shape.dq_columns, piece):
                 each_result(adder, functools.partial(add, start))
             if deterministic:
                 plgpu.wait_smem_to_gmem(0)
-                next_turn(turn_ref, turn)
+                next_turn(taken.numbers, turn)
 
         def step(i, _):
             pair = place.walk.at(record.first + i - begin)
@@ -212,8 +212,9 @@ def _kernel(
 
         lax.fori_loop(begin, record.end, step, None)
 
-    def add_item(place: Place, item, done):
+    def add_item(item, done):
         """The producer's first adding warp: dk and dv when the item has ended."""
+        place = Place(item + zero(done))  # made anew: kept from the start it would be spilled
 
         def write(how):
             for x, start in shape.pieces():
@@ -287,7 +288,7 @@ def _kernel(
 
         @plgpu.warp_map
         def _(warp):
-            pl.when(warp == 1)(lambda: add_item(place, item, done=state[1]))
+            pl.when(warp == 1)(lambda: add_item(item, done=state[1]))
             for adder in range(shape.adders):
                 pl.when(warp == 1 + adder)(lambda: plgpu.wait_smem_to_gmem(0))
 

@@ -250,7 +250,7 @@ class Block:
 
 
 class Consumer:
-    """One of the block's consumers, `wg`; bounds: the key ranges [2, B or 1, Sq] in global memory."""
+    """One of the block's consumers, `wg`; bounds: start and stop of the key ranges [B or 1, Sq] in global memory."""
 
     def __init__(self, block: Block, bounds, wg) -> None:
         self.block, self.shape, self.bounds, self.wg = block, block.shape, bounds, wg
@@ -481,10 +481,11 @@ class Consumer:
         """
         notes = self.block.notes
         note, first_key = notes[STAGE_NOTE + s], notes[FIRST_KEY] + self.shape.first_key(self.wg)
-        at = notes[RANGES], pl.ds(pl.multiple_of(note & -QUERY_TILE, QUERY_TILE), QUERY_TILE)
+        rows = pl.ds(note & -QUERY_TILE, QUERY_TILE)
 
         def cut(x, side: int, sees):
-            bound = plgpu.load(self.bounds.at[side, *at], layout=COLUMN, optimized=False) - first_key
+            bounds = self.bounds[side].rows(notes[RANGES], rows=rows)
+            bound = plgpu.load(bounds, layout=COLUMN, optimized=False) - first_key
             key = plgpu.broadcasted_iota(jnp.int32, (KEYS, QUERY_TILE), 0, layout=ACC)
             return jnp.where(sees(key, _down(bound)), x, fill)
 

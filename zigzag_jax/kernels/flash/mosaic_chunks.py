@@ -50,31 +50,30 @@ class Record(NamedTuple):
 NOTHING = Record(-1, 0, 0)  # what a helper has before it claims
 
 
-def shares(tiles, blocks: int, whole: bool):
+def shares(lengths, total, longest: int, blocks: int, whole: bool):
     """What blocks share in global memory, of the length of each item's walk, int32 [items].
 
-    Returns the lengths and behind them that of a chunk, which is all of an item where `whole`, int32 [items + 1]; and
-    the counters, int32 [3 x items, padded to fours]: which chunks of an item are left (their number times 2^16, and the
-    first of them), the blocks that ended it, and whether one of them has stored.
+    total: the sum of lengths, float32. longest: as long as a walk can be. whole: each item is one chunk.
+    int32 [3 x items, padded to fours, + items + 1]: which chunks of an item are left (their number times 2^16, and the
+    first of them), the blocks that ended it, whether one of them has stored; the lengths, and that of a chunk.
     """
-    of_block = jnp.sum(tiles.astype(jnp.float32)) / (CHUNKS * blocks)  # the sum may pass 2^31
-    some = jnp.clip(of_block.astype(jnp.int32), SHORTEST, LONGEST)
-    longest = lax.max(jnp.max(tiles), i32(1))
-    chunk = longest if whole else lax.max(some, lax.div(longest, i32(_MOST)) + 1)
-    left = lax.max(lax.div(tiles - 1, jnp.broadcast_to(chunk, tiles.shape)), jnp.zeros_like(tiles))  # behind the first
-    left = jnp.pad(left * _LEFT + 1, (0, -tiles.size % 4))
-    return jnp.append(tiles, chunk), jnp.append(left, jnp.zeros(2 * left.size, jnp.int32))
+    some = jnp.clip((total / (CHUNKS * blocks)).astype(jnp.int32), SHORTEST, LONGEST)
+    chunk = i32(longest) if whole else lax.max(some, i32(longest // _MOST + 1))
+    left = lax.max(lax.div(lengths - 1, jnp.broadcast_to(chunk, lengths.shape)), jnp.zeros_like(lengths))
+    left = jnp.pad(left * _LEFT + 1, (0, -lengths.size % 4))  # behind the first chunk, which is the owner's
+    return jnp.concatenate([left, jnp.zeros(2 * left.size, jnp.int32), lengths, chunk[None]])
 
 
 class Chunks:
     """A block's view.
 
-    tiles, counters: the refs of `shares`; records: shared memory, int32 [SIZE or more]; full: RECORDS barriers.
+    shared: a ref to the `shares` of so many items; records: shared memory, int32 [SIZE or more]; full: RECORDS
+    barriers.
     """
 
-    def __init__(self, tiles, counters, records, full) -> None:
-        self.tiles, self.counters, self.records, self.full = tiles, counters, records, full
-        self.items, self.pitch = tiles.shape[0] - 1, counters.shape[0] // 3
+    def __init__(self, shared, items: int, records, full) -> None:
+        self.shared, self.items, self.records, self.full = shared, items, records, full
+        self.pitch = items + -items % 4
 
     @staticmethod
     def after(at):
@@ -83,7 +82,7 @@ class Chunks:
 
     def begin(self, item) -> None:
         """The item's first chunk is this block's: record 0. One warp."""
-        count = lax.min(self.tiles[item], self.tiles[self.items])
+        count = lax.min(self._length(item), self._length(self.items))  # behind the items' lengths is a chunk's
         for i, value in enumerate(Record(item, i32(0), count)):
             self.records[i] = value
         plgpu.barrier_arrive(self.full.at[0])
@@ -94,8 +93,11 @@ class Chunks:
         own: whether the item of the `last` record is the block's own; NOTHING where a helper looks for one.
         """
         numbers = (i32(x) for x in (at, own, last.item, last.end))
-        _claim(self.tiles, self.counters, self.records, self.items, self.pitch, *numbers)
+        _claim(self.shared, self.records, self.items, self.pitch, *numbers)
         plgpu.barrier_arrive(self.full.at[at])
+
+    def _length(self, item):
+        return self.shared[3 * self.pitch + item]
 
     def take(self, at) -> Record:
         """Wait for record `at` and read it: once by each warp."""
@@ -112,25 +114,26 @@ class Chunks:
             write(None)
 
         def shared():
-            first = _count_up(self.counters, i32(self.pitch) + item) == 0
+            first = _count_up(self.shared, i32(self.pitch) + item) == 0
             stored = i32(2 * self.pitch) + item
 
             def store():
                 write(None)
                 plgpu.wait_smem_to_gmem(0)
-                next_turn(self.counters, stored)
+                next_turn(self.shared, stored)
 
             def add():
-                wait_turn(self.counters, stored, i32(1))
+                wait_turn(self.shared, stored, i32(1))
                 write("add")
 
             lax.cond(first, store, add)
 
-        lax.cond(done == self.tiles[item], alone, shared)
+        lax.cond(done == self._length(item), alone, shared)
 
 
-def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done) -> None:
+def _claim(shared, records, items: int, pitch: int, at, own, item, done) -> None:
     """Write record `at`; see Record and `shares`. own: whether the block has the item; item -1: look for one."""
+    lengths = 4 * 3 * pitch  # where they begin, in bytes
     larger = """
             add.s32 i, i, 1;
             """.join(
@@ -140,8 +143,8 @@ def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done
         for n in ("n0", "n1", "n2", "n3")
     )
 
-    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 3, *[plgpu.Layout.WG_SPLAT] * 4))
-    def claim(_, tiles, counters, records, at, own, item, done):
+    @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 2, *[plgpu.Layout.WG_SPLAT] * 4))
+    def claim(_, shared, records, at, own, item, done):
         mgpu.utils.inline_ptx(
             f"""{{
             .reg .pred p, owner, leader, looking;
@@ -149,8 +152,8 @@ def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done
             .reg .b64 a;
             mov.u32 lane, %laneid;
             setp.eq.u32 leader, lane, 0;
-            setp.ne.s32 owner, $4, 0;
-            mov.b32 item, $5;
+            setp.ne.s32 owner, $3, 0;
+            mov.b32 item, $4;
             setp.lt.s32 looking, item, 0;
             @!looking bra take;
 
@@ -160,7 +163,7 @@ def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done
             next:
             setp.ge.s32 p, i, {pitch};
             @p bra searched;
-            mad.wide.s32 a, i, 4, $1;
+            mad.wide.s32 a, i, 4, $0;
             ld.relaxed.gpu.global.v4.b32 {{n0, n1, n2, n3}}, [a];
             {larger}
             add.s32 i, i, 125;
@@ -176,7 +179,7 @@ def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done
             shfl.sync.idx.b32 item, item, i, 31, 0xffffffff;
 
             take:
-            mad.wide.s32 a, item, 4, $1;
+            mad.wide.s32 a, item, 4, $0;
             mov.b32 i, {-_LEFT};
             @owner add.s32 i, i, 1;
             @leader atom.relaxed.gpu.global.add.u32 place, [a], i;
@@ -197,23 +200,22 @@ def _claim(tiles, counters, records, items: int, pitch: int, at, own, item, done
             add.s32 place, place, left;
             sub.s32 place, place, 1;
             first:
-            ld.global.b32 chunk, [$0 + {4 * items}];
-            mad.wide.s32 a, item, 4, $0;
-            ld.global.b32 left, [a];
+            ld.global.b32 chunk, [$0 + {lengths + 4 * items}];
+            ld.global.b32 left, [a + {lengths}];
             mul.lo.s32 place, place, chunk;
             sub.s32 left, left, place;
             min.s32 left, left, chunk;
 
             write:
-            add.s32 left, left, $6;
-            mad.lo.s32 i, $3, {4 * _FIELDS}, $2;
+            add.s32 left, left, $5;
+            mad.lo.s32 i, $2, {4 * _FIELDS}, $1;
             @leader st.shared.v4.b32 [i], {{item, place, left, 0}};
             }}""",
-            mgpu.utils.memref_ptr(tiles), mgpu.utils.memref_ptr(counters), mgpu.utils.memref_ptr(records),
+            mgpu.utils.memref_ptr(shared), mgpu.utils.memref_ptr(records),
             at.registers[()], own.registers[()], item.registers[()], done.registers[()], convergent=True,
         )  # fmt: skip
 
-    claim(tiles, counters, records, at, own, item, done)
+    claim(shared, records, at, own, item, done)
 
 
 def _count_up(counters, index):

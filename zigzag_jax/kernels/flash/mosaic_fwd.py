@@ -41,7 +41,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from zigzag_jax.kernels.flash import mosaic_cuts, mosaic_drawn
+from zigzag_jax.kernels.flash import mosaic_cuts, mosaic_drawn, mosaic_numbers
 from zigzag_jax.kernels.flash.contract import LOG2E, Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_cuts import WHOLE, Aside, Cuts
 from zigzag_jax.kernels.flash.mosaic_items import CONSUMERS, QUERY_TILE, ROWS, Items, Tiles, read_edges
@@ -61,7 +61,7 @@ from zigzag_jax.kernels.hopper import (
     smem,
     store,
     where_between,
-    with_counter,
+    with_numbers,
 )
 from zigzag_jax.ranges import KeyRange
 
@@ -149,15 +149,15 @@ def flash_fwd(
     group = heads // v.shape[2]  # heads that share K and V as neighbouring query tiles do
     cuts = Cuts(items, tuning.key_tile, max(1, tuning.cut_sharing // group)) if tuning.shares == "cut" else None
     cuts = cuts if cuts and cuts.pay else None
-    if drawing := tuning.shares != "fixed":
+    if tuning.shares != "fixed":
         scratch |= mosaic_drawn.SCRATCH
+    numbers = (jnp.zeros(cuts.counters if cuts else 1, jnp.int32), *keys)
+    shapes = [x.shape for x in numbers]
 
     def run(use: CarryUse, *refs, out_type=()):
-        arrays = (q, k_parts, v, *keys)
-        if drawing:
-            arrays = with_counter(*arrays, size=cuts.counters if cuts else 1)
+        arrays = with_numbers(mosaic_numbers.join(*numbers), q, k_parts, v)
         return launch(
-            functools.partial(_kernel, settings, tuning, items, cuts, use), *arrays, *refs, out_type=out_type,
+            functools.partial(_kernel, settings, tuning, items, cuts, use, shapes), *arrays, *refs, out_type=out_type,
             scratch_types=scratch, grid=(items.sms,), grid_names=("sm",), warpgroups=CONSUMERS + 1, name="flash_fwd",
         )  # fmt: skip
 
@@ -177,13 +177,13 @@ def flash_fwd(
 
 
 def _kernel(
-    settings: Settings, tuning: ForwardTuning, items: Items, cuts: Cuts | None, use: CarryUse,
-    q_ref, k_refs, v_ref, start_ref, stop_ref, *refs,
+    settings: Settings, tuning: ForwardTuning, items: Items, cuts: Cuts | None, use: CarryUse, shapes,
+    q_ref, k_refs, v_ref, numbers_ref, *refs,
     q_smem, k_smem, v_smem, bounds_smem, q_full, k_full, v_full, out_smem=None, carry_full=None,
     records=None, record_full=None,
 ):  # fmt: skip
-    if drawing := tuning.shares != "fixed":
-        counter, *refs = refs
+    drawing = tuning.shares != "fixed"
+    counters, start, stop = mosaic_numbers.parts(numbers_ref, shapes)
     if use == "in place":
         out_ref, lse_ref = carry_out_ref, carry_lse_ref = refs
     elif use == "read":
@@ -192,7 +192,7 @@ def _kernel(
         out_ref, lse_ref, *part_refs = refs
     has_carry, fetched = use != "none", carry_full is not None  # fetched: the carry comes by TMA into out_smem
     heads, (kv_heads, out_dim) = q_ref.shape[2], v_ref.shape[2:]
-    shared_ranges = start_ref.shape[0] == 1
+    shared_ranges = start.shape[0] == 1
     tile, stages, dt = tuning.key_tile, tuning.stages, q_ref.dtype
     # exponents are base 2: scores times this
     to_log2 = LOG2E * (settings.scale if settings.softcap is None else settings.softcap)
@@ -207,7 +207,7 @@ def _kernel(
     carry_free = NamedBarriers(q_free.end, CONSUMERS, WARPGROUP + producer_threads)
     if drawing:
         record_free = NamedBarriers(carry_free.end, mosaic_drawn.RECORDS, everyone)
-        drawn = mosaic_drawn.Drawn(counter, records, record_full, record_free)
+        drawn = mosaic_drawn.Drawn(counters.numbers, records, record_full, record_free)
     # first parts' results, where they cannot take the place of a carry
     aside = None if cuts is None or use == "in place" else Aside(*part_refs, cuts)
     slot = lambda i: remainder(i, stages) if tuning.sums_in_turn else lax.rem(i, i32(stages))
@@ -216,7 +216,7 @@ def _kernel(
 
     def edges_of(j):
         b, _, q0 = items.at(sm, j)
-        return read_edges(start_ref, stop_ref, 0 if shared_ranges else b, q0, QUERY_TILE)
+        return read_edges(start, stop, 0 if shared_ranges else b, q0, QUERY_TILE)
 
     def item(j, before, edges, again=None):
         """Consumers: item j; `before` tiles were visited by earlier items. Returns the tiles visited so far.
@@ -480,7 +480,7 @@ def _kernel(
                 @pl.when(cuts.is_first(part))
                 def _():
                     plgpu.wait_smem_to_gmem(0)  # written, not only read
-                    cuts.done(counter, part)
+                    cuts.done(counters.numbers, part)
 
             drawn.leave(at)
             return number, before, drawn.after(at)
@@ -522,8 +522,8 @@ def _kernel(
                 its_rows = pl.ds(q0 + w * ROWS, ROWS)
                 q_free.sync(w)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, its_rows, h, :], q_smem.at[w], q_full.at[w])
-                for side, ref in enumerate((start_ref, stop_ref)):
-                    plgpu.copy_gmem_to_smem(ref.at[bs, its_rows], bounds_smem.at[w, side], q_full.at[w])
+                for side, bound in enumerate((start, stop)):
+                    plgpu.copy_gmem_to_smem(bound.rows(bs, rows=its_rows), bounds_smem.at[w, side], q_full.at[w])
 
             pl.loop(i32(0), half)(load_kv)
 
@@ -561,7 +561,7 @@ def _kernel(
         def one(state):
             before, at, number, item, part, *edges = state
             if cuts:
-                pl.when(cuts.is_rest(part))(lambda: cuts.wait(counter, part))
+                pl.when(cuts.is_rest(part))(lambda: cuts.wait(counters.numbers, part))
             drawn.hand_over(at, item, part, *edges)
             if use == "in place":  # elsewhere an item that sees nothing has a result to write
                 pl.when((Tiles(edges, tile).count == 0) & (part == WHOLE) & (number >= equal))(
@@ -578,7 +578,7 @@ def _kernel(
         """Producer: item j sees nothing; if none with its queries does, none of them need be drawn."""
         b, q0, rows, after = items.same_queries(j)
         bs = 0 if shared_ranges else b
-        seen = Tiles(read_edges(start_ref, stop_ref, bs, q0, rows), tile).count
+        seen = Tiles(read_edges(start, stop, bs, q0, rows), tile).count
         pl.when(seen == 0)(lambda: drawn.skip_to(number + after - j))
 
     def produce_share():

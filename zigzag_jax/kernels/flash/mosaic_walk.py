@@ -30,20 +30,6 @@ def visits(keys: KeyRange, key_rows: int, key_tile: int):
     return jnp.stack([lo, whole_lo, whole_hi, hi], -1)
 
 
-def order(visits, ascending: bool):
-    """int32 [key tiles + 1]: the order in which blocks take the key tiles, then 1 where they walk head by head.
-
-    The tile with most visitors first (a sort by counting, which is one small kernel), or ascending. Head by head where
-    the last visitor moves with the key tile: see Walk.
-    """
-    cost, tiles = jnp.sum(visits[..., 3] - visits[..., 0], axis=0), jnp.arange(visits.shape[1], dtype=jnp.int32)
-    before = (cost[None] > cost[:, None]) | ((cost[None] == cost[:, None]) & (tiles[None] < tiles[:, None]))
-    longest = jnp.sum(jnp.where(before.sum(1)[None] == tiles[:, None], tiles[None], 0), axis=1, dtype=jnp.int32)
-    moving = visits[:, 1:, 3] != visits[:, :-1, 3]
-    by_head = 4 * jnp.sum(moving, dtype=jnp.int32) > moving.size
-    return jnp.append(tiles if ascending else longest, by_head.astype(jnp.int32))
-
-
 def first_visitor(visits, query_tiles: int):
     """[B or 1, query tiles] int32: the first key tile that sees each query tile; the others follow without a gap."""
     tile = jnp.arange(query_tiles, dtype=jnp.int32)[None, None]
@@ -53,8 +39,9 @@ def first_visitor(visits, query_tiles: int):
 class Items:
     """Which keys, kv head and share of its group each item has, and which way it walks.
 
-    The tiles of some kv heads side by side (see TOGETHER); `order` says which key tile is behind the number given here.
-    `head_bytes` are those of a query head's Q, dO and dQ; `take_turns`: blocks do, at the tiles of dQ (see Walk).
+    The tiles of some kv heads side by side (see TOGETHER), in ascending order: under causal masks the first keys have
+    the longest walks, and neighbours read the same queries. `head_bytes` are those of a query head's Q, dO and dQ;
+    `take_turns`: blocks do, at the tiles of dQ (see Walk).
     """
 
     def __init__(
@@ -88,13 +75,25 @@ class Items:
         wave = lax.div(lax.rem(index, i32(beside)), i32(sm_count()))
         return lax.rem(wave, i32(2)) == 0
 
-    def tiles(self, visits, order):
-        """int32 [count]: the length of each item's walk, with `visits` and `order`."""
-        length = jnp.take(visits[..., 3] - visits[..., 0], order[: self.key_tiles], axis=1) * self.group
+    def lengths(self, visits):
+        """int32 [count]: how long each item's walk is, with `visits`."""
         batch = self.every // self.kv_heads
-        of_heads = jnp.broadcast_to(length[:, None], (batch, self.kv_heads, self.key_tiles))
+        of_heads = jnp.broadcast_to(self._length(visits)[:, None], (batch, self.kv_heads, self.key_tiles))
         of_heads = of_heads.reshape(-1, self.together, self.key_tiles).swapaxes(1, 2)
         return jnp.repeat(of_heads.reshape(-1), self.splits)
+
+    def _length(self, visits):
+        return (visits[..., 3] - visits[..., 0]) * self.group
+
+    def sums(self, visits):
+        """The sum of `lengths`, float32 for it may pass 2^31, and whether walks go head by head, bool: see Walk.
+
+        By one small kernel. Head by head where the last visitor moves with the key tile.
+        """
+        hi = visits[..., 3]
+        moves = hi != jnp.pad(hi, ((0, 0), (1, 0)), mode="edge")[:, :-1]
+        length, moving = jnp.stack([self._length(visits), moves]).astype(jnp.float32).sum((1, 2))
+        return length * (self.count / hi.size), 4 * moving > hi.size - hi.shape[0]
 
 
 class Walk:

@@ -40,7 +40,7 @@ from zigzag_jax.kernels.hopper import (
     launch,
     sm_count,
     smem,
-    with_counter,
+    with_numbers,
 )
 
 ROWS = 64  # of the result that a consumer computes: the M of a wgmma
@@ -109,7 +109,7 @@ def run(
     }
     if tuning.drawn:
         scratch["records"] = plgpu.SMEM((_RECORDS * _FIELDS + _FIELDS,), jnp.int32)
-        arrays = with_counter(*arrays)
+        arrays = with_numbers(jnp.zeros(1, jnp.int32), *arrays)
     return launch(
         body, *arrays, out_type=out_type, scratch_types=scratch, grid=(sm_count(),), grid_names=("sm",),
         warpgroups=CONSUMERS + 1, name=name,
