@@ -332,9 +332,18 @@ def rows_of(kind: str, rows: int):
     return KeyRange(jnp.asarray(start[None], jnp.int32), jnp.asarray(i[None] + 1, jnp.int32))
 
 
-@pytest.mark.parametrize(("kind", "by_head"), [("causal", False), ("window", True), ("documents", False)])
-def test_a_window_is_walked_by_head(kind, by_head):
-    visits = mosaic_walk.visits(rows_of(kind, 4096), 4096, KEY_TILE)
+@pytest.mark.parametrize(
+    ("kinds", "by_head"),
+    [
+        (["causal"], False),
+        (["window"], True),
+        (["documents"], False),
+        (["documents", "window"], True),  # the ends of more than a quarter of all key tiles move
+        (["causal", "documents"], False),
+    ],
+)
+def test_a_window_is_walked_by_head(kinds, by_head):
+    visits = jnp.concatenate([mosaic_walk.visits(rows_of(kind, 4096), 4096, KEY_TILE) for kind in kinds])
     assert bool(head_items(2, 3, 4, 32).sums(visits)[1]) == by_head
     assert not head_items(2, 3, 4, 1).sums(visits[:, :1])[1]
 
@@ -403,6 +412,7 @@ def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads):
     lengths = np.asarray(items.lengths(visits))
     assert lengths.shape == (items.count,)
     assert items.sums(visits)[0] == lengths.sum()
+    assert lengths.max() <= 512 // mosaic_walk.QUERY_TILE * items.group  # what flash_bwd gives as the longest
     for item, length in enumerate(lengths.tolist()):
         b, _, tile, *_ = (int(x) for x in items.at(jnp.int32(item)))
         lo, *_, hi = np.asarray(visits)[b % batch_rows, tile]

@@ -206,7 +206,7 @@ def next_turn(turns, index) -> None:
 
 
 def with_numbers(numbers: jax.Array, *arrays) -> tuple[Any, ...]:
-    """The arrays, and a reference to `numbers`, in which a kernel counts.
+    """The arrays, and a reference to `numbers`, in which a kernel may count.
 
     A scan that is differentiated moves what does not depend on its turn out of the loop, also counters that begin at 0,
     and then refuses to hand a reference in: so they depend on all that the kernel reads.

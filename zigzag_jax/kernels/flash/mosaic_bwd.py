@@ -95,15 +95,15 @@ def flash_bwd(
         scratch_types={**shape.memory(), "record_full": plgpu.Barrier(num_barriers=mosaic_chunks.RECORDS)},
         grid=(items.count + helpers,), grid_names=("block",), warpgroups=CONSUMERS + 1, name="flash_bwd",
     )  # fmt: skip
-    total = (lambda x: x) if items.splits == 1 else (lambda x: x.reshape(items.splits, batch, *x.shape[1:]).sum(0))
-    return jax.freeze(dq_ref), total(dk), total(dv)
+    summed = (lambda x: x) if items.splits == 1 else (lambda x: x.reshape(items.splits, batch, *x.shape[1:]).sum(0))
+    return jax.freeze(dq_ref), summed(dk), summed(dv)
 
 
 def _kernel(
     shape: Shape, items: Items, shapes,
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, numbers_ref, dk_ref, dv_ref, *, record_full, **memory,
 ):  # fmt: skip
-    shares, by_head, visits, start, stop, *turns = mosaic_numbers.parts(numbers_ref, shapes)
+    shares, by_head, visits, starts, stops, *turns = mosaic_numbers.parts(numbers_ref, shapes)
     batch, rows, heads, _ = q_ref.shape
     tuning, deterministic, piece = shape.tuning, shape.deterministic, shape.piece
 
@@ -116,7 +116,7 @@ def _kernel(
     def consumer():
         plgpu.set_max_registers(tuning.registers[0], action="increase")
         record = chunks.take(i32(0))
-        run = functools.partial(Consumer(block, (start, stop), wg).run, record.end)
+        run = functools.partial(Consumer(block, (starts, stops), wg).run, record.end)
         accumulators = (plgpu.ACC((KEYS, columns), jnp.float32) for columns in (shape.dk_columns, shape.dv_columns))
         pl.when(mine(record) >= 0)(lambda: pl.run_scoped(run, *accumulators))
 
@@ -125,7 +125,7 @@ def _kernel(
 
         def __init__(self, index) -> None:
             self.b, self.kv_head, self.tile, split, self.first_head = items.at(index)
-            self.bs = i32(0) if start.shape[0] == 1 else self.b  # the batch row of the ranges
+            self.bs = i32(0) if starts.shape[0] == 1 else self.b  # the batch row of the ranges
             self.first_key = self.tile * tuning.key_tile
             self.out_b = split * batch + self.b
             self.first_column = lax.rem(index, i32(1))  # 0, but not known: a known slice would have to lie in its array

@@ -59,20 +59,21 @@ def shares(lengths, total, longest: int, blocks: int, whole: bool):
     """
     some = jnp.clip((total / (CHUNKS * blocks)).astype(jnp.int32), SHORTEST, LONGEST)
     chunk = i32(longest) if whole else lax.max(some, i32(longest // _MOST + 1))
+    # behind the first chunk, which is the owner's
     left = lax.max(lax.div(lengths - 1, jnp.broadcast_to(chunk, lengths.shape)), jnp.zeros_like(lengths))
-    left = jnp.pad(left * _LEFT + 1, (0, -lengths.size % 4))  # behind the first chunk, which is the owner's
+    left = jnp.pad(left * _LEFT + 1, (0, -lengths.size % 4))
     return jnp.concatenate([left, jnp.zeros(2 * left.size, jnp.int32), lengths, chunk[None]])
 
 
 class Chunks:
     """A block's view.
 
-    shared: a ref to the `shares` of so many items; records: shared memory, int32 [SIZE or more]; full: RECORDS
+    numbers: a ref to the `shares` of so many items; records: shared memory, int32 [SIZE or more]; full: RECORDS
     barriers.
     """
 
-    def __init__(self, shared, items: int, records, full) -> None:
-        self.shared, self.items, self.records, self.full = shared, items, records, full
+    def __init__(self, numbers, items: int, records, full) -> None:
+        self.numbers, self.items, self.records, self.full = numbers, items, records, full
         self.pitch = items + -items % 4
 
     @staticmethod
@@ -92,12 +93,12 @@ class Chunks:
 
         own: whether the item of the `last` record is the block's own; NOTHING where a helper looks for one.
         """
-        numbers = (i32(x) for x in (at, own, last.item, last.end))
-        _claim(self.shared, self.records, self.items, self.pitch, *numbers)
+        operands = (i32(x) for x in (at, own, last.item, last.end))
+        _claim(self.numbers, self.records, self.items, self.pitch, *operands)
         plgpu.barrier_arrive(self.full.at[at])
 
     def _length(self, item):
-        return self.shared[3 * self.pitch + item]
+        return self.numbers[3 * self.pitch + item]
 
     def take(self, at) -> Record:
         """Wait for record `at` and read it: once by each warp."""
@@ -114,16 +115,16 @@ class Chunks:
             write(None)
 
         def shared():
-            first = _count_up(self.shared, i32(self.pitch) + item) == 0
+            first = _count_up(self.numbers, i32(self.pitch) + item) == 0
             stored = i32(2 * self.pitch) + item
 
             def store():
                 write(None)
                 plgpu.wait_smem_to_gmem(0)
-                next_turn(self.shared, stored)
+                next_turn(self.numbers, stored)
 
             def add():
-                wait_turn(self.shared, stored, i32(1))
+                wait_turn(self.numbers, stored, i32(1))
                 write("add")
 
             lax.cond(first, store, add)
@@ -131,7 +132,7 @@ class Chunks:
         lax.cond(done == self._length(item), alone, shared)
 
 
-def _claim(shared, records, items: int, pitch: int, at, own, item, done) -> None:
+def _claim(numbers, records, items: int, pitch: int, at, own, item, done) -> None:
     """Write record `at`; see Record and `shares`. own: whether the block has the item; item -1: look for one."""
     lengths = 4 * 3 * pitch  # where they begin, in bytes
     larger = """
@@ -144,7 +145,7 @@ def _claim(shared, records, items: int, pitch: int, at, own, item, done) -> None
     )
 
     @plgpu.inline_mgpu(arg_types=(*[plgpu.RefType()] * 2, *[plgpu.Layout.WG_SPLAT] * 4))
-    def claim(_, shared, records, at, own, item, done):
+    def claim(_, numbers, records, at, own, item, done):
         mgpu.utils.inline_ptx(
             f"""{{
             .reg .pred p, owner, leader, looking;
@@ -211,11 +212,11 @@ def _claim(shared, records, items: int, pitch: int, at, own, item, done) -> None
             mad.lo.s32 i, $2, {4 * _FIELDS}, $1;
             @leader st.shared.v4.b32 [i], {{item, place, left, 0}};
             }}""",
-            mgpu.utils.memref_ptr(shared), mgpu.utils.memref_ptr(records),
+            mgpu.utils.memref_ptr(numbers), mgpu.utils.memref_ptr(records),
             at.registers[()], own.registers[()], item.registers[()], done.registers[()], convergent=True,
         )  # fmt: skip
 
-    claim(shared, records, at, own, item, done)
+    claim(numbers, records, at, own, item, done)
 
 
 def _count_up(counters, index):

@@ -183,7 +183,7 @@ def _kernel(
     records=None, record_full=None,
 ):  # fmt: skip
     drawing = tuning.shares != "fixed"
-    counters, start, stop = mosaic_numbers.parts(numbers_ref, shapes)
+    counters, starts, stops = mosaic_numbers.parts(numbers_ref, shapes)
     if use == "in place":
         out_ref, lse_ref = carry_out_ref, carry_lse_ref = refs
     elif use == "read":
@@ -192,7 +192,7 @@ def _kernel(
         out_ref, lse_ref, *part_refs = refs
     has_carry, fetched = use != "none", carry_full is not None  # fetched: the carry comes by TMA into out_smem
     heads, (kv_heads, out_dim) = q_ref.shape[2], v_ref.shape[2:]
-    shared_ranges = start.shape[0] == 1
+    shared_ranges = starts.shape[0] == 1
     tile, stages, dt = tuning.key_tile, tuning.stages, q_ref.dtype
     # exponents are base 2: scores times this
     to_log2 = LOG2E * (settings.scale if settings.softcap is None else settings.softcap)
@@ -216,7 +216,7 @@ def _kernel(
 
     def edges_of(j):
         b, _, q0 = items.at(sm, j)
-        return read_edges(start, stop, 0 if shared_ranges else b, q0, QUERY_TILE)
+        return read_edges(starts, stops, 0 if shared_ranges else b, q0, QUERY_TILE)
 
     def item(j, before, edges, again=None):
         """Consumers: item j; `before` tiles were visited by earlier items. Returns the tiles visited so far.
@@ -522,7 +522,7 @@ def _kernel(
                 its_rows = pl.ds(q0 + w * ROWS, ROWS)
                 q_free.sync(w)
                 plgpu.copy_gmem_to_smem(q_ref.at[b, its_rows, h, :], q_smem.at[w], q_full.at[w])
-                for side, bound in enumerate((start, stop)):
+                for side, bound in enumerate((starts, stops)):
                     plgpu.copy_gmem_to_smem(bound.rows(bs, rows=its_rows), bounds_smem.at[w, side], q_full.at[w])
 
             pl.loop(i32(0), half)(load_kv)
@@ -578,7 +578,7 @@ def _kernel(
         """Producer: item j sees nothing; if none with its queries does, none of them need be drawn."""
         b, q0, rows, after = items.same_queries(j)
         bs = 0 if shared_ranges else b
-        seen = Tiles(read_edges(start, stop, bs, q0, rows), tile).count
+        seen = Tiles(read_edges(starts, stops, bs, q0, rows), tile).count
         pl.when(seen == 0)(lambda: drawn.skip_to(number + after - j))
 
     def produce_share():

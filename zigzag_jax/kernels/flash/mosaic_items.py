@@ -96,7 +96,7 @@ class Tiles:
         )
 
 
-def read_edges(start_ref, stop_ref, bs, q0, rows: int) -> Edges:
+def read_edges(starts, stops, bs, q0, rows: int) -> Edges:
     """Edges of the queries [q0, q0 + rows)."""
     last = q0 + rows - 1
-    return start_ref[bs, q0], start_ref[bs, last], stop_ref[bs, q0], stop_ref[bs, last]
+    return starts[bs, q0], starts[bs, last], stops[bs, q0], stops[bs, last]

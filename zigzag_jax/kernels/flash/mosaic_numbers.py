@@ -1,7 +1,7 @@
 """The int32 arrays that Hopper's attention kernels are given besides their tensors, joined into one.
 
-Key ranges, the plan made of them, counters that begin at 0: XLA would make each by a small kernel or more of its own,
-of some 2 us each, and a short call is 500 us long. Joined they are made by one.
+Key ranges, the plan made of them, counters that begin at 0: XLA would make each by a small kernel or more of its own.
+One is some 2 us, and a call may be 100. Joined they are made by one.
 """
 
 # Pallas' annotations do not know refs
@@ -9,7 +9,8 @@ of some 2 us each, and a short call is 500 us long. Joined they are made by one.
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 
 from zigzag_jax.kernels.hopper import i32
 
-_TOGETHER = 4  # numbers that one load takes, or one box of TMA's: every array begins at a multiple
+_TOGETHER = 4  # every array begins at a multiple: loads of two or four numbers must be aligned
 
 
 def join(*arrays: jax.Array) -> jax.Array:
@@ -36,7 +37,8 @@ def parts(joined, shapes: Sequence[tuple[int, ...]]) -> list["Part"]:
     return found
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """One of the arrays."""
 
     numbers: Any
@@ -54,5 +56,5 @@ class Part(NamedTuple):
         return self.numbers[self.at(*(index if isinstance(index, tuple) else (index,)))]
 
     def rows(self, *index, rows: pl.Slice):
-        """A ref to some numbers of the last axis, `index` in the others."""
+        """A ref to some numbers of the last axis, `index` in all others."""
         return self.numbers.at[pl.ds(self.at(*index, rows.start), rows.size)]
