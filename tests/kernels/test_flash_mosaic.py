@@ -348,6 +348,23 @@ def test_a_window_is_walked_by_head(kinds, by_head):
     assert not head_items(2, 3, 4, 1).sums(visits[:, :1])[1]
 
 
+@pytest.mark.parametrize("kinds", [["causal"], ["window"], ["documents"], ["causal", "documents"]])
+def test_the_longest_walk_comes_first_and_equal_ones_ascend(kinds):
+    visits = jnp.concatenate([mosaic_walk.visits(rows_of(kind, 4096), 4096, KEY_TILE) for kind in kinds])
+    order = np.asarray(head_items(2, 3, 4, 32).order(visits))
+    length = np.sum(visits[..., 3] - visits[..., 0], axis=0)
+    np.testing.assert_array_equal(order, np.argsort(-length, kind="stable"))
+    ascending = head_items(2, 3, 4, 32, take_turns=True).order(visits)
+    np.testing.assert_array_equal(ascending, range(32))
+
+
+@pytest.mark.parametrize("key_tiles", [1, 2, 31, 1000])
+def test_an_order_of_walks_too_long_to_sort_still_has_every_tile(key_tiles):
+    hi = np.random.default_rng(0).integers(0, 1 << 30, (1, key_tiles, 1))
+    visits = jnp.asarray(np.concatenate([np.zeros((1, key_tiles, 3)), hi], -1), jnp.int32)
+    assert sorted(np.asarray(head_items(1, 2, 4, key_tiles).order(visits))) == list(range(key_tiles))
+
+
 @pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("down", [False, True])
 @pytest.mark.parametrize(("lo", "hi", "group"), [(3, 8, 4), (5, 6, 1), (0, 7, 1), (2, 2, 3)])
@@ -404,18 +421,20 @@ def test_every_key_tile_and_head_has_one_item(batch, kv_heads, group, key_tiles,
         assert items.count >= 64  # 4 tiles alone would leave the card idle: the group's heads are shared out
 
 
+@pytest.mark.parametrize("take_turns", [True, False])
 @pytest.mark.parametrize(("batch_rows", "kv_heads"), [(1, 3), (2, 2)])
-def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads):
+def test_an_item_is_as_long_as_its_walk(batch_rows, kv_heads, take_turns):
     keys = random_keys(np.random.default_rng(0), batch_rows, 512, 768)
     visits = mosaic_walk.visits(keys, 768, KEY_TILE)
-    items = head_items(2, kv_heads, 4, 6)
-    lengths = np.asarray(items.lengths(visits))
+    items = head_items(2, kv_heads, 4, 6, take_turns=take_turns)
+    order = items.order(visits)
+    lengths = np.asarray(items.lengths(visits, order))
     assert lengths.shape == (items.count,)
     assert items.sums(visits)[0] == lengths.sum()
     assert lengths.max() <= 512 // mosaic_walk.QUERY_TILE * items.group  # what flash_bwd gives as the longest
     for item, length in enumerate(lengths.tolist()):
-        b, _, tile, *_ = (int(x) for x in items.at(jnp.int32(item)))
-        lo, *_, hi = np.asarray(visits)[b % batch_rows, tile]
+        b, _, place, *_ = (int(x) for x in items.at(jnp.int32(item)))
+        lo, *_, hi = np.asarray(visits)[b % batch_rows, order[place]]
         assert length == (hi - lo) * items.group
 
 

@@ -15,7 +15,7 @@ from oracle import Heads
 from test_flash_gpu import BARS, split
 
 from zigzag_jax.kernels import flash_bwd, flash_fwd
-from zigzag_jax.kernels.flash import mosaic_tuning
+from zigzag_jax.kernels.flash import mosaic_tuning, mosaic_zeros
 from zigzag_jax.ranges import KeyRange
 
 if jax.__version_info__ >= (0, 12):
@@ -119,6 +119,17 @@ def test_backward(sizes):
 @pytest.mark.parametrize("sizes", cases(CASES, "mla"))
 def test_backward_that_is_deterministic(sizes):
     backward(sizes, deterministic=True)
+
+
+@pytest.mark.parametrize("rows", [16, 133 * 16])
+def test_zeros_are_everywhere(rows):
+    with interpreted(warps_apart=False):
+        np.testing.assert_array_equal(mosaic_zeros.zeros((rows // 8, 8, 64)), np.zeros((rows // 8, 8, 64)))
+
+
+def test_zeros_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"multiple of 16, got \(3, 8, 64\)"):
+        mosaic_zeros.zeros((3, 8, 64))
 
 
 @pytest.mark.parametrize("sizes", cases(LONG))

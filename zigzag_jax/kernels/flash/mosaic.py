@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd, mosaic_items
+from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd, mosaic_items, mosaic_zeros
 from zigzag_jax.kernels.flash.contract import Carry, Implementation, Settings, SplitKeys
 from zigzag_jax.kernels.flash.mosaic_tuning import HOPPER
 from zigzag_jax.kernels.flash.mosaic_walk import QUERY_TILE
@@ -54,9 +54,8 @@ def flash_bwd(q, k, v, lse, delta, dout, keys: KeyRange, settings: Settings, dq,
     tuning, tile = HOPPER[q.shape[3], v.shape[3]].backward, QUERY_TILE
     rows, key_rows = q.shape[1], k.shape[1]
     keys = pad_rows(clip_keys(keys, key_rows), tile)
-    if dq is None:
-        dq = jnp.zeros(q.shape, jnp.float32)
-    q, dout, dq = (_pad(x, 1, tile) for x in (q, dout, dq))
+    q, dout = (_pad(x, 1, tile) for x in (q, dout))
+    dq = mosaic_zeros.zeros(q.shape) if dq is None else _pad(dq, 1, tile)
     lse, delta = (_pad(x, 2, tile) for x in (lse, delta))
     k, v = (_pad(x, 1, tuning.key_tile) for x in (k, v))
     dq, dk, dv = mosaic_bwd.flash_bwd(q, k, v, lse, delta, dout, keys, settings, dq, deterministic, tuning)

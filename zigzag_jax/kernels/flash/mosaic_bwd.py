@@ -79,9 +79,10 @@ def flash_bwd(
         head_bytes=rows * ((dim + out_dim) * q.dtype.itemsize + dim * dq.dtype.itemsize), take_turns=deterministic,
     )  # fmt: skip
     query_tiles = rows // QUERY_TILE
-    lengths, (total, by_head) = items.lengths(visits), items.sums(visits)
+    order = items.order(visits)
+    lengths, (total, by_head) = items.lengths(visits, order), items.sums(visits)
     shares = mosaic_chunks.shares(lengths, total, query_tiles * items.group, sm_count(), whole=deterministic)
-    numbers = [shares, by_head, visits, *keys]
+    numbers = [shares, by_head, visits, order, *keys]
     if deterministic:
         turn = jnp.zeros(batch * heads * query_tiles, jnp.int32)
         numbers += [mosaic_walk.first_visitor(visits, query_tiles), turn]
@@ -103,7 +104,7 @@ def _kernel(
     shape: Shape, items: Items, shapes,
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, dq_ref, numbers_ref, dk_ref, dv_ref, *, record_full, **memory,
 ):  # fmt: skip
-    shares, by_head, visits, starts, stops, *turns = mosaic_numbers.parts(numbers_ref, shapes)
+    shares, by_head, visits, order, starts, stops, *turns = mosaic_numbers.parts(numbers_ref, shapes)
     batch, rows, heads, _ = q_ref.shape
     tuning, deterministic, piece = shape.tuning, shape.deterministic, shape.piece
 
@@ -124,7 +125,8 @@ def _kernel(
         """Where the producer is: its item."""
 
         def __init__(self, index) -> None:
-            self.b, self.kv_head, self.tile, split, self.first_head = items.at(index)
+            self.b, self.kv_head, at, split, self.first_head = items.at(index)
+            self.tile = order[at]  # of keys
             self.bs = i32(0) if starts.shape[0] == 1 else self.b  # the batch row of the ranges
             self.first_key = self.tile * tuning.key_tile
             self.out_b = split * batch + self.b

@@ -39,9 +39,8 @@ def first_visitor(visits, query_tiles: int):
 class Items:
     """Which keys, kv head and share of its group each item has, and which way it walks.
 
-    The tiles of some kv heads side by side (see TOGETHER), in ascending order: under causal masks the first keys have
-    the longest walks, and neighbours read the same queries. `head_bytes` are those of a query head's Q, dO and dQ;
-    `take_turns`: blocks do, at the tiles of dQ (see Walk).
+    The tiles of some kv heads side by side (see TOGETHER), in the order that `order` says. `head_bytes` are those of a
+    query head's Q, dO and dQ; `take_turns`: blocks do, at the tiles of dQ (see Walk).
     """
 
     def __init__(
@@ -56,10 +55,11 @@ class Items:
         self.splits = fill[0] if fill else group  # items that share a group's heads: as few as fill the card
         self.group = group // self.splits
         self.count = every * key_tiles * self.splits
+        self.longest_first = not take_turns
         self.one_way = take_turns or self.together * group * head_bytes <= L2_BYTES
 
     def at(self, index):
-        """(batch row, kv head, key tile, split, first query head) of item `index`."""
+        """(batch row, kv head, place of the key tile in the order, split, first query head) of item `index`."""
         index, split = lax.div(index, i32(self.splits)), lax.rem(index, i32(self.splits))
         index, inner = lax.div(index, i32(self.together)), lax.rem(index, i32(self.together))
         outer, tile = lax.div(index, i32(self.key_tiles)), lax.rem(index, i32(self.key_tiles))
@@ -75,10 +75,19 @@ class Items:
         wave = lax.div(lax.rem(index, i32(beside)), i32(sm_count()))
         return lax.rem(wave, i32(2)) == 0
 
-    def lengths(self, visits):
-        """int32 [count]: how long each item's walk is, with `visits`."""
-        batch = self.every // self.kv_heads
-        of_heads = jnp.broadcast_to(self._length(visits)[:, None], (batch, self.kv_heads, self.key_tiles))
+    def order(self, visits):
+        """int32 [key tiles]: the key tile at each place, the longest walk first; ascending where blocks take turns."""
+        tiles = jnp.arange(self.key_tiles, dtype=jnp.int32)
+        if not self.longest_first:
+            return tiles
+        length, unit = jnp.sum(visits[..., 3] - visits[..., 0], axis=0), 1 << (self.key_tiles - 1).bit_length()
+        # one number for both, which one small kernel sorts; should it pass 2^31, its last bits still are the tile
+        return lax.sort(tiles - length * unit, is_stable=False) & (unit - 1)
+
+    def lengths(self, visits, order):
+        """int32 [count]: how long each item's walk is, with `visits` and the key tiles in this order."""
+        batch, length = self.every // self.kv_heads, jnp.take(self._length(visits), order, axis=1)
+        of_heads = jnp.broadcast_to(length[:, None], (batch, self.kv_heads, self.key_tiles))
         of_heads = of_heads.reshape(-1, self.together, self.key_tiles).swapaxes(1, 2)
         return jnp.repeat(of_heads.reshape(-1), self.splits)
 
