@@ -12,7 +12,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import pytest
 
 from zigzag_jax.kernels import hopper
-from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd
+from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_fwd, mosaic_zeros
 from zigzag_jax.kernels.grouped import mosaic_pipeline
 
 
@@ -33,7 +33,7 @@ def hollow_kernels() -> Iterator[None]:
         return hopper.launch(nothing, *arrays, **rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (mosaic_fwd, mosaic_bwd, mosaic_pipeline):
+        for module in (mosaic_fwd, mosaic_bwd, mosaic_zeros, mosaic_pipeline):
             patch.setattr(module, "launch", launch)
         jax.clear_caches()  # the kernels' functions are jitted: what was traced stays
         try:

@@ -41,7 +41,7 @@ from jax._src.pallas.mosaic_gpu.interpret import shared_memory as simulated
 from jax._src.state import indexing
 from jax._src.state import primitives as state_primitives
 
-from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_chunks, mosaic_items, mosaic_walk
+from zigzag_jax.kernels.flash import mosaic_bwd, mosaic_chunks, mosaic_items, mosaic_walk, mosaic_zeros
 from zigzag_jax.kernels.grouped import mosaic_pipeline
 
 MULTIPROCESSORS = 3
@@ -83,7 +83,7 @@ def interpreted(warps_apart: bool, own_claims: bool = True) -> Iterator[None]:
         ],
         *[
             (module, "sm_count", lambda: MULTIPROCESSORS)
-            for module in (mosaic_bwd, mosaic_items, mosaic_walk, mosaic_pipeline)
+            for module in (mosaic_bwd, mosaic_items, mosaic_walk, mosaic_zeros, mosaic_pipeline)
         ],
     ]
     if warps_apart:

@@ -21,6 +21,7 @@ from h100 import h100s, on
 from hollow import hollow_kernels
 
 from zigzag_jax import cost
+from zigzag_jax.hlo import Program
 from zigzag_jax.kernels import FLASH, flash_bwd, flash_fwd
 from zigzag_jax.kernels.flash import cudnn
 from zigzag_jax.ranges import KeyRange
@@ -226,10 +227,9 @@ def test_whole_rings_call_a_kernel_a_step():
                 ahead.lower(q, kv, kv, keys, **static).compile(),
                 back.lower(q, kv, kv, q, lse, q, keys, **static).compile(),
             ]
-        for program, kernel in zip(compiled, ("flash_fwd", "flash_bwd"), strict=True):
-            text = program.as_text() or ""
-            assert text.count('custom_call_target="mosaic_gpu') == calls
-            assert kernel in text
+        forward, backward = (Program(x.as_text() or "").kernels() for x in compiled)
+        assert forward == {"flash_fwd": calls}
+        assert backward == {"zeros": 1, "flash_bwd": calls}
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from oracle import Heads
 
 from zigzag_jax import zigzag_attention
 from zigzag_jax.kernels import SplitKeys, flash_bwd, flash_fwd, flash_implementation
-from zigzag_jax.kernels.flash import mosaic, mosaic_tuning
+from zigzag_jax.kernels.flash import mosaic, mosaic_tuning, mosaic_zeros
 from zigzag_jax.kernels.flash.contract import Carry, Settings
 from zigzag_jax.kernels.flash.mosaic_cuts import Cuts
 from zigzag_jax.mla import latent_attention
@@ -249,6 +249,13 @@ def test_a_nan_in_one_tile_of_keys_reaches_all_rows_that_see_it(implementation):
         out, lse = jax.jit(lambda *args: flash_fwd(*args, carry=carry, **options))(q, k, v, keys)  # noqa: B023
         np.testing.assert_array_equal(np.isnan(lse), seen)
         np.testing.assert_array_equal(np.isnan(out).all(-1), seen.swapaxes(1, 2))
+
+
+@pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")
+@pytest.mark.parametrize("columns", sorted({dim for dim, _ in mosaic_tuning.HOPPER}))
+@pytest.mark.parametrize("rows", [1, 64, 8193])
+def test_zeros_that_dq_begins_with(rows, columns):
+    assert not jnp.any(mosaic_zeros.zeros((2, rows, 8, columns)))
 
 
 @pytest.mark.skipif(not HOPPER, reason="no Hopper GPU")

@@ -4,6 +4,7 @@ Tiles, ranges and columns that are taken for others, sums that lack a part, memo
 it was waited for, barriers that are awaited in vain. test_flash_gpu.py has the same contract on a GPU.
 """
 
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from zigzag_jax.ranges import KeyRange
 if jax.__version_info__ >= (0, 12):
     pytest.skip("it is the interpreter of the pinned jax that is taught", allow_module_level=True)
 
-from interpreted import cases, interpreted
+from interpreted import MULTIPROCESSORS, cases, interpreted
 
 
 class Case(NamedTuple):
@@ -121,15 +122,21 @@ def test_backward_that_is_deterministic(sizes):
     backward(sizes, deterministic=True)
 
 
-@pytest.mark.parametrize("rows", [16, 133 * 16])
-def test_zeros_are_everywhere(rows):
+@pytest.mark.parametrize("sizes", cases(CASES, "mla"))
+def test_backward_that_begins_dq(sizes):
+    backward(sizes, deterministic=False, begun=False)
+
+
+@pytest.mark.parametrize(("tiles", "columns"), [(1, 64), (MULTIPROCESSORS, 128), (3 * MULTIPROCESSORS + 1, 192)])
+def test_zeros_are_everywhere(tiles, columns):
     with interpreted(warps_apart=False):
-        np.testing.assert_array_equal(mosaic_zeros.zeros((rows // 8, 8, 64)), np.zeros((rows // 8, 8, 64)))
+        np.testing.assert_array_equal(mosaic_zeros.zeros((tiles, 2, 8, columns)), np.zeros((tiles, 2, 8, columns)))
 
 
-def test_zeros_of_other_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"multiple of 16, got \(3, 8, 64\)"):
-        mosaic_zeros.zeros((3, 8, 64))
+@pytest.mark.parametrize("shape", [(3, 8, 64), (16, 264)])
+def test_zeros_of_other_shapes_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"multiple of 16 and the last at most 256, got {re.escape(str(shape))}"):
+        mosaic_zeros.zeros(shape)
 
 
 @pytest.mark.parametrize("sizes", cases(LONG))
@@ -142,14 +149,14 @@ def test_backward_whose_helpers_do_all_but_the_first_chunk(sizes):
     backward(sizes, deterministic=False, own_claims=False)
 
 
-def backward(sizes: Case, deterministic: bool, own_claims: bool = True) -> None:
+def backward(sizes: Case, deterministic: bool, own_claims: bool = True, begun: bool = True) -> None:
     case = draw(sizes)
     q, k, v = case.args
     out, lse = jnp.asarray(case.want.out, jnp.float32), jnp.asarray(case.want.lse, jnp.float32)
     delta = jnp.einsum("bqhe,bqhe->bhq", case.dout.astype(jnp.float32), out) - jnp.asarray(case.dlse, jnp.float32)
-    before = jnp.asarray(np.random.default_rng(0).standard_normal(q.shape), jnp.float32)
+    before = jnp.asarray(np.random.default_rng(0).standard_normal(q.shape), jnp.float32) if begun else None
     args = q, k, v, lse, delta, case.dout, case.keys
     with interpreted(warps_apart=True, own_claims=own_claims):
         dq, dk, dv = flash_bwd(*args, dq=before, deterministic=deterministic, **case.options)
-    for gradient, got in dict(dq=dq - before, dk=dk, dv=dv).items():
+    for gradient, got in dict(dq=dq if before is None else dq - before, dk=dk, dv=dv).items():
         oracle.check(gradient, got, getattr(case.want, gradient), BARS[sizes.dtype][gradient])

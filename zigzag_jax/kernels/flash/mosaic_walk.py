@@ -62,10 +62,10 @@ class Items:
         """(batch row, kv head, place of the key tile in the order, split, first query head) of item `index`."""
         index, split = lax.div(index, i32(self.splits)), lax.rem(index, i32(self.splits))
         index, inner = lax.div(index, i32(self.together)), lax.rem(index, i32(self.together))
-        outer, tile = lax.div(index, i32(self.key_tiles)), lax.rem(index, i32(self.key_tiles))
+        outer, place = lax.div(index, i32(self.key_tiles)), lax.rem(index, i32(self.key_tiles))
         head = outer * self.together + inner
         batch, kv_head = lax.div(head, i32(self.kv_heads)), lax.rem(head, i32(self.kv_heads))
-        return batch, kv_head, tile, split, (kv_head * self.splits + split) * self.group
+        return batch, kv_head, place, split, (kv_head * self.splits + split) * self.group
 
     def walks_down(self, index):
         """Whether item `index` walks down through the query tiles: all, or every other wave of those side by side."""
@@ -76,17 +76,23 @@ class Items:
         return lax.rem(wave, i32(2)) == 0
 
     def order(self, visits):
-        """int32 [key tiles]: the key tile at each place, the longest walk first; ascending where blocks take turns."""
+        """int32 [key tiles]: the key tile at each place, the longest walk first; ascending where blocks take turns.
+
+        One order for all batch rows, by the sum of their walks.
+        """
         tiles = jnp.arange(self.key_tiles, dtype=jnp.int32)
         if not self.longest_first:
             return tiles
-        length, unit = jnp.sum(visits[..., 3] - visits[..., 0], axis=0), 1 << (self.key_tiles - 1).bit_length()
-        # one number for both, which one small kernel sorts; should it pass 2^31, its last bits still are the tile
+        length = jnp.sum(visits[..., 3] - visits[..., 0], axis=0, dtype=jnp.int32)
+        unit = 1 << (self.key_tiles - 1).bit_length()
+        # One number for both, which one small kernel sorts. It may pass 2^31 (8 rows of a million tokens): then the
+        # order is another, but the last bits still are the tile.
         return lax.sort(tiles - length * unit, is_stable=False) & (unit - 1)
 
     def lengths(self, visits, order):
         """int32 [count]: how long each item's walk is, with `visits` and the key tiles in this order."""
-        batch, length = self.every // self.kv_heads, jnp.take(self._length(visits), order, axis=1)
+        batch = self.every // self.kv_heads
+        length = self._length(visits).at[:, order].get(mode="promise_in_bounds")
         of_heads = jnp.broadcast_to(length[:, None], (batch, self.kv_heads, self.key_tiles))
         of_heads = of_heads.reshape(-1, self.together, self.key_tiles).swapaxes(1, 2)
         return jnp.repeat(of_heads.reshape(-1), self.splits)

@@ -18,13 +18,17 @@ from jax import lax
 from zigzag_jax.kernels.hopper import i32, launch, sm_count
 
 _ROWS = 16  # that one TMA operation writes
+_COLUMNS = 256  # that it can
 
 
 def zeros(shape: tuple[int, ...]) -> jax.Array:
-    """Float32 zeros of a shape whose leading axes together are a multiple of 16."""
+    """Float32 zeros of a shape whose leading axes together are a multiple of 16, the last at most 256."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
-    if rows % _ROWS:
-        raise ValueError(f"the axes before the last must together be a multiple of {_ROWS}, got {shape}")
+    if rows % _ROWS or columns > _COLUMNS:
+        raise ValueError(
+            f"the axes before the last must together be a multiple of {_ROWS} and the last at most {_COLUMNS}, "
+            f"got {shape}"
+        )
 
     def body(out_ref, *, tile):
         tile[...] = jnp.zeros((_ROWS, columns), jnp.float32)
