@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 
+from zigzag_jax.kernels.flash.mosaic_numbers import padded
 from zigzag_jax.kernels.hopper import i32, next_turn, wait_turn
 
 RECORDS = 2  # the next chunk is claimed when every warp has read the record that lay in its place
@@ -61,8 +62,9 @@ def shares(lengths, total, longest: int, blocks: int, whole: bool):
     chunk = i32(longest) if whole else lax.max(some, i32(longest // _MOST + 1))
     # behind the first chunk, which is the owner's
     left = lax.max(lax.div(lengths - 1, jnp.broadcast_to(chunk, lengths.shape)), jnp.zeros_like(lengths))
-    left = jnp.pad(left * _LEFT + 1, (0, -lengths.size % 4))
-    return jnp.concatenate([left, jnp.zeros(2 * left.size, jnp.int32), lengths, chunk[None]])
+    pitch = padded(lengths.size)
+    left = jnp.pad(left * _LEFT + 1, (0, pitch - lengths.size))
+    return jnp.concatenate([left, jnp.zeros(2 * pitch, jnp.int32), lengths, chunk[None]])
 
 
 class Chunks:
@@ -74,7 +76,7 @@ class Chunks:
 
     def __init__(self, numbers, items: int, records, full) -> None:
         self.numbers, self.items, self.records, self.full = numbers, items, records, full
-        self.pitch = items + -items % 4
+        self.pitch = padded(items)
 
     @staticmethod
     def after(at):

@@ -21,10 +21,15 @@ from zigzag_jax.kernels.hopper import i32
 _TOGETHER = 4  # every array begins at a multiple: loads of two or four numbers must be aligned
 
 
+def padded(size: int) -> int:
+    """The numbers between the begin of an array of so many and that of the next."""
+    return size + -size % _TOGETHER
+
+
 def join(*arrays: jax.Array) -> jax.Array:
     """int32 [..]: the arrays behind one another; see `parts`."""
     flat = [x.astype(jnp.int32).reshape(-1) for x in arrays]
-    return jnp.concatenate([jnp.pad(x, (0, -x.size % _TOGETHER)) for x in flat])
+    return jnp.concatenate([jnp.pad(x, (0, padded(x.size) - x.size)) for x in flat])
 
 
 def parts(joined, shapes: Sequence[tuple[int, ...]]) -> list["Part"]:
@@ -33,7 +38,7 @@ def parts(joined, shapes: Sequence[tuple[int, ...]]) -> list["Part"]:
     for shape in shapes:
         size = math.prod(shape)
         found.append(Part(joined.at[pl.ds(begin, size)], shape))
-        begin += size + -size % _TOGETHER
+        begin += padded(size)
     return found
 
 

@@ -55,7 +55,7 @@ class Items:
         self.splits = fill[0] if fill else group  # items that share a group's heads: as few as fill the card
         self.group = group // self.splits
         self.count = every * key_tiles * self.splits
-        self.longest_first = not take_turns
+        self.take_turns = take_turns
         self.one_way = take_turns or self.together * group * head_bytes <= L2_BYTES
 
     def at(self, index):
@@ -81,7 +81,7 @@ class Items:
         One order for all batch rows, by the sum of their walks.
         """
         tiles = jnp.arange(self.key_tiles, dtype=jnp.int32)
-        if not self.longest_first:
+        if self.take_turns:
             return tiles
         length = jnp.sum(visits[..., 3] - visits[..., 0], axis=0, dtype=jnp.int32)
         unit = 1 << (self.key_tiles - 1).bit_length()
